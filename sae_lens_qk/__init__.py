@@ -1,0 +1,35 @@
+"""Why did this attention head attend there? Sparse pairs of query and key features for SAELens.
+
+Importing this package registers its architectures with SAELens.
+"""
+
+from sae_lens_qk.attention import AttentionSpec
+from sae_lens_qk.config import (
+    BilinearQKConfig,
+    BilinearQKRunnerConfig,
+    MaskStepConfig,
+    MaskTrainingConfig,
+    TranscodersTrainingConfig,
+)
+from sae_lens_qk.dictionary import BilinearQKDictionary
+from sae_lens_qk.evals import evaluate
+from sae_lens_qk.feature_map import SparseFeatureMap
+from sae_lens_qk.host import check_host
+from sae_lens_qk.models import load_model
+from sae_lens_qk.training.runner import BilinearQKTrainingRunner
+
+__all__ = [
+    "AttentionSpec",
+    "BilinearQKConfig",
+    "BilinearQKDictionary",
+    "BilinearQKRunnerConfig",
+    "BilinearQKTrainingRunner",
+    "MaskStepConfig",
+    "MaskTrainingConfig",
+    "SparseFeatureMap",
+    "TranscodersTrainingConfig",
+    "check_host",
+    "evaluate",
+    "load_model",
+]
+__version__ = "0.1.0"

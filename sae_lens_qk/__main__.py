@@ -1,0 +1,158 @@
+"""Command line: `python -m sae_lens_qk train | evaluate`. Help is generated from the configs and argument classes."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.training.activations_store import ActivationsStore
+from simple_parsing import ArgumentParser
+from simple_parsing.helpers import field
+
+
+@dataclass
+class EvaluateArguments:
+    """Measure a dictionary: pattern, loss and logits with each source patched in, beside the baselines."""
+
+    dictionary: str = field(positional=True)
+    """Shipped name or folder."""
+    dataset_path: str = ""
+    """Text to evaluate on: Hub name, .parquet file or folder. Default: the sample that comes with the package."""
+    text_column: str = "text"
+    n_tokens: int = 8_192
+    """Tokens to evaluate on, whole rows."""
+    context_size: int = 256
+    """Length of a row."""
+    batch_size: int = 8
+    """Rows in a forward pass."""
+    output: str | None = None
+    """JSON file for all figures."""
+
+
+@dataclass
+class TrainArguments:
+    """Train a dictionary, both steps, from a config file and overriding options."""
+
+    config: str | None = None
+    """YAML or JSON file with config fields; options on the command line override it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code, 2 for wrong arguments."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"train": _train, "evaluate": _evaluate}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: python -m sae_lens_qk {train,evaluate} ...   (--help after a command explains it)")
+        return 0 if arguments else 2
+    if arguments[0] not in commands:
+        return _complain(f"unknown command {arguments[0]!r}: use one of {', '.join(commands)}")
+    try:
+        commands[arguments[0]](arguments[1:])
+    except (ValueError, FileNotFoundError, ModuleNotFoundError, RuntimeError, FloatingPointError) as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _train(arguments: list[str]) -> None:
+    from sae_lens_qk.config import BilinearQKRunnerConfig
+    from sae_lens_qk.training.runner import BilinearQKTrainingRunner
+
+    first = ArgumentParser(add_help=False)
+    first.add_arguments(TrainArguments, dest="train")
+    known, _ = first.parse_known_args(arguments)
+    base = BilinearQKRunnerConfig.from_file(known.train.config) if known.train.config else BilinearQKRunnerConfig()
+    parser = _parser("train")
+    parser.add_arguments(TrainArguments, dest="train")
+    parser.add_arguments(BilinearQKRunnerConfig, dest="cfg", default=base)
+    cfg = parser.parse_args(arguments).cfg
+    BilinearQKTrainingRunner(cfg).run()
+    print(f"saved to {cfg.output_path}")
+
+
+def _evaluate(arguments: list[str]) -> None:
+    from sae_lens_qk.dictionary import BilinearQKDictionary
+    from sae_lens_qk.evals import evaluate
+    from sae_lens_qk.models import load_model
+
+    parser = _parser("evaluate")
+    parser.add_arguments(EvaluateArguments, dest="evaluate")
+    args: EvaluateArguments = parser.parse_args(arguments).evaluate
+    dictionary = BilinearQKDictionary.from_pretrained(args.dictionary)
+    model = load_model(dictionary)
+    tokens = token_rows(model, args.dataset_path, args.text_column, args.n_tokens // args.context_size, args.context_size)
+    result = evaluate(dictionary, model, tokens, batch_size=args.batch_size, progress=True)
+    print_evaluation(result)
+    if args.output:
+        Path(args.output).write_text(json.dumps(result.to_dict(), indent=2))
+
+
+def token_rows(model: Any, dataset_path: str, text_column: str, n_rows: int, context_size: int) -> torch.Tensor:
+    """Rows of tokens as training sees them: BOS first, documents joined by BOS.
+
+    Raises:
+        ValueError: the text gives fewer than two rows.
+    """
+    from sae_lens_qk.models import text_sample
+    from sae_lens_qk.training.runner import load_text
+
+    dataset = load_text(dataset_path, text_column) if dataset_path else text_sample()
+    store = ActivationsStore(
+        model=model, dataset=dataset, streaming=False, hook_name="", hook_head_index=None, context_size=context_size,
+        d_in=1, n_batches_in_buffer=1, total_training_tokens=1, store_batch_size_prompts=1, train_batch_size_tokens=1,
+        prepend_bos=True, normalize_activations="none", device=torch.device("cpu"), dtype="float32",
+    )  # fmt: skip
+    rows = []
+    while len(rows) < n_rows:
+        try:
+            rows.append(store.get_batch_tokens(batch_size=1, raise_at_epoch_end=True)[0])
+        except (StopIteration, RuntimeError):
+            break
+    if len(rows) < 2:
+        raise ValueError(f"the text gives {len(rows)} rows of {context_size} tokens, evaluation needs at least 2")
+    return torch.stack(rows)
+
+
+def print_evaluation(result: Any) -> None:
+    """Readable tables of an `Evaluation`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{result.n_tokens:,} tokens in {result.n_rows} rows, clean loss {result.ce_clean:.4f} nats")
+    for column in ("pattern from", "pattern KL", "TV", "argmax", "loss", "logit KL", "loss recovered", "logit KL recovered"):
+        table.add_column(column, justify="left" if column == "pattern from" else "right")
+    for name, row in result.sources.items():
+        kl = f"{row.pattern_kl.value:.4f}" if row.pattern_kl else "-"
+        argmax = f"{row.argmax_agreement:.3f}" if row.argmax_agreement is not None else "-"
+        recovered = [f"{i.value:.1%} ({i.low:.1%}, {i.high:.1%})" for i in (row.ce_recovered, row.logit_kl_recovered)]
+        table.add_row(name, kl, f"{row.pattern_tv:.4f}", argmax, f"{row.ce_loss:.4f}", f"{row.logit_kl:.4f}", *recovered)
+    console.print(table)
+    f = result.features
+    console.print(
+        f"L0 {f.l0_query:.1f} query / {f.l0_key:.1f} key features a token; live {f.live_query} / {f.live_key} "
+        f"in {result.n_tokens:,} tokens"
+    )
+    if result.feature_map:
+        m = result.feature_map
+        console.print(
+            f"feature map: {m.n_pairs:,} pairs ({m.n_pairs_without_constants:,} between features), sparsity "
+            f"{m.sparsity_of_all:.3%} of all, {m.sparsity_of_live:.3%} of live; {m.active_pairs:.1f} active at a position"
+        )
+
+
+def _parser(command: str) -> ArgumentParser:
+    return ArgumentParser(prog=f"python -m sae_lens_qk {command}", add_config_path_arg=False)
+
+
+def _complain(message: str) -> int:
+    print(f"sae_lens_qk: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

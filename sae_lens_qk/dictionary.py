@@ -1,0 +1,344 @@
+"""BilinearQKDictionary: two transcoders and a sparse feature map, as one SAELens SAE."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from sae_lens import register_sae_class
+from sae_lens.registry import SAE_CLASS_REGISTRY
+from sae_lens.saes.sae import SAE, SAEMetadata
+from sae_lens.saes.transcoder import JumpReLUTranscoder, JumpReLUTranscoderConfig, Transcoder, TranscoderConfig
+from torch import Tensor
+from typing_extensions import override
+
+from sae_lens_qk.attention import AttentionSpec, attention_scores, pattern_from_scores
+from sae_lens_qk.config import ARCHITECTURE, BilinearQKConfig
+from sae_lens_qk.feature_map import Decoders, Pairs, SparseFeatureMap, pack_indices, pair_kernel, unpack_indices
+
+Source = Literal["transcoders", "feature_map"]
+_HALVES = {
+    "transcoder": (Transcoder, TranscoderConfig),
+    "jumprelu_transcoder": (JumpReLUTranscoder, JumpReLUTranscoderConfig),
+}
+
+
+class QueriesKeys(NamedTuple):
+    queries: Float[Tensor, "batch pos_q head d_head"]
+    keys: Float[Tensor, "batch pos_k kv_head d_head"]
+
+
+class BilinearQKDictionary(SAE[BilinearQKConfig]):
+    """Query and key transcoders of one attention layer, and the feature pairs that carry its pattern.
+
+    With x the tensor that W_Q and W_K multiply,
+
+        query_acts = act(x W_enc_q + b_enc_q),   q_hat = query_acts W_dec_q + b_dec_q
+        key_acts   = act(x W_enc_k + b_enc_k),   k_hat = key_acts W_dec_k + b_dec_k
+        scores[h,i,j] = scale <R_i q_hat[i,h], R_j k_hat[j,g(h)]>                                   ("transcoders")
+                      = sum over kept pairs of m query_acts[i,a] key_acts[j,b] M[a,b,h](i-j)        ("feature_map")
+
+    Attributes:
+        query, key: stock SAELens transcoders. Hooks on `query.hook_sae_acts_post` act on every path.
+        feature_map: `SparseFeatureMap`, empty until step 2 has run.
+    Source: Wynroe and Sharkey 2024, "Decomposing the QK circuit with Bilinear Sparse Dictionary Learning".
+    """
+
+    cfg: BilinearQKConfig
+    query: Transcoder
+    key: Transcoder
+    feature_map: SparseFeatureMap
+
+    def __init__(self, cfg: BilinearQKConfig, use_error_term: bool = False):
+        if use_error_term:
+            raise NotImplementedError(_REFUSALS["use_error_term"])
+        if not cfg.attention:
+            raise ValueError("cfg.attention is empty: a dictionary needs the AttentionSpec of its layer.")
+        super().__init__(cfg)
+
+    @override
+    def initialize_weights(self) -> None:
+        cfg, spec = self.cfg, self.spec
+        self.query = self._make_half("q", cfg.d_query, spec.d_queries)
+        self.key = self._make_half("k", cfg.d_key, spec.d_keys)
+        self.feature_map = SparseFeatureMap.empty(cfg.n_pairs, cfg.d_query, cfg.d_key, spec.n_heads, self.dtype, self.device)
+
+    def _make_half(self, side: Literal["q", "k"], d_features: int, d_out: int) -> Transcoder:
+        half_class, config_class = _HALVES[self.cfg.half_architecture]
+        hook = f"blocks.{self.cfg.layer}.attn.{side}"
+        return half_class(
+            config_class(
+                d_in=self.cfg.d_in, d_sae=d_features, d_out=d_out, dtype=self.cfg.dtype, device=self.cfg.device,
+                apply_b_dec_to_input=False,
+                metadata=SAEMetadata(
+                    model_name=self.cfg.model_name, hook_name=f"{hook}.hook_in", hook_name_out=f"{hook}.hook_out"
+                ),
+            )
+        )  # fmt: skip
+
+    @property
+    def spec(self) -> AttentionSpec:
+        return self.cfg.spec
+
+    @property
+    def has_feature_map(self) -> bool:
+        return len(self.feature_map) > 0
+
+    @property
+    def decoders(self) -> Decoders:
+        """Decoder rows by head, the bias as last row: query [d_query + 1, head, d_head], key [d_key + 1, kv_head, d_head]."""
+        return Decoders(
+            query=self.spec.split_queries(torch.cat([self.query.W_dec, self.query.b_dec[None]])),
+            key=self.spec.split_keys(torch.cat([self.key.W_dec, self.key.b_dec[None]])),
+        )
+
+    def encode_query(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_query"]:
+        """Query features of the layer's input, >= 0."""
+        return self.query.encode(self._checked(x))
+
+    def encode_key(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_key"]:
+        """Key features of the layer's input, >= 0."""
+        return self.key.encode(self._checked(x))
+
+    @override
+    def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
+        """Query features, then key features."""
+        return torch.cat([self.encode_query(x), self.encode_key(x)], dim=-1)
+
+    @override
+    def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
+        """Flattened [q_hat | k_hat], d_out = (n_heads + n_kv_heads) * d_head."""
+        query_acts, key_acts = feature_acts.split([self.cfg.d_query, self.cfg.d_key], dim=-1)
+        return torch.cat([self.query.decode(query_acts), self.key.decode(key_acts)], dim=-1)
+
+    @override
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_out"]:
+        return self.decode(self.encode(x))
+
+    def queries_keys(self, x: Float[Tensor, "batch pos d_model"]) -> QueriesKeys:
+        """Reconstructed queries and keys, by head."""
+        return QueriesKeys(
+            self.spec.split_queries(self.query.decode(self.encode_query(x))),
+            self.spec.split_keys(self.key.decode(self.encode_key(x))),
+        )
+
+    def scores(
+        self, x: Float[Tensor, "batch pos d_model"], source: Source = "transcoders"
+    ) -> Float[Tensor, "batch head pos_q pos_k"]:
+        """Scaled, unmasked scores of full sequences from position 0; see the class for the two sources."""
+        if source == "transcoders":
+            return attention_scores(*self.queries_keys(x), self.spec)
+        if source == "feature_map":
+            self.require_feature_map()
+            return self.feature_map.scores(self.encode_query(x), self.encode_key(x), self.decoders, self.spec)
+        raise ValueError(f"source must be 'transcoders' or 'feature_map', got {source!r}.")
+
+    def pattern(
+        self, x: Float[Tensor, "batch pos d_model"], source: Source = "transcoders"
+    ) -> Float[Tensor, "batch head pos_q pos_k"]:
+        """Reconstructed attention pattern, softmax over the allowed keys of `scores(x, source)`; rows sum to 1.
+
+        Args:
+            x: the layer's input for full, unpadded sequences from position 0.
+            source: "transcoders" or "feature_map".
+        Raises:
+            ValueError: x has the wrong width, or the dictionary has no feature map.
+        """
+        return pattern_from_scores(self.scores(x, source))
+
+    def pair_frame(self) -> pd.DataFrame:
+        """Kept pairs: query_feature, key_feature, head (d_query / d_key stand for the constant feature), weight in
+        [0, 1], and score_at_0, the pair's score per unit of both activations at offset 0."""
+        indices = self.feature_map.indices.cpu()
+        kernel = pair_kernel(self.feature_map.indices, self.decoders, self.spec, torch.zeros(1, dtype=torch.int64))
+        return pd.DataFrame(
+            {
+                "query_feature": indices[:, 0].numpy(),
+                "key_feature": indices[:, 1].numpy(),
+                "head": indices[:, 2].numpy(),
+                "weight": self.feature_map.weights.float().cpu().numpy(),
+                "score_at_0": kernel[:, 0].float().detach().cpu().numpy(),
+            }
+        )
+
+    def set_feature_map(self, feature_map: SparseFeatureMap) -> None:
+        """Replace the map (validated against this dictionary's sizes)."""
+        SparseFeatureMap(feature_map.indices, feature_map.weights, self.cfg.d_query, self.cfg.d_key, self.spec.n_heads)
+        self.feature_map = feature_map
+        self.cfg.n_pairs = len(feature_map)
+
+    def require_feature_map(self) -> None:
+        if not self.has_feature_map:
+            raise ValueError(
+                "This dictionary has no feature map: run step 2 (mask.training_tokens > 0) or use 'transcoders'."
+            )
+
+    def _checked(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.cfg.d_in:
+            raise ValueError(f"x must have width d_in = {self.cfg.d_in} in its last axis, got shape {list(x.shape)}.")
+        return x
+
+    # Patching, pretrained weights: one-line delegations, imported where they are used.
+
+    def fwd_hooks(
+        self,
+        model: Any,
+        source: Literal["transcoders", "feature_map", "model"] = "feature_map",
+        heads: Sequence[int] | None = None,
+        ablate_pairs: Pairs | None = None,
+        scale_pairs: Mapping[tuple[int, int, int], float] | None = None,
+        keep_pairs: Pairs | None = None,
+    ) -> list[tuple[str, Callable[..., Any]]]:
+        """Hooks that replace the layer's pattern; see `sae_lens_qk.patching.fwd_hooks`."""
+        from sae_lens_qk.patching import fwd_hooks
+
+        return fwd_hooks(self, model, source, heads, ablate_pairs, scale_pairs, keep_pairs)
+
+    def patched(self, model: Any, **kwargs: Any) -> AbstractContextManager[Any]:
+        """Context in which the model attends as reconstructed; see `sae_lens_qk.patching.patched`."""
+        from sae_lens_qk.patching import patched
+
+        return patched(self, model, **kwargs)
+
+    @classmethod
+    @override
+    def from_pretrained(  # type: ignore[override]
+        cls, release: str, sae_id: str | None = None, device: str = "cpu", dtype: str = "float32", **kwargs: Any
+    ) -> "BilinearQKDictionary":
+        """Load a shipped dictionary by name, or a local folder; see `sae_lens_qk.pretrained.from_pretrained`."""
+        from sae_lens_qk.pretrained import from_pretrained
+
+        return from_pretrained(cls, release, sae_id, device, dtype, **kwargs)
+
+    # The host's protocol.
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        indices = state_dict.pop("feature_map.indices")
+        state_dict["feature_map.digits"] = pack_indices(indices, self.query.W_dec.dtype)
+        state_dict["feature_map.weights"] = state_dict["feature_map.weights"].clamp(0, 1)
+        for name, tensor in state_dict.items():
+            state_dict[name] = tensor.contiguous()
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        """Decode the map's indices and check everything a damaged or foreign file could get wrong.
+
+        Raises:
+            ValueError: missing or unexpected tensors, wrong shapes, values that are not finite, bad pair indices.
+        """
+        if "feature_map.digits" in state_dict:
+            state_dict["feature_map.indices"] = unpack_indices(state_dict.pop("feature_map.digits"))
+        expected = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+        if expected != found:
+            name = sorted(set(expected.items()) ^ set(found.items()))[0][0]
+            raise ValueError(
+                f"The weights do not fit cfg.json: {name} should have shape {expected.get(name)}, the file has "
+                f"{found.get(name)}. The folder is damaged or mixes two dictionaries."
+            )
+        broken = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
+        if broken:
+            raise ValueError(f"The weights hold values that are not finite, first in {broken[0]}: download or train again.")
+        SparseFeatureMap(
+            state_dict["feature_map.indices"], state_dict["feature_map.weights"],
+            self.cfg.d_query, self.cfg.d_key, self.spec.n_heads,
+        )  # fmt: skip
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BilinearQKDictionary":
+        """Every cast and move ends here: keep the config and both halves in step with the weights."""
+        super()._apply(fn, recurse)
+        for module in (self, self.query, self.key):
+            module.dtype, module.device = self.query.W_dec.dtype, self.query.W_dec.device
+            module.cfg.dtype, module.cfg.device = str(module.dtype).removeprefix("torch."), str(module.device)
+        return self
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        self._apply(lambda tensor: tensor)
+        return keys
+
+    @classmethod
+    @override
+    def load_from_disk(  # type: ignore[override]
+        cls, path: str | Path, device: str = "cpu", dtype: str | None = None, **kwargs: Any
+    ) -> "BilinearQKDictionary":
+        """Load a folder written by `save_model`.
+
+        Raises:
+            FileNotFoundError: no cfg.json or sae_weights.safetensors there.
+            ValueError: the file is truncated, corrupted or does not fit its config.
+        """
+        for name in ("cfg.json", "sae_weights.safetensors"):
+            if not (Path(path) / name).is_file():
+                raise FileNotFoundError(f"{path} is not a dictionary folder: {name} is missing.")
+        try:
+            return super().load_from_disk(path, device=device, dtype=dtype, **kwargs)
+        except Exception as error:
+            if type(error).__name__ == "SafetensorError":
+                raise ValueError(f"{path}/sae_weights.safetensors is truncated or corrupted ({error}).") from error
+            raise
+
+    @override
+    def fold_W_dec_norm(self) -> None:
+        """Fold decoder norms into encoders, half by half; scores do not change."""
+        self.query.fold_W_dec_norm()
+        self.key.fold_W_dec_norm()
+
+    @override
+    def get_W_dec_norm(self) -> Float[Tensor, " d_sae"]:
+        return torch.cat([self.query.get_W_dec_norm(), self.key.get_W_dec_norm()])
+
+    @override
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        raise NotImplementedError(_REFUSALS["fold_activation_norm_scaling_factor"])
+
+    @override
+    def fold_activation_whitening(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(_REFUSALS["fold_activation_whitening"])
+
+    @override
+    def fold_and_get_W_dec_norm(self) -> Tensor:
+        raise NotImplementedError(_REFUSALS["fold_and_get_W_dec_norm"])
+
+    @override
+    def turn_on_forward_pass_hook_z_reshaping(self) -> None:
+        raise NotImplementedError(_REFUSALS["turn_on_forward_pass_hook_z_reshaping"])
+
+    @property
+    def hook_z_reshaping_mode(self) -> bool:  # what a bridge's add_sae reads first
+        raise NotImplementedError(_REFUSALS["add_sae"])
+
+    @hook_z_reshaping_mode.setter
+    def hook_z_reshaping_mode(self, value: bool) -> None:
+        if value:
+            raise NotImplementedError(_REFUSALS["add_sae"])
+
+    @property
+    def use_error_term(self) -> bool:  # type: ignore[override]  # what HookedSAETransformer.add_sae reads first
+        raise NotImplementedError(_REFUSALS["add_sae"])
+
+    @use_error_term.setter
+    def use_error_term(self, value: bool) -> None:
+        if value:
+            raise NotImplementedError(_REFUSALS["use_error_term"])
+
+
+_REFUSALS = {
+    "use_error_term": "A QK dictionary has two outputs and no error term: use d.patched(model).",
+    "add_sae": "A QK dictionary cannot be attached with add_sae (two decoders, one output hook): use d.patched(model), "
+    "or attach d.query and d.key, which are stock transcoders.",
+    "fold_activation_norm_scaling_factor": "QK dictionaries are trained without activation normalisation.",
+    "fold_activation_whitening": "QK dictionaries are trained without activation whitening.",
+    "fold_and_get_W_dec_norm": "There are two decoders: fold d.query and d.key, or call d.fold_W_dec_norm().",
+    "turn_on_forward_pass_hook_z_reshaping": "QK dictionaries read the layer's input, not hook_z.",
+}
+
+
+if ARCHITECTURE not in SAE_CLASS_REGISTRY:
+    register_sae_class(ARCHITECTURE, BilinearQKDictionary, BilinearQKConfig)

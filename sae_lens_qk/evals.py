@@ -1,0 +1,333 @@
+"""Every figure by which a dictionary is judged, with bootstrap intervals over rows.
+
+Definitions. Pattern figures are means over rows and queries, position 0 left out (its pattern is trivially 1):
+
+    pattern_kl   KL(P || P') = sum over allowed keys of P (log P - log P'), nats      pattern_tv   half the L1 distance
+    argmax_agreement   share of queries whose strongest key is the same
+    logit_kl     KL(clean || patched) of the next-token distribution, nats, mean over all positions
+    ce_recovered = (ce_zero - ce) / (ce_zero - ce_clean)        logit_kl_recovered = 1 - logit_kl / logit_kl_zero
+    score_explained = 1 - sum P (s~ - f~)^2 / sum P s~^2, s the model's score, f its feature x feature part,
+        tilde = minus the P-weighted mean over keys; score_explained_unweighted the same with equal weights;
+        norm_share = sum f^2 / sum s^2
+
+Baselines replace the pattern by zero (all 0), mean (average true pattern of each head, query, key), uniform (over the
+allowed keys) and shuffled (the true pattern of another row).
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_lens_qk.attention import allowed_keys, attention_scores, log_pattern, pattern_from_scores, pattern_kl
+from sae_lens_qk.host import Model, hook_names, layer_input
+from sae_lens_qk.patching import check_model, pattern_hooks
+
+if TYPE_CHECKING:
+    from sae_lens_qk.dictionary import BilinearQKDictionary, Source
+
+BASELINES = ("zero", "mean", "uniform", "shuffled")
+_N_BOOTSTRAP = 2000
+
+
+class Interval(NamedTuple):
+    """A figure with its 95 % bootstrap interval over rows."""
+
+    value: float
+    low: float
+    high: float
+
+
+class PatternResult(NamedTuple):
+    """What replacing the pattern by one source does; figures that make no sense for it are None."""
+
+    pattern_kl: Interval | None
+    pattern_kl_per_head: list[float] | None
+    pattern_tv: float
+    argmax_agreement: float | None
+    ce_loss: float
+    logit_kl: float
+    ce_recovered: Interval
+    logit_kl_recovered: Interval
+    score_explained: list[float] | None
+    """Per head; dictionary sources only, as the two below."""
+    score_explained_unweighted: list[float] | None
+    norm_share: list[float] | None
+
+
+class FeatureResult(NamedTuple):
+    """Firing of the features of both sides over all positions."""
+
+    l0_query: float
+    l0_key: float
+    live_query: int
+    live_key: int
+    """Features that fired at least once in the evaluated tokens."""
+    max_density_query: float
+    max_density_key: float
+    """Share of tokens on which the most frequent feature fires."""
+
+
+class MapResult(NamedTuple):
+    """Size of the feature map, with both sparsity denominators."""
+
+    n_pairs: int
+    n_pairs_without_constants: int
+    sparsity_of_all: float
+    sparsity_of_live: float
+    pairs_per_head: list[int]
+    active_pairs: float
+    """Mean number of kept pairs active at a (query, key) position, all heads together."""
+
+
+class Evaluation(NamedTuple):
+    """Result of `evaluate`."""
+
+    n_tokens: int
+    n_rows: int
+    ce_clean: float
+    sources: dict[str, PatternResult]
+    """By name: the dictionary's sources, then the baselines."""
+    features: FeatureResult
+    feature_map: MapResult | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return _plain(self)
+
+
+@torch.no_grad()
+def evaluate(
+    dictionary: "BilinearQKDictionary",
+    model: Model,
+    tokens: Int[Tensor, "row pos"],
+    *,
+    batch_size: int = 8,
+    baselines: tuple[str, ...] = BASELINES,
+    seed: int = 0,
+    progress: bool = False,
+) -> Evaluation:
+    """Patch every source into the model and measure pattern, loss and logits; see the module for the definitions.
+
+    Args:
+        tokens: whole rows, BOS first; the protocol is 256 tokens a row and the full split.
+        batch_size: rows in a forward pass, at least 2.
+        baselines: of `BASELINES`; "zero" is always measured, the recovered shares need it.
+    Raises:
+        ValueError: fewer than two rows, or an unknown baseline.
+        FingerprintError: the model is not the dictionary's.
+    """
+    unknown = set(baselines) - set(BASELINES)
+    if unknown or tokens.ndim != 2 or len(tokens) < 2 or batch_size < 2:
+        raise ValueError(
+            f"evaluate needs tokens [row >= 2, pos], batch_size >= 2 and baselines of {BASELINES}, "
+            f"got {list(tokens.shape)}, {batch_size} and {baselines}."
+        )
+    check_model(dictionary, model)
+    was_training = dictionary.training
+    dictionary.eval()
+    run = _Run(dictionary, model, tuple(dict.fromkeys(("zero", *baselines))))
+    batches = tokens.tensor_split(max(1, len(tokens) // batch_size))
+    try:
+        if "mean" in baselines:
+            run.average_pattern(batches)
+        for batch in tqdm(batches, desc="Evaluating", unit="batch", disable=not progress):
+            run.add(batch)
+    finally:
+        dictionary.train(was_training)
+    return run.result(np.random.default_rng(seed))
+
+
+class _Run:
+    """Sums over batches; one row of every table is one row of tokens, so that rows can be resampled."""
+
+    def __init__(self, dictionary: "BilinearQKDictionary", model: Model, baselines: tuple[str, ...]):
+        self.d, self.model = dictionary, model
+        self.layer = dictionary.cfg.layer
+        self.baselines = baselines
+        self.dictionary_sources: tuple[Source, ...] = (
+            ("transcoders", "feature_map") if dictionary.has_feature_map else ("transcoders",)
+        )
+        self.rows: dict[str, dict[str, list[Tensor]]] = {}
+        self.clean_ce: list[Tensor] = []
+        self.explained: dict[str, Tensor] = {}
+        self.fired = [torch.zeros(dictionary.cfg.d_query), torch.zeros(dictionary.cfg.d_key)]
+        self.active_pairs, self.n_tokens = 0.0, 0
+        self.mean_pattern: Tensor | None = None
+
+    def clean(self, tokens: Tensor, stop: bool = False) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Logits, layer input and scores of the untouched model; with `stop`, no logits."""
+        names, complete, seen = hook_names(self.model, self.layer), layer_input(self.model, self.layer), {}
+        hooks = [
+            (name, lambda value, hook, name=name: seen.__setitem__(name, value)) for name in (names.input, names.scores)
+        ]
+        options: dict[str, Any] = {"stop_at_layer": self.layer + 1} if stop else {}
+        logits = self.model.run_with_hooks(tokens, fwd_hooks=hooks, prepend_bos=False, **options)
+        return (None if stop else logits), complete(seen[names.input]), seen[names.scores].float()
+
+    def average_pattern(self, batches: tuple[Tensor, ...]) -> None:
+        total = sum(pattern_from_scores(self.clean(batch, stop=True)[2]).sum(dim=0) for batch in batches)
+        assert isinstance(total, Tensor)
+        self.mean_pattern = total / sum(len(batch) for batch in batches)
+
+    def add(self, tokens: Tensor) -> None:
+        logits, x, scores = self.clean(tokens)
+        assert logits is not None
+        true = log_pattern(scores)
+        log_probs = logits.float().log_softmax(dim=-1)
+        self.clean_ce.append(_cross_entropy(log_probs, tokens))
+        for name, log_made in self._patterns(x, true):
+            self._add_pattern(name, true, log_made)
+            made = torch.zeros_like(true) if log_made is None else log_made.exp()
+            hooks = pattern_hooks(self.model, self.layer, lambda x, scores, made=made: made)
+            patched = self.model.run_with_hooks(tokens, fwd_hooks=hooks, prepend_bos=False).float().log_softmax(dim=-1)
+            self._add(name, "ce", _cross_entropy(patched, tokens))
+            self._add(name, "logit_kl", (log_probs.exp() * (log_probs - patched)).sum(dim=-1).mean(dim=1))
+        self._add_features(x, scores, true.exp())
+
+    def _patterns(self, x: Tensor, true: Tensor) -> Iterator[tuple[str, Tensor | None]]:
+        for source in self.dictionary_sources:
+            yield source, log_pattern(self.d.scores(x, source))
+        for name in self.baselines:
+            if name == "zero":
+                yield name, None
+            elif name == "mean":
+                assert self.mean_pattern is not None
+                yield name, self.mean_pattern.log().expand_as(true)
+            elif name == "uniform":
+                yield name, log_pattern(torch.zeros_like(true))
+            else:
+                yield name, true.roll(1, dims=0)
+
+    def _add(self, name: str, figure: str, by_row: Tensor) -> None:
+        self.rows.setdefault(name, {}).setdefault(figure, []).append(by_row.double().cpu())
+
+    def _add_pattern(self, name: str, true: Tensor, made: Tensor | None) -> None:
+        probabilities = true.exp()
+        other = torch.zeros_like(probabilities) if made is None else made.exp()
+        self._add(name, "tv", 0.5 * (probabilities - other).abs().sum(dim=-1)[..., 1:].mean(dim=(1, 2)))
+        if made is None:
+            return
+        self._add(name, "kl", pattern_kl(true, made)[..., 1:].mean(dim=2))
+        same = probabilities.argmax(dim=-1) == other.argmax(dim=-1)
+        self._add(name, "argmax", same[..., 1:].double().mean(dim=(1, 2)))
+
+    def _add_features(self, x: Tensor, scores: Tensor, pattern: Tensor) -> None:
+        d, spec = self.d, self.d.spec
+        query_acts, key_acts = d.encode_query(x), d.encode_key(x)
+        for fired, acts in zip(self.fired, (query_acts, key_acts), strict=True):
+            fired += (acts > 0).sum(dim=(0, 1)).cpu()
+        self.n_tokens += x.shape[0] * x.shape[1]
+        without_bias = attention_scores(
+            spec.split_queries(query_acts @ d.query.W_dec), spec.split_keys(key_acts @ d.key.W_dec), spec
+        )
+        self._add_explained("transcoders", scores, without_bias, pattern)
+        if d.has_feature_map:
+            listed = d.feature_map
+            constant = (listed.indices[:, 0] == d.cfg.d_query) | (listed.indices[:, 1] == d.cfg.d_key)
+            features_only = listed.select(~constant).scores(query_acts, key_acts, d.decoders, spec, include_constant=False)
+            self._add_explained("feature_map", scores, features_only, pattern)
+            self.active_pairs += float(listed.count_active(query_acts, key_acts))
+
+    def _add_explained(self, name: str, scores: Tensor, features: Tensor, pattern: Tensor) -> None:
+        allowed = allowed_keys(scores.shape[-1], scores.device)
+        s, f = scores.masked_fill(~allowed, 0.0).double(), features.masked_fill(~allowed, 0.0).double()
+        equal = (allowed / allowed.sum(dim=-1, keepdim=True)).double()
+        sums = [s.square(), f.square()]
+        for P in (pattern.double(), equal):
+            s_centred, f_centred = (t - (P * t).sum(dim=-1, keepdim=True) for t in (s, f))
+            sums += [P * (s_centred - f_centred).square(), P * s_centred.square()]
+        by_head = torch.stack([t.sum(dim=(0, 2, 3)) for t in sums])
+        self.explained[name] = self.explained.get(name, torch.zeros_like(by_head)) + by_head
+
+    def result(self, generator: np.random.Generator) -> Evaluation:
+        tables = {name: {f: torch.cat(v).numpy() for f, v in rows.items()} for name, rows in self.rows.items()}
+        clean = torch.cat(self.clean_ce).double().numpy()
+        picks = generator.integers(0, len(clean), (_N_BOOTSTRAP, len(clean)))
+        return Evaluation(
+            n_tokens=self.n_tokens,
+            n_rows=len(clean),
+            ce_clean=float(clean.mean()),
+            sources={name: self._source_result(name, tables, clean, picks) for name in tables},
+            features=self._feature_result(),
+            feature_map=self._map_result() if self.d.has_feature_map else None,
+        )
+
+    def _source_result(
+        self, name: str, tables: dict[str, dict[str, np.ndarray]], clean: np.ndarray, picks: np.ndarray
+    ) -> PatternResult:
+        rows, zero = tables[name], tables["zero"]
+        kl = rows.get("kl")
+        explained = None
+        if name in self.explained:
+            s2, f2, error, variance, error_equal, variance_equal = self.explained[name].tolist()
+            explained = [
+                [1 - e / v for e, v in zip(error, variance, strict=True)],
+                [1 - e / v for e, v in zip(error_equal, variance_equal, strict=True)],
+                [f / s for f, s in zip(f2, s2, strict=True)],
+            ]
+        return PatternResult(
+            pattern_kl=None if kl is None else _interval(lambda at: kl[at].mean(axis=(-1, -2)), picks),
+            pattern_kl_per_head=None if kl is None else kl.mean(axis=0).tolist(),
+            pattern_tv=float(rows["tv"].mean()),
+            argmax_agreement=float(rows["argmax"].mean()) if "argmax" in rows else None,
+            ce_loss=float(rows["ce"].mean()),
+            logit_kl=float(rows["logit_kl"].mean()),
+            ce_recovered=_interval(
+                lambda at: (zero["ce"][at] - rows["ce"][at]).mean(-1) / (zero["ce"][at] - clean[at]).mean(-1), picks
+            ),
+            logit_kl_recovered=_interval(
+                lambda at: 1 - rows["logit_kl"][at].mean(-1) / zero["logit_kl"][at].mean(-1), picks
+            ),
+            score_explained=explained[0] if explained else None,
+            score_explained_unweighted=explained[1] if explained else None,
+            norm_share=explained[2] if explained else None,
+        )
+
+    def _feature_result(self) -> FeatureResult:
+        (query, key), n = self.fired, self.n_tokens
+        return FeatureResult(
+            l0_query=float(query.sum() / n), l0_key=float(key.sum() / n),
+            live_query=int((query > 0).sum()), live_key=int((key > 0).sum()),
+            max_density_query=float(query.max() / n), max_density_key=float(key.max() / n),
+        )  # fmt: skip
+
+    def _map_result(self) -> MapResult:
+        listed, cfg, n_heads = self.d.feature_map, self.d.cfg, self.d.spec.n_heads
+        query, key, head = listed.indices.unbind(dim=1)
+        between_features = int(((query < cfg.d_query) & (key < cfg.d_key)).sum())
+        live_query, live_key = (int((fired > 0).sum()) for fired in self.fired)
+        rows = sum(len(batch) for batch in self.clean_ce)
+        n_pos = self.n_tokens // rows
+        return MapResult(
+            n_pairs=len(listed),
+            n_pairs_without_constants=between_features,
+            sparsity_of_all=1 - between_features / (cfg.d_query * cfg.d_key * n_heads),
+            sparsity_of_live=1 - between_features / max(1, live_query * live_key * n_heads),
+            pairs_per_head=torch.bincount(head, minlength=n_heads).tolist(),
+            active_pairs=self.active_pairs / (rows * n_pos * (n_pos + 1) / 2),
+        )
+
+
+def _cross_entropy(log_probs: Float[Tensor, "row pos vocab"], tokens: Int[Tensor, "row pos"]) -> Float[Tensor, " row"]:
+    """Mean next-token loss of each row, nats."""
+    return -log_probs[:, :-1].gather(2, tokens[:, 1:, None])[..., 0].mean(dim=1)
+
+
+def _interval(figure: Any, picks: np.ndarray) -> Interval:
+    """`figure` of all rows, and its 2.5 and 97.5 percentiles over resampled rows (paired: the same rows everywhere)."""
+    drawn = np.concatenate([np.atleast_1d(figure(chunk)) for chunk in np.array_split(picks, 20)])
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Interval(float(figure(np.arange(picks.shape[1]))), float(low), float(high))
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "_asdict"):
+        return {name: _plain(item) for name, item in value._asdict().items()}
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return value

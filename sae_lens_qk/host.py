@@ -1,0 +1,359 @@
+"""The one file that touches transformer_lens and sae_lens internals: reads a layer off a model, proves it, names hooks.
+
+Supported: TransformerBridge (plain and in compatibility mode) and HookedTransformer (processed or not) with learned
+positions (GPT-2), rotary embeddings in rotate-half order, full or partial (Llama, GPT-NeoX), and grouped keys. What is not
+supported is refused by name in `_refuse_unsupported`; to support a variant, teach `AttentionSpec` and `attention.py` about
+it, read it here, and drop its refusal. `check_host` then proves the reading on the model itself.
+"""
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+
+from sae_lens_qk.attention import AttentionSpec, allowed_keys, attention_scores, pattern_from_scores
+
+logger = logging.getLogger("sae_lens_qk")
+
+Model = TransformerBridge | HookedTransformer
+
+TOLERANCE = 1e-5
+"""Largest error of a rebuilt tensor, relative to max(1, largest score), in float32."""
+
+# Relative distance of fingerprints: equal weights, weights rounded to bfloat16, the same model in another precision.
+_SAME, _ROUNDED, _NEAR = 1e-5, 4e-3, 0.15
+
+_PROVEN: WeakKeyDictionary[Any, dict[int, tuple[float, ...]]] = WeakKeyDictionary()
+"""Layers already proven by `check_host`, with the fingerprint they had: a memo, dropped with its model."""
+
+
+class UnsupportedModelError(ValueError):
+    """The model, or the way it is called, has something this package does not compute; the message names it."""
+
+
+class HostMismatchError(RuntimeError):
+    """What was rebuilt from the weights is not what the model's own hooks show."""
+
+
+class FingerprintError(ValueError):
+    """A dictionary meets weights it was not trained on."""
+
+
+class HookNames(NamedTuple):
+    """Canonical hook names of one attention layer, each verified to exist."""
+
+    input: str
+    queries: str
+    keys: str
+    scores: str
+    pattern: str
+
+
+class QKWeights(NamedTuple):
+    """W_Q and W_K of one layer, by head."""
+
+    W_Q: Float[Tensor, "head d_model d_head"]
+    b_Q: Float[Tensor, "head d_head"]
+    W_K: Float[Tensor, "kv_head d_model d_head"]
+    b_K: Float[Tensor, "kv_head d_head"]
+
+    def queries(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch head d_head"]:
+        """q[i,h] = x[i] W_Q[h] + b_Q[h]."""
+        return (x @ self.W_Q.transpose(0, 1).flatten(1)).unflatten(-1, self.b_Q.shape) + self.b_Q
+
+    def keys(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch kv_head d_head"]:
+        """k[j,g] = x[j] W_K[g] + b_K[g]."""
+        return (x @ self.W_K.transpose(0, 1).flatten(1)).unflatten(-1, self.b_K.shape) + self.b_K
+
+    def to(self, *args: torch.device | torch.dtype | str) -> "QKWeights":
+        return QKWeights(*(tensor.to(*args) for tensor in self))
+
+    def fingerprint(self) -> tuple[float, ...]:
+        """W_Q r, then W_K r, for the fixed r_i = sin(i^2), to seven digits."""
+        r = torch.arange(1, self.W_Q.shape[1] + 1, dtype=torch.float64, device=self.W_Q.device).square().sin()
+        projected = torch.cat([torch.einsum("hmd,m->hd", W.double(), r).flatten() for W in (self.W_Q, self.W_K)])
+        return tuple(float(f"{value:.7g}") for value in projected.tolist())
+
+
+class HostReport(NamedTuple):
+    """Largest absolute errors of what was rebuilt from the weights, against the model's own hooks."""
+
+    queries: float
+    keys: float
+    scores: float
+    pattern: float
+    max_score: float
+    logit_change: float
+    """Largest change of a logit when the pattern is overwritten by the uniform one: proof that the hook is live."""
+
+
+def model_mode(model: Model) -> str:
+    """bridge, bridge_compatibility, hooked or hooked_processed (LayerNorm folded)."""
+    if isinstance(model, TransformerBridge):
+        return "bridge_compatibility" if model.compatibility_mode else "bridge"
+    if isinstance(model, HookedTransformer):
+        folded = model.cfg.normalization_type in ("LNPre", "RMSPre")
+        return "hooked_processed" if folded else "hooked"
+    raise UnsupportedModelError(
+        f"Expected a TransformerBridge or a HookedTransformer, got {type(model).__name__}: load it with qk.load_model."
+    )
+
+
+def attention_spec(model: Model, layer: int) -> AttentionSpec:
+    """Read the layer's attention off the model.
+
+    Raises:
+        UnsupportedModelError: QK-norm, softcap, sliding window, ALiBi, scaled or adjacent-pair rotary, inert hooks.
+        ValueError: layer out of range.
+    """
+    attn = _attention(model, layer)
+    _refuse_unsupported(model, layer)
+    weights = qk_weights(model, layer)
+    n_heads, d_model, d_head = weights.W_Q.shape
+    if isinstance(model, HookedTransformer):
+        scale = 1.0 / attn.attn_scale
+        inv_freq = _hooked_inv_freq(model)
+    else:
+        scale = getattr(attn.original_component, "scaling", None) or d_head**-0.5
+        inv_freq = next((module.inv_freq for module in _rotary_modules(model)), torch.empty(0))
+    return AttentionSpec(n_heads, len(weights.W_K), d_head, d_model, float(scale), tuple(inv_freq.float().tolist()))
+
+
+def qk_weights(model: Model, layer: int) -> QKWeights:
+    """W_Q, b_Q, W_K, b_K of one layer, detached; missing biases are zeros; grouped keys are not repeated."""
+    attn = _attention(model, layer)
+    grouped = isinstance(model, HookedTransformer) and hasattr(attn, "_W_K")
+    W_Q, b_Q = attn.W_Q, attn.b_Q
+    W_K, b_K = (attn._W_K, attn._b_K) if grouped else (attn.W_K, attn.b_K)
+    zeros = [weight.new_zeros(weight.shape[0], weight.shape[2]) for weight in (W_Q, W_K)]
+    biases = [zero if bias is None else bias for zero, bias in zip(zeros, (b_Q, b_K), strict=True)]
+    return QKWeights(W_Q.detach(), biases[0].detach(), W_K.detach(), biases[1].detach())
+
+
+def hook_names(model: Model, layer: int) -> HookNames:
+    """Canonical hook names of the layer, checked: models silently ignore names they do not know.
+
+    `input` is the tensor that W_Q and W_K multiply, except for an unprocessed HookedTransformer, which has no such
+    hook: there it is the LayerNorm before its gain and bias, and `layer_input` completes it.
+    """
+    _attention(model, layer)
+    block = f"blocks.{layer}"
+    if isinstance(model, TransformerBridge):
+        attn_names = ("hook_in", "q.hook_out", "k.hook_out", "hook_attn_scores", "hook_pattern")
+        names = HookNames(*(f"{block}.attn.{name}" for name in attn_names))
+    else:
+        attn_names = ("hook_q", "hook_k", "hook_attn_scores", "hook_pattern")
+        names = HookNames(f"{block}.ln1.hook_normalized", *(f"{block}.attn.{name}" for name in attn_names))
+    missing = [name for name in names if name not in model.hook_dict]
+    if missing:
+        raise UnsupportedModelError(f"The model has no hook {missing[0]}.")
+    return names
+
+
+def layer_input(model: Model, layer: int) -> Callable[[Tensor], Tensor]:
+    """Function from the value at `hook_names(model, layer).input` to the tensor that W_Q and W_K multiply."""
+    if model_mode(model) != "hooked":
+        return lambda hooked: hooked
+    norm = model.blocks[layer].ln1
+    bias = getattr(norm, "b", None)
+    return lambda hooked: hooked * norm.w if bias is None else hooked * norm.w + bias
+
+
+def n_layers(model: Model) -> int:
+    return int(model.cfg.n_layers)
+
+
+def check_attention_call(x: Tensor, pattern_or_scores: Tensor) -> None:
+    """Refuse calls whose pattern is not that of full, unpadded sequences from position 0.
+
+    Raises:
+        UnsupportedModelError: generation with a KV cache (one query row, shifted columns).
+    """
+    n_query, n_key = pattern_or_scores.shape[-2:]
+    if not x.shape[1] == n_query == n_key:
+        raise UnsupportedModelError(
+            f"The pattern has {n_query} queries and {n_key} keys for {x.shape[1]} positions: generation with a KV cache "
+            "is not supported, call the model on full sequences (use_past_kv_cache=False)."
+        )
+
+
+def check_allowed_keys(scores: Tensor) -> None:
+    """Refuse scores masked otherwise than causally.
+
+    Raises:
+        UnsupportedModelError: padded input, or a window the spec does not know.
+    """
+    allowed = scores > -1e30  # hosts mask with -inf or with the smallest float
+    if not (allowed == allowed_keys(scores.shape[-1], scores.device)).all():
+        raise UnsupportedModelError("The model masks more than future keys: padded input is not supported.")
+
+
+@torch.no_grad()
+def check_host(model: Model, layer: int, tokens: Tensor | None = None) -> HostReport:
+    """Prove that this package computes what the model computes: rebuild q, k, scores and pattern from weights.
+
+    Models in reduced precision are proven on a float32 copy. Success is remembered for the model and its weights.
+
+    Args:
+        tokens: [batch, pos] to try on; default: two random sequences of 17.
+    Returns:
+        Largest errors; all within `TOLERANCE * max(1, max |score|)`.
+    Raises:
+        UnsupportedModelError: the model has a feature this package does not compute, or its pattern hook is inert.
+        HostMismatchError: rebuilt and hooked tensors differ.
+    """
+    spec = attention_spec(model, layer)
+    if qk_weights(model, layer).W_Q.dtype != torch.float32:
+        model = copy.deepcopy(model).to(torch.float32)
+    weights, names, complete = qk_weights(model, layer), hook_names(model, layer), layer_input(model, layer)
+    if tokens is None:
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, int(model.cfg.d_vocab), (2, 17), generator=generator)
+    tokens = tokens.to(weights.W_Q.device)
+
+    seen: dict[str, Tensor] = {}
+    recorders = [(name, lambda value, hook, name=name: seen.__setitem__(name, value.detach().clone())) for name in names]
+    logits = model.run_with_hooks(tokens, fwd_hooks=recorders, prepend_bos=False)
+    unheard = [name for name in names if name not in seen]
+    if unheard:
+        raise UnsupportedModelError(f"The hook {unheard[0]} never fires in this model.")
+    x = complete(seen[names.input])
+    check_attention_call(x, seen[names.scores])
+    check_allowed_keys(seen[names.scores])
+
+    queries, keys = weights.queries(x), weights.keys(x)
+    scores = attention_scores(queries, keys, spec)
+    allowed = allowed_keys(scores.shape[-1], scores.device)
+    max_score = float(scores[..., allowed].abs().max())
+    errors = {
+        "queries": _largest(queries.flatten(2) - seen[names.queries].flatten(2)),
+        "keys": _largest(keys.flatten(2) - seen[names.keys].flatten(2)),
+        "scores": _largest((scores - seen[names.scores])[..., allowed]),
+        "pattern": _largest(pattern_from_scores(scores) - seen[names.pattern]),
+    }
+    limit = TOLERANCE * max(1.0, max_score, _largest(queries), _largest(keys))
+    for name, error in errors.items():
+        if not error <= limit:
+            raise HostMismatchError(
+                f"Rebuilding layer {layer}: {name} differ from the model's own by {error:.2e}, more than {limit:.2e}. "
+                "This package does not compute this model's attention; please report the architecture."
+            )
+
+    uniform = allowed / allowed.sum(dim=-1, keepdim=True)
+    overwrite = [(names.pattern, lambda pattern, hook: uniform.to(pattern.dtype).expand_as(pattern))]
+    change = _largest(model.run_with_hooks(tokens, fwd_hooks=overwrite, prepend_bos=False) - logits)
+    if change == 0.0:
+        raise UnsupportedModelError(f"Overwriting {names.pattern} does not change the logits: the hook is inert.")
+    return HostReport(**errors, max_score=max_score, logit_change=change)
+
+
+def prove_once(model: Model, layer: int) -> None:
+    """`check_host`, unless this layer of this model was proven with these weights before."""
+    fingerprint = qk_weights(model, layer).fingerprint()
+    proven = _PROVEN.setdefault(model, {})
+    if proven.get(layer) != fingerprint:
+        check_host(model, layer)
+        proven[layer] = fingerprint
+
+
+def check_fingerprint(expected: Sequence[float], model: Model, layer: int, trained_on: str) -> None:
+    """Compare a dictionary's fingerprint with a model's layer.
+
+    Relative distance up to 1e-5: the same weights; up to 4e-3 (rounding to bfloat16): a notice in the log; up to 0.15:
+    a warning with the distance (another precision of the same model); more: an error.
+
+    Raises:
+        FingerprintError: other weights, another layer, or the same model with LayerNorm folded.
+    """
+    found = torch.tensor(qk_weights(model, layer).fingerprint(), dtype=torch.float64)
+    wanted = torch.tensor(expected, dtype=torch.float64)
+    distance = math.inf if len(found) != len(wanted) else float((found - wanted).norm() / wanted.norm())
+    if distance > _NEAR:
+        raise FingerprintError(
+            f"This dictionary was trained on {trained_on}; layer {layer} of this model ({model_mode(model)}) has other "
+            f"weights (relative distance {distance:.2g}). Load its own model with qk.load_model(d)."
+        )
+    if distance > _ROUNDED:
+        logger.warning("the model's W_Q, W_K differ from those of %s by %.2g (relative)", trained_on, distance)
+    elif distance > _SAME:
+        logger.info("the model's W_Q, W_K are those of %s, rounded (relative distance %.2g)", trained_on, distance)
+
+
+def _attention(model: Model, layer: int) -> Any:
+    model_mode(model)
+    if not 0 <= layer < n_layers(model):
+        raise ValueError(f"layer must lie in [0, {n_layers(model) - 1}], got {layer}.")
+    return model.blocks[layer].attn
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max())
+
+
+def _rotary_modules(model: TransformerBridge) -> list[Any]:
+    """Rotary embeddings of the model underneath, without repeats."""
+    modules = [module for module in model.original_model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
+    return list({module.inv_freq.data_ptr(): module for module in modules}.values())
+
+
+def _hooked_inv_freq(model: HookedTransformer) -> Tensor:
+    cfg = model.cfg
+    if cfg.positional_embedding_type != "rotary" or cfg.rotary_dim is None:
+        return torch.empty(0)
+    exponent = torch.arange(cfg.rotary_dim // 2, dtype=torch.float32) / (cfg.rotary_dim / 2)
+    return 1.0 / torch.as_tensor(cfg.rotary_base, dtype=torch.float32) ** exponent
+
+
+def _refuse_unsupported(model: Model, layer: int) -> None:
+    features = _hooked_features(model, layer) if isinstance(model, HookedTransformer) else _bridge_features(model, layer)
+    present = [name for name, found in features.items() if found]
+    if present:
+        raise UnsupportedModelError(f"Layer {layer} of this model uses {present[0]}, which is not supported yet.")
+
+
+def _hooked_features(model: HookedTransformer, layer: int) -> dict[str, bool]:
+    cfg = model.cfg
+    return {
+        "QK-norm": bool(getattr(cfg, "use_qk_norm", False)),
+        "a softcap on attention scores": cfg.attn_scores_soft_cap > 0,
+        "a sliding window": model.blocks[layer].attn.attn_type == "local",
+        "ALiBi": cfg.positional_embedding_type == "alibi",
+        "positions that are neither learned nor rotary": cfg.positional_embedding_type
+        not in ("standard", "rotary", "alibi"),
+        "scaled rotary embeddings": bool(getattr(cfg, "use_NTK_by_parts_rope", False))
+        or bool(getattr(cfg, "use_yarn_rope", False)),
+        "rotary embeddings of adjacent pairs": cfg.positional_embedding_type == "rotary" and bool(cfg.rotary_adjacent_pairs),
+        "bidirectional attention": cfg.attention_dir != "causal",
+    }
+
+
+def _bridge_features(model: TransformerBridge, layer: int) -> dict[str, bool]:
+    attn, config = model.blocks[layer].attn, model.original_model.config
+    component = attn.original_component
+    window = getattr(component, "sliding_window", None)
+    if window is None and not hasattr(component, "sliding_window"):  # Mistral keeps it in the config alone
+        layer_types = getattr(config, "layer_types", None)
+        full = layer_types is not None and layer_types[layer] == "full_attention"
+        window = None if full else getattr(config, "sliding_window", None)
+    rotaries = _rotary_modules(model)
+    rope = getattr(config, "rope_parameters", None) or {}
+    return {
+        "QK-norm": any(getattr(component, name, None) is not None for name in ("q_norm", "q_layernorm", "qk_layernorm")),
+        "a softcap on attention scores": getattr(component, "attn_logit_softcapping", None) is not None,
+        "a sliding window": window is not None,
+        "ALiBi": bool(getattr(config, "alibi", False)) or getattr(config, "model_type", "") in ("bloom", "mpt"),
+        "several rotary embeddings": len(rotaries) > 1,
+        "scaled rotary embeddings": rope.get("rope_type", "default") != "default"
+        or any(getattr(module, "attention_scaling", 1.0) != 1.0 for module in rotaries),
+        "a pattern hook that is inert (the bridge runs the original attention)": type(attn).forward
+        is AttentionBridge.forward,
+    }

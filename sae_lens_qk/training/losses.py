@@ -1,0 +1,60 @@
+"""Losses of both training steps, as functions of tensors."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sae_lens_qk.attention import AttentionSpec, attention_scores, log_pattern, pattern_kl
+
+
+def pattern_losses(
+    queries: Float[Tensor, "batch pos head d_head"],
+    keys: Float[Tensor, "batch pos kv_head d_head"],
+    q_hat: Float[Tensor, "batch pos head d_head"],
+    k_hat: Float[Tensor, "batch pos kv_head d_head"],
+    spec: AttentionSpec,
+) -> dict[str, Float[Tensor, ""]]:
+    """KL(P || P[q_hat, k_hat]), KL(P || P[q_hat, k]), KL(P || P[q, k_hat]): means over batch, head and query, in nats.
+
+    The half-reconstruction terms fix the gauge q -> A^T q, k -> A^-1 k that the full one leaves free.
+    Source: kwynroe/sparse_QK, training loss since May 2024.
+    """
+    with torch.no_grad():
+        true = log_pattern(attention_scores(queries, keys, spec))
+    losses: dict[str, Tensor] = {}
+    for name, q, k in (("kl_full", q_hat, k_hat), ("kl_query", q_hat, keys), ("kl_key", queries, k_hat)):
+        losses[name] = pattern_kl(true, log_pattern(attention_scores(q, k, spec))).mean()
+    return losses
+
+
+def sqrt_penalty(acts: Float[Tensor, "tokens d"], W_dec: Float[Tensor, "d d_out"], eps: float = 1e-7) -> Float[Tensor, ""]:
+    """mean over tokens of sum over features of sqrt(act * ||decoder row|| + eps): independent of the batch size."""
+    return (acts * W_dec.norm(dim=1) + eps).sqrt().sum(dim=1).mean()
+
+
+def relative_mse(
+    target: Float[Tensor, "tokens d_out"], output: Float[Tensor, "tokens d_out"], scale_from: Tensor | None = None
+) -> Float[Tensor, ""]:
+    """Squared error over the variance of `scale_from` (default: of the target)."""
+    reference = target if scale_from is None else scale_from
+    variance = (reference - reference.mean(dim=0)).pow(2).sum(dim=1).mean()
+    return (output - target).pow(2).sum(dim=1).mean() / variance.clamp(min=1e-12)
+
+
+def dead_feature_loss(
+    residual: Float[Tensor, "tokens d_out"],
+    hidden_pre: Float[Tensor, "tokens d"],
+    W_dec: Float[Tensor, "d d_out"],
+    dead: Bool[Tensor, " d"],
+    k: int,
+) -> Float[Tensor, ""]:
+    """The k strongest dead features of each token reconstruct what the live ones left over.
+
+    Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", appendix A.2.
+    """
+    n_dead = int(dead.sum())
+    if n_dead == 0:
+        return residual.new_zeros(())
+    strongest = hidden_pre[:, dead].topk(min(k, n_dead), dim=1)
+    acts = torch.zeros_like(hidden_pre[:, dead]).scatter(1, strongest.indices, strongest.values.relu())
+    return relative_mse(residual.detach(), acts @ W_dec[dead]) * min(1.0, n_dead / k)

@@ -1,0 +1,261 @@
+"""BilinearQKTrainingRunner: both training steps in SAELens's trainer, from a config to a saved dictionary."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset, load_dataset
+from jaxtyping import Float
+from sae_lens.saes.sae import SAEMetadata, TrainingSAE
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
+
+from sae_lens_qk.config import BilinearQKRunnerConfig, MaskTrainingConfig
+from sae_lens_qk.dictionary import BilinearQKDictionary
+from sae_lens_qk.host import Model, attention_spec, hook_names, layer_input, model_mode, prove_once, qk_weights
+from sae_lens_qk.models import load_model
+from sae_lens_qk.training.cache import InputCache, fill_cache
+from sae_lens_qk.training.mask import MaskTrainingSAE, choose_candidates, pair_importance
+from sae_lens_qk.training.transcoders import TranscodersTrainingSAE
+
+logger = logging.getLogger("sae_lens_qk")
+
+_TRANSCODERS, _MASK, _STEP_1_DONE = "transcoders", "mask", "transcoders_final"
+
+
+class BilinearQKTrainingRunner:
+    """Train a dictionary as configured: transcoders (step 1), then the mask over feature pairs (step 2).
+
+    Checkpoints go to `<checkpoint_path>/transcoders/<tokens>` and `<checkpoint_path>/mask/<tokens>`; the finished
+    dictionary to `output_path`. With `resume_from_checkpoint=<checkpoint_path>` a run goes on from its newest checkpoint.
+
+    Args:
+        cfg: not changed by training.
+        override_model: a bridge or HookedTransformer instead of `cfg.model_name`.
+        override_dataset: instead of `cfg.dataset_path`; column `cfg.text_column`, or `tokens` / `input_ids`.
+    Raises:
+        ValueError: a config that cannot run on this model or dataset, before anything is written.
+    """
+
+    def __init__(
+        self,
+        cfg: BilinearQKRunnerConfig,
+        override_model: Model | None = None,
+        override_dataset: Dataset | IterableDataset | None = None,
+    ):
+        self.model: Model = override_model or load_model(cfg.model_name, cfg.llm_device or cfg.device)
+        spec = attention_spec(self.model, cfg.layer)  # raises for a layer out of range or an unsupported model
+        mode = model_mode(self.model)
+        if mode == "hooked":
+            raise ValueError(
+                "An unprocessed HookedTransformer has no hook at the input of W_Q and W_K: train on a bridge "
+                "(qk.load_model) or on HookedTransformer.from_pretrained."
+            )
+        prove_once(self.model, cfg.layer)
+        self.weights = qk_weights(self.model, cfg.layer)
+        shared = dict(
+            d_in=spec.d_model, attention=spec.to_dict(), model_name=cfg.model_name, model_mode=mode, layer=cfg.layer,
+            hook_name=hook_names(self.model, cfg.layer).input, fingerprint=list(self.weights.fingerprint()),
+            device=cfg.device, dtype=cfg.dtype,
+        )  # fmt: skip
+        self.cfg = replace(cfg, hook_name=shared["hook_name"], sae=replace(cfg.sae, **shared))
+        self.cfg.checkpoint_path = cfg.checkpoint_path
+        self.dataset = override_dataset if override_dataset is not None else load_text(cfg.dataset_path, cfg.text_column)
+        self._shared = shared
+        self._check_data()
+
+    def run(self) -> BilinearQKDictionary:
+        """Train both steps and save.
+
+        Returns:
+            The dictionary in its published form, as saved under `output_path`.
+        Raises:
+            NonFiniteLossError: NaN or infinite loss; the last checkpoint is good.
+        """
+        torch.manual_seed(self.cfg.seed)
+        cache = self._fill_cache() if self.cfg.input_cache_path else None
+        dictionary = self._finished_step_1() or self._run_transcoders(cache)
+        if self.cfg.mask.training_tokens:
+            dictionary = self._run_mask(dictionary, cache)
+        if self.cfg.output_path is not None:
+            self._save(dictionary, Path(self.cfg.output_path))
+        return dictionary
+
+    def _run_transcoders(self, cache: InputCache | None) -> BilinearQKDictionary:
+        sae = TranscodersTrainingSAE(replace(self.cfg.sae, metadata=SAEMetadata()))
+        checkpoint = self._newest_checkpoint(_TRANSCODERS)
+        first = None if checkpoint else torch.cat(list(self._some_rows(cache, 64))).flatten(0, 1)
+        sae.attach(self.weights, self.cfg.context_size, first)
+        self._fit(sae, self.cfg, _TRANSCODERS, cache, checkpoint, seed=self.cfg.seed)
+        if self.cfg.sae.activation != "relu":
+            rows = (batch.flatten(0, 1) for batch in self._some_rows(cache, 160))
+            report = sae.calibrate(rows)
+            logger.info("thresholds calibrated to mean L0 = k: %s", report)
+        dictionary = sae.to_dictionary()
+        if self.cfg.checkpoint_path is not None:
+            dictionary.save_model(Path(self.cfg.checkpoint_path) / _STEP_1_DONE)
+        return dictionary
+
+    def _run_mask(self, dictionary: BilinearQKDictionary, cache: InputCache | None) -> BilinearQKDictionary:
+        settings, cfg = self.cfg.mask, self.cfg.mask_step()
+        cfg.checkpoint_path = self.cfg.checkpoint_path
+        checkpoint = self._newest_checkpoint(_MASK)
+        n_rows = max(1, settings.ranking_tokens // self.cfg.context_size)
+        # ranking is deterministic, so a resumed run finds the same candidates
+        importance = pair_importance(dictionary, self.weights, self._some_rows(cache, n_rows))
+        candidates = choose_candidates(importance, settings.n_candidates)
+        steps = settings.training_tokens // self.cfg.train_batch_size_tokens
+        mask_cfg = MaskTrainingConfig(
+            **self._shared, d_query=dictionary.cfg.d_query, d_key=dictionary.cfg.d_key, n_pairs=len(candidates),
+            half_architecture=dictionary.cfg.half_architecture, max_pairs=settings.n_pairs,
+            sparsity_coefficient=settings.sparsity_coefficient, prune_steps=int(steps * settings.prune_until),
+        )  # fmt: skip
+        sae = MaskTrainingSAE(mask_cfg)
+        query, key, head = candidates.indices.unbind(dim=1)
+        sae.attach(self.weights, self.cfg.context_size, dictionary, candidates, importance[head, query, key])
+        del importance
+        self._fit(sae, cfg, _MASK, cache, checkpoint, seed=self.cfg.seed + 1)
+        return sae.to_dictionary()
+
+    def _fit(
+        self, sae: TrainingSAE[Any], cfg: BilinearQKRunnerConfig, step: str, cache: InputCache | None,
+        checkpoint: Path | None, seed: int,
+    ) -> None:  # fmt: skip
+        """One SAETrainer run, from the start or from a checkpoint."""
+        trainer_cfg = cfg.to_sae_trainer_config()
+        if self.cfg.checkpoint_path is not None:
+            trainer_cfg.checkpoint_path = str(Path(self.cfg.checkpoint_path) / step)
+        store = self._store() if cache is None else None
+        save_store: Callable[[Path | None], None] | None = None
+        if store is not None:
+            save_store = lambda checkpoint_path: store.save_to_checkpoint(checkpoint_path) if checkpoint_path else None  # noqa: E731
+        data: Iterator[Tensor] = store if store is not None else cache.batches(self.cfg.rows_per_batch, seed=seed)  # type: ignore[union-attr]
+        trainer = ProgressTrainer(trainer_cfg, sae, data, save_checkpoint_fn=save_store)  # type: ignore[arg-type]
+        if checkpoint is not None:
+            logger.info("resuming %s from %s", step, checkpoint)
+            trainer.load_trainer_state(checkpoint)
+            trainer.n_training_steps += 1  # the host saves it before counting the step
+            trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t > trainer.n_training_samples]
+            sae.load_weights_from_checkpoint(checkpoint)
+            if store is not None:
+                store.load_from_checkpoint(checkpoint)
+            else:
+                data.step = trainer.n_training_steps  # type: ignore[union-attr]
+        try:
+            trainer.fit()
+        except KeyboardInterrupt:
+            logger.warning(
+                "interrupted after %d tokens of %s; go on with resume_from_checkpoint=%s",
+                trainer.n_training_samples, step, self.cfg.checkpoint_path,
+            )  # fmt: skip
+            raise
+
+    def _check_data(self) -> None:
+        """One batch from the store against a direct forward pass: whole sequences, in order.
+
+        Raises:
+            ValueError: the dataset is shorter than one batch.
+            RuntimeError: the store's order is not the dataset's.
+        """
+        store, n_rows = self._store(), self.cfg.rows_per_batch
+        try:
+            tokens = store.get_batch_tokens(batch_size=n_rows, raise_at_epoch_end=True)
+        except (StopIteration, RuntimeError) as end:
+            raise ValueError(
+                f"The dataset is shorter than one batch of {n_rows} rows of {self.cfg.context_size} tokens: "
+                "give a longer dataset or a smaller train_batch_size_tokens."
+            ) from end
+        name, complete, seen = self.cfg.hook_name, layer_input(self.model, self.cfg.layer), []
+        with torch.no_grad():
+            hooks = [(name, lambda value, hook: seen.append(complete(value).detach()))]
+            self.model.run_with_hooks(tokens, fwd_hooks=hooks, prepend_bos=False)
+        batch = next(self._store()).unflatten(0, (n_rows, self.cfg.context_size))
+        difference = float((batch - seen[0].to(batch)).abs().max())
+        if difference > 1e-4 * max(1.0, float(batch.abs().max())):
+            raise RuntimeError(
+                f"SAELens's store does not serve the dataset's sequences in order (difference {difference:.2g}): the "
+                "installed sae-lens version is not one this package was tested with."
+            )
+
+    def _store(self) -> ActivationsStore:
+        return ActivationsStore.from_config(self.model, self.cfg, override_dataset=self.dataset)  # type: ignore[arg-type]
+
+    def _fill_cache(self) -> InputCache:
+        cfg = self.cfg
+        assert cfg.input_cache_path is not None
+        identity = dict(
+            model_name=cfg.model_name, hook_name=cfg.hook_name, context_size=cfg.context_size, d_in=cfg.sae.d_in,
+            dataset=cfg.dataset_path or getattr(self.dataset, "_fingerprint", ""), fingerprint=cfg.sae.fingerprint[:8],
+        )  # fmt: skip
+        n_rows = (cfg.input_cache_tokens or cfg.training_tokens) // cfg.context_size
+        return fill_cache(self._store(), os.path.expandvars(cfg.input_cache_path), n_rows, identity)
+
+    def _some_rows(self, cache: InputCache | None, n_rows: int) -> Iterator[Float[Tensor, "batch pos d_model"]]:
+        """The first rows of the data, in small batches: for initialisation, calibration and ranking."""
+        size = self.cfg.rows_per_batch
+        if cache is not None:
+            for row in range(0, min(n_rows, cache.n_rows), size):
+                yield cache.rows(slice(row, min(row + size, n_rows)))
+            return
+        store = self._store()
+        for _ in range(0, n_rows, size):
+            yield next(store).unflatten(0, (size, self.cfg.context_size))
+
+    def _newest_checkpoint(self, step: str) -> Path | None:
+        if self.cfg.resume_from_checkpoint is None:
+            return None
+        folder = Path(self.cfg.resume_from_checkpoint) / step
+        complete = [path.parent for path in folder.glob("*/trainer_state.pt") if path.parent.name.isdigit()]
+        return max(complete, key=lambda path: int(path.name), default=None)
+
+    def _finished_step_1(self) -> BilinearQKDictionary | None:
+        if self.cfg.resume_from_checkpoint is None:
+            return None
+        folder = Path(self.cfg.resume_from_checkpoint)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no run to resume at {folder}.")
+        done = folder / _STEP_1_DONE
+        return BilinearQKDictionary.load_from_disk(done, self.cfg.device) if done.is_dir() else None
+
+    def _save(self, dictionary: BilinearQKDictionary, folder: Path) -> None:
+        dictionary.save_model(folder)
+        self.cfg.save(folder / "runner_cfg.json")
+
+
+class ProgressTrainer(SAETrainer[Any, Any]):
+    """SAETrainer whose progress bar moves every 10 steps instead of every 100."""
+
+    def _update_pbar(self, step_output: Any, pbar: Any, update_interval: int = 10) -> None:
+        super()._update_pbar(step_output, pbar, update_interval)
+
+
+def load_text(path: str, text_column: str) -> Dataset | IterableDataset:
+    """A dataset by Hub name, or from a local .parquet file or folder; environment variables in the path are expanded.
+
+    Raises:
+        ValueError: no path, an unset variable in it, or no such column.
+    """
+    expanded = os.path.expandvars(path)
+    if not expanded:
+        raise ValueError("There is no training text: set dataset_path, or pass override_dataset.")
+    if "$" in expanded:
+        raise ValueError(f"dataset_path {path} names an environment variable that is not set.")
+    local = Path(expanded)
+    if local.suffix == ".parquet":
+        if not local.is_file():
+            raise ValueError(f"There is no file {local} (dataset_path).")
+        dataset = Dataset.from_parquet(str(local))
+    else:
+        dataset = load_dataset(expanded, split="train")
+    assert isinstance(dataset, Dataset | IterableDataset)
+    columns = dataset.column_names or []
+    wanted = next((name for name in ("tokens", "input_ids", text_column) if name in columns), None)
+    if wanted is None:
+        raise ValueError(f"{expanded} has the columns {columns[:5]}, not {text_column!r}: set text_column.")
+    dataset = dataset.select_columns([wanted])
+    return dataset.rename_column(wanted, "text") if wanted == text_column != "text" else dataset

@@ -1,0 +1,310 @@
+"""Step 1: two transcoders trained on the attention pattern, as a SAELens TrainingSAE."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from sae_lens import register_sae_training_class
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
+from torch import Tensor, nn
+from typing_extensions import override
+
+from sae_lens_qk.attention import AttentionSpec
+from sae_lens_qk.config import TRANSCODERS_ARCHITECTURE, BilinearQKConfig, TranscodersTrainingConfig
+from sae_lens_qk.dictionary import BilinearQKDictionary
+from sae_lens_qk.feature_map import pack_indices
+from sae_lens_qk.host import QKWeights
+from sae_lens_qk.training.losses import dead_feature_loss, pattern_losses, relative_mse, sqrt_penalty
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss is NaN or infinite; training stops before the weights are touched, the last checkpoint is good."""
+
+
+class Encoded(NamedTuple):
+    hidden_pre: Float[Tensor, "tokens d"]
+    acts: Float[Tensor, "tokens d"]
+
+
+class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
+    """Query and key transcoder of one layer, trained together.
+
+        loss = 3 KL(P || P[q_hat,k_hat]) + KL(P || P[q_hat,k]) + KL(P || P[q,k_hat])
+               + sparsity (relu) + auxiliary loss for dead features + MSE (off by default)
+
+    Batches are whole sequences `[n_rows * context_size, d_model]` in order. The true q and k come from the model's
+    weights, given once with `attach`. Features compete by activation times decoder norm (batchtopk, topk).
+    """
+
+    cfg: TranscodersTrainingConfig
+    query: Transcoder
+    key: Transcoder
+    query_threshold: Tensor
+    key_threshold: Tensor
+
+    def __init__(self, cfg: TranscodersTrainingConfig, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)
+        self._context_size: int | None = None
+
+    @override
+    def initialize_weights(self) -> None:
+        d_queries, d_keys = (self.spec.d_queries, self.spec.d_keys) if self.cfg.attention else (1, 1)
+        self.query, self.key = (
+            Transcoder(
+                TranscoderConfig(
+                    d_in=self.cfg.d_in, d_sae=d_features, d_out=d_out, dtype=self.cfg.dtype, device=self.cfg.device,
+                    apply_b_dec_to_input=False,
+                )
+            )
+            for d_features, d_out in ((self.cfg.d_query, d_queries), (self.cfg.d_key, d_keys))
+        )  # fmt: skip
+        for name in ("query_threshold", "key_threshold"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float64, device=self.device))
+
+    @property
+    def spec(self) -> AttentionSpec:
+        return self.cfg.spec
+
+    def attach(self, weights: QKWeights, context_size: int, first_batch: Tensor | None = None) -> None:
+        """Give the layer's W_Q and W_K, without which there is no pattern to train on.
+
+        Args:
+            weights: from `sae_lens_qk.host.qk_weights`; not saved with the checkpoints.
+            context_size: length of the sequences that batches are made of.
+            first_batch: [tokens, d_model] layer inputs; with them the weights are initialised (config
+                `initialization`), without them they stay as they are (a resumed run).
+        """
+        expected = (self.cfg.d_in, self.query.cfg.d_out, self.key.cfg.d_out)
+        found = (weights.W_Q.shape[1], weights.W_Q[:, 0].numel(), weights.W_K[:, 0].numel())
+        if expected != found:
+            raise ValueError(f"This training SAE expects (d_in, d_queries, d_keys) = {expected}, the model has {found}.")
+        self._weights = [weights.to(self.device)]  # in a list: neither saved nor optimised
+        self._context_size = context_size
+        if first_batch is not None:
+            self._initialize_from(first_batch.to(self.device))
+
+    @torch.no_grad()
+    def _initialize_from(self, x: Float[Tensor, "tokens d_model"]) -> None:
+        """Centred unit-norm data points as encoders, those points through W_Q and W_K as decoders; biases centre.
+
+        The points overlap, so together they overshoot: one factor a side scales the decoder to the least-squares fit.
+        """
+        mean = x.mean(dim=0)
+        generator = torch.Generator(device="cpu").manual_seed(int(self.cfg.d_sae))
+        for half, true in ((self.query, self._weights[0].queries), (self.key, self._weights[0].keys)):
+            half.b_dec.copy_(true(mean[None]).flatten())
+            if self.cfg.initialization == "kaiming":
+                continue
+            d = half.cfg.d_sae
+            chosen = torch.cat([torch.randperm(len(x), generator=generator) for _ in range(1 + d // len(x))])[:d]
+            directions = nn.functional.normalize(x[chosen.to(x.device)] - mean, dim=1)
+            half.W_enc.copy_(directions.T)
+            half.b_enc.copy_(-directions @ mean)
+            half.W_dec.copy_(true(mean + directions).flatten(1) - true(mean[None]).flatten(1))
+        if self.cfg.initialization == "data":
+            self._scale_decoders(x)
+
+    def _scale_decoders(self, x: Float[Tensor, "tokens d_model"]) -> None:
+        some = x[: 8 * (self._context_size or 1)]
+        halves = (self.query, self._weights[0].queries), (self.key, self._weights[0].keys)
+        for (half, true), encoded in zip(halves, self.encode_halves(some), strict=True):
+            centred, target = encoded.acts @ half.W_dec, true(some).flatten(1) - half.b_dec
+            half.W_dec.mul_((centred * target).sum() / centred.pow(2).sum())
+        self.query_threshold.zero_(), self.key_threshold.zero_()
+
+    @override
+    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
+        if self.cfg.activation != "relu":
+            return {}
+        return {"sparsity": TrainCoefficientConfig(self.cfg.sparsity_coefficient, self.cfg.sparsity_warm_up_steps)}
+
+    def _encode_half(self, half: Transcoder, threshold: Tensor, x: Tensor) -> Encoded:
+        hidden_pre = half.process_sae_in(x) @ half.W_enc + half.b_enc
+        acts = hidden_pre.relu()
+        if self.cfg.activation == "relu":
+            return Encoded(hidden_pre, acts)
+        with torch.no_grad():
+            strength = acts * half.W_dec.norm(dim=1)
+            if not self.training:
+                kept = strength > threshold
+            elif self.cfg.activation == "topk":
+                kept = torch.zeros_like(strength, dtype=torch.bool).scatter(1, strength.topk(int(self.cfg.k)).indices, True)
+            else:
+                kept = _batch_top_k(strength, self.cfg.k)
+                self._follow_threshold(threshold, strength, kept)
+        return Encoded(hidden_pre, acts * kept)
+
+    def _follow_threshold(self, threshold: Tensor, strength: Tensor, kept: Tensor) -> None:
+        smallest = strength[kept & (strength > 0)]
+        if smallest.numel():
+            threshold.lerp_(smallest.min().to(threshold.dtype), self.cfg.threshold_lr if threshold > 0 else 1.0)
+
+    def encode_halves(self, x: Float[Tensor, "tokens d_model"]) -> tuple[Encoded, Encoded]:
+        return (
+            self._encode_half(self.query, self.query_threshold, x),
+            self._encode_half(self.key, self.key_threshold, x),
+        )
+
+    @override
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        query, key = self.encode_halves(x)
+        return torch.cat([query.acts, key.acts], dim=-1), torch.cat([query.hidden_pre, key.hidden_pre], dim=-1)
+
+    @override
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        query_acts, key_acts = feature_acts.split([self.cfg.d_query, self.cfg.d_key], dim=-1)
+        return torch.cat([self.query.decode(query_acts), self.key.decode(key_acts)], dim=-1)
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        weights, rows = self._attached(step_input.sae_in)
+        x = step_input.sae_in
+        query, key = self.encode_halves(x)
+        q_hat, k_hat = self.query.decode(query.acts), self.key.decode(key.acts)
+        with torch.no_grad():
+            q, k = weights.queries(x).flatten(1), weights.keys(x).flatten(1)
+
+        spec = self.spec
+        in_rows: list[Tensor] = [split(t).unflatten(0, rows) for split, t in (
+            (spec.split_queries, q), (spec.split_keys, k), (spec.split_queries, q_hat), (spec.split_keys, k_hat),
+        )]  # fmt: skip
+        losses = pattern_losses(*in_rows, spec)
+        losses = {name: getattr(self.cfg, f"{name}_coefficient") * value for name, value in losses.items()}
+        losses |= self._auxiliary_losses(step_input, (query, key), (q, k), (q_hat, k_hat))
+        loss = torch.stack(list(losses.values())).sum()
+        if not loss.isfinite():
+            raise NonFiniteLossError(
+                f"The loss is {loss.item()} at step {step_input.n_training_steps} ("
+                + ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
+                + "): training stopped before the update. Check the inputs, or resume with a lower lr."
+            )
+        return TrainStepOutput(
+            sae_in=torch.cat([q, k], dim=1),
+            sae_out=torch.cat([q_hat, k_hat], dim=1),
+            feature_acts=torch.cat([query.acts, key.acts], dim=1).detach(),
+            hidden_pre=torch.cat([query.hidden_pre, key.hidden_pre], dim=1).detach(),
+            loss=loss,
+            losses=losses,
+            metrics={"l0_query": _l0(query.acts), "l0_key": _l0(key.acts)},
+        )
+
+    def _auxiliary_losses(
+        self, step_input: TrainStepInput, encoded: tuple[Encoded, Encoded], true: tuple[Tensor, Tensor],
+        reconstructed: tuple[Tensor, Tensor],
+    ) -> dict[str, Tensor]:  # fmt: skip
+        cfg, losses = self.cfg, {}
+        if cfg.mse_coefficient:
+            losses["mse"] = cfg.mse_coefficient * sum(map(relative_mse, true, reconstructed))
+        if cfg.activation == "relu":
+            penalties = [sqrt_penalty(e.acts, h.W_dec) for e, h in zip(encoded, (self.query, self.key), strict=True)]
+            losses["sparsity"] = step_input.coefficients["sparsity"] * sum(penalties)
+        elif cfg.dead_coefficient and step_input.dead_neuron_mask is not None and step_input.dead_neuron_mask.any():
+            dead_masks = step_input.dead_neuron_mask.split([cfg.d_query, cfg.d_key])
+            losses["dead"] = cfg.dead_coefficient * torch.stack([
+                dead_feature_loss(target - output, side.hidden_pre, half.W_dec, dead, cfg.dead_k)
+                for target, output, side, half, dead in zip(
+                    true, reconstructed, encoded, (self.query, self.key), dead_masks, strict=True
+                )
+            ]).sum()  # fmt: skip
+        return losses
+
+    def _attached(self, x: Tensor) -> tuple[QKWeights, tuple[int, int]]:
+        if self._context_size is None:
+            raise RuntimeError(
+                "This training SAE does not know its model: call sae.attach(qk.host.qk_weights(model, layer), "
+                "context_size, first_batch) before training."
+            )
+        if x.shape[0] % self._context_size:
+            raise ValueError(f"A batch must be whole sequences of {self._context_size} tokens, got {x.shape[0]} tokens.")
+        return self._weights[0], (-1, self._context_size)
+
+    @override
+    def calculate_aux_loss(self, *args: Any, **kwargs: Any) -> Tensor | dict[str, Tensor]:
+        raise NotImplementedError("Losses of the two sides are computed together, in training_forward_pass.")
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor]) -> dict[str, float]:
+        """Set both thresholds so that the mean L0 over the batches is k: what the published JumpReLU form uses.
+
+        Returns:
+            l0_query_before, l0_key_before (with the thresholds as training left them), l0_query, l0_key.
+        """
+        if self.cfg.activation == "relu":
+            raise ValueError("relu transcoders have no threshold to calibrate.")
+        was_training, report = self.training, {}
+        self.eval()
+        batches = list(batches)
+        for side, half, threshold in (
+            ("query", self.query, self.query_threshold), ("key", self.key, self.key_threshold),
+        ):  # fmt: skip
+            keep = int(self.cfg.k * sum(len(x) for x in batches))
+            strongest = torch.empty(0, device=self.device)
+            n_before = 0
+            for x in batches:
+                strength = (
+                    (half.process_sae_in(x.to(self.device)) @ half.W_enc + half.b_enc).relu() * half.W_dec.norm(dim=1)
+                ).flatten()
+                n_before += int((strength > threshold).sum())
+                candidates = torch.cat([strongest, strength[strength > 0]])
+                strongest = candidates.topk(min(keep + 1, len(candidates))).values
+            report[f"l0_{side}_before"] = n_before / sum(len(x) for x in batches)
+            threshold.copy_(strongest[-1] if len(strongest) > keep else torch.zeros(()))
+            report[f"l0_{side}"] = float((strongest > threshold).sum()) / sum(len(x) for x in batches)
+        self.train(was_training)
+        return report
+
+    @torch.no_grad()
+    def to_dictionary(self) -> BilinearQKDictionary:
+        """The published form, without a feature map: batchtopk and topk become an exact JumpReLU."""
+        state_dict = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        self.process_state_dict_for_saving_inference(state_dict)
+        dictionary = BilinearQKDictionary(BilinearQKConfig.from_dict(self.cfg.get_inference_sae_cfg_dict()))
+        dictionary.process_state_dict_for_loading(state_dict)
+        dictionary.load_state_dict(state_dict)
+        return dictionary
+
+    @override
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        """The dictionary's names; batchtopk and topk become a JumpReLU with threshold / ||decoder row||."""
+        for side, half in (("query", self.query), ("key", self.key)):
+            threshold = state_dict.pop(f"{side}_threshold")
+            if self.cfg.half_architecture == "jumprelu_transcoder":
+                norms = half.get_W_dec_norm()
+                state_dict[f"{side}.threshold"] = (threshold / norms).to(norms.dtype)
+        state_dict["feature_map.digits"] = pack_indices(torch.zeros(0, 3, dtype=torch.int64), self.dtype)
+        state_dict["feature_map.weights"] = torch.zeros(0, dtype=self.dtype)
+
+    @override
+    def log_histograms(self) -> dict[str, NDArray[Any]]:
+        return {
+            f"weights/W_dec_norms_{side}": np.asarray(half.get_W_dec_norm().cpu())
+            for side, half in (("query", self.query), ("key", self.key))
+        }
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TranscodersTrainingSAE":
+        super()._apply(fn, recurse)
+        for half in (self.query, self.key):
+            half.dtype, half.device = half.W_dec.dtype, half.W_dec.device
+        return self
+
+
+def _batch_top_k(strength: Float[Tensor, "tokens d"], k: float) -> Bool[Tensor, "tokens d"]:
+    """The k * tokens strongest positive entries of the whole batch."""
+    n = int(k * strength.shape[0])
+    kept = torch.zeros(strength.numel(), dtype=torch.bool, device=strength.device)
+    kept[strength.flatten().topk(n, sorted=False).indices] = True
+    return kept.view_as(strength) & (strength > 0)
+
+
+def _l0(acts: Tensor) -> float:
+    return acts.count_nonzero().item() / acts.shape[0]
+
+
+if TRANSCODERS_ARCHITECTURE not in SAE_TRAINING_CLASS_REGISTRY:
+    register_sae_training_class(TRANSCODERS_ARCHITECTURE, TranscodersTrainingSAE, TranscodersTrainingConfig)

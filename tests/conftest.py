@@ -1,0 +1,107 @@
+"""Fixtures over the tiny models.
+
+The models are shared by the whole session. A test that changes a model (weights, permanent hooks, attached SAEs) builds
+its own with `tiny_model`, in some 0.05 s; what it leaves behind in a shared one is an error when the fixture ends.
+"""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_models import (
+    KINDS,
+    MODES,
+    UNSUPPORTED,
+    UNSUPPORTED_HOOKED,
+    save_tiny_model,
+    tiny_model,
+    tiny_text_dataset,
+    tiny_tokens,
+    tiny_unsupported,
+)
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.model_bridge import TransformerBridge
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))  # on busy cores 1 is several times faster
+
+Model = TransformerBridge | HookedTransformer
+
+_UNSUPPORTED = [(name, "bridge") for name in UNSUPPORTED] + [(name, "hooked") for name in UNSUPPORTED_HOOKED]
+
+
+@pytest.fixture(scope="session")
+def gpt2_bridge() -> Iterator[Model]:
+    yield from _shared("gpt2", "bridge")
+
+
+@pytest.fixture(scope="session")
+def neox_bridge() -> Iterator[Model]:
+    yield from _shared("neox", "bridge")
+
+
+@pytest.fixture(scope="session")
+def llama_bridge() -> Iterator[Model]:
+    yield from _shared("llama", "bridge")
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def any_bridge(request: pytest.FixtureRequest) -> Iterator[Model]:
+    """Every kind as a plain bridge."""
+    yield from _shared(request.param, "bridge")
+
+
+@pytest.fixture(scope="session", params=[(kind, mode) for kind in KINDS for mode in MODES], ids="-".join)
+def any_model(request: pytest.FixtureRequest) -> Iterator[Model]:
+    """Every kind in every mode."""
+    yield from _shared(*request.param)
+
+
+@pytest.fixture(scope="session", params=_UNSUPPORTED, ids="-".join)
+def unsupported_model(request: pytest.FixtureRequest) -> Model:
+    """Every model the package refuses; `request.node.callspec.id` of the test names the feature."""
+    return tiny_unsupported(*request.param)
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of `gpt2_bridge` as a Hugging Face folder."""
+    return save_tiny_model("gpt2", tmp_path_factory.mktemp("learned-positions"))
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of `llama_bridge` as a Hugging Face folder."""
+    return save_tiny_model("llama", tmp_path_factory.mktemp("grouped-keys"))
+
+
+@pytest.fixture(scope="session")
+def text_dataset() -> Dataset:
+    """About 18,000 tokens of text."""
+    return tiny_text_dataset(64)
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    """[batch 3, pos 17]."""
+    return tiny_tokens(3, 17)
+
+
+def _shared(kind: str, mode: str) -> Iterator[Model]:
+    model = tiny_model(kind, mode)
+    logits, hook_names = _probe(model)
+    yield model
+    logits_after, hook_names_after = _probe(model)
+    assert hook_names_after == hook_names, f"a test changed the hook points of the shared model {kind}, {mode}"
+    assert torch.equal(logits_after, logits), f"a test changed the shared model {kind}, {mode}"
+
+
+@torch.no_grad()
+def _probe(model: Model) -> tuple[Tensor, dict[str, str | None]]:
+    return model(tiny_tokens(2, 7)), {key: point.name for key, point in model.hook_dict.items()}
