@@ -43,7 +43,6 @@ class AttentionSpec:
     rotary_inv_freq: tuple[float, ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "rotary_inv_freq", tuple(self.rotary_inv_freq))
         for name in ("n_heads", "n_kv_heads", "d_head", "d_model"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -70,6 +69,11 @@ class AttentionSpec:
     def d_keys(self) -> int:
         """Width of the flattened keys, n_kv_heads * d_head."""
         return self.n_kv_heads * self.d_head
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "AttentionSpec":
+        """Inverse of `to_dict` (JSON turns the tuple into a list)."""
+        return cls(**{**values, "rotary_inv_freq": tuple(values["rotary_inv_freq"])})
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "rotary_inv_freq": list(self.rotary_inv_freq)}

@@ -63,7 +63,7 @@ class BilinearQKConfig(SAEConfig):
 
     @property
     def spec(self) -> AttentionSpec:
-        return AttentionSpec(**self.attention)
+        return AttentionSpec.from_dict(self.attention)
 
     @override
     @classmethod
@@ -103,7 +103,7 @@ class _ForTraining(TrainingSAEConfig):
 
     @property
     def spec(self) -> AttentionSpec:
-        return AttentionSpec(**self.attention)
+        return AttentionSpec.from_dict(self.attention)
 
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:

@@ -12,13 +12,13 @@ map with weight 1 and is not listed. Everything here touches only active x kept 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_lens_qk.attention import AttentionSpec, rotary_cos_sin
+from sae_lens_qk.kernels import gather_gradient, scatter_scores
 
 Pairs = Int[Tensor, "pair 3"] | np.ndarray | Sequence[tuple[int, int, int]]
 """Triples (query feature, key feature, head)."""
@@ -188,8 +188,8 @@ def with_constant(acts: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch po
 
 def pair_kernel(
     indices: Int[Tensor, "pair 3"], decoders: Decoders, spec: AttentionSpec, offsets: Int[Tensor, " offset"]
-) -> Float[Tensor, "pair offset"]:
-    """M[a, b, h](offset) = scale * <R_offset W_dec_q[a, h], W_dec_k[b, g(h)]>, one column without rotary.
+) -> Float[Tensor, "pair _"]:
+    """M[a, b, h](offset) = scale * <R_offset W_dec_q[a, h], W_dec_k[b, g(h)]>: [pair, offset], or [pair, 1] without rotary.
 
     With (q1, q2), (k1, k2) the halves of the rotating dimensions and theta the inverse frequencies,
 
@@ -244,14 +244,14 @@ class _PairScores(torch.autograd.Function):
         scores = weights.new_zeros(batch, n_heads, n_pos, n_pos)
         head_order = np.argsort(entries[6][:, 2], kind="stable")
         head_start = np.searchsorted(entries[6][head_order, 2], np.arange(n_heads + 1))
-        _scatter_scores(scores.numpy(), weights.detach().numpy(), head_order, head_start, *entries)
+        scatter_scores(scores.numpy(), weights.detach().numpy(), head_order, head_start, *entries)
         ctx.entries = entries
         return scores
 
     @staticmethod
     def backward(ctx, grad_scores):  # type: ignore[override]
         grad_weights = np.zeros(len(ctx.entries[6]), dtype=grad_scores.numpy().dtype)
-        _gather_gradient(grad_weights, grad_scores.contiguous().numpy(), *ctx.entries)
+        gather_gradient(grad_weights, grad_scores.contiguous().numpy(), *ctx.entries)
         return torch.from_numpy(grad_weights), None, None, None, None, None
 
 
@@ -265,48 +265,3 @@ def active_entries(acts: Float[Tensor, "batch pos d"]) -> tuple[np.ndarray, np.n
     start[:, 1:] = counts.cumsum(dim=1)
     start += (torch.cat([counts.new_zeros(1), counts.sum(dim=1).cumsum(0)[:-1]]))[:, None]
     return start.numpy(), position.to(torch.int32).numpy(), by_feature[sequence, feature, position].numpy()
-
-
-@numba.njit(parallel=True, cache=True, fastmath=False)
-def _scatter_scores(scores, weights, head_order, head_start, q_start, q_pos, q_val, k_start, k_pos, k_val, pairs, kernel):
-    batch, n_heads = scores.shape[0], scores.shape[1]
-    rotary = kernel.shape[1] > 1
-    for task in numba.prange(batch * n_heads):  # no two tasks write the same scores
-        row, head = task // n_heads, task % n_heads
-        for order in range(head_start[head], head_start[head + 1]):
-            pair = head_order[order]
-            weight, a, b = weights[pair], pairs[pair, 0], pairs[pair, 1]
-            k_first, k_end = k_start[row, b], k_start[row, b + 1]
-            if weight == 0 or k_first == k_end:
-                continue
-            for q in range(q_start[row, a], q_start[row, a + 1]):
-                i = q_pos[q]
-                factor = weight * q_val[q]
-                for k in range(k_first, k_end):
-                    j = k_pos[k]
-                    if j > i:
-                        break
-                    scores[row, head, i, j] += factor * k_val[k] * kernel[pair, i - j if rotary else 0]
-
-
-@numba.njit(parallel=True, cache=True, fastmath=False)
-def _gather_gradient(grad_weights, grad_scores, q_start, q_pos, q_val, k_start, k_pos, k_val, pairs, kernel):
-    batch = grad_scores.shape[0]
-    rotary = kernel.shape[1] > 1
-    for pair in numba.prange(len(pairs)):
-        a, b, head = pairs[pair, 0], pairs[pair, 1], pairs[pair, 2]
-        total = 0.0
-        for row in range(batch):
-            k_first, k_end = k_start[row, b], k_start[row, b + 1]
-            if k_first == k_end:
-                continue
-            for q in range(q_start[row, a], q_start[row, a + 1]):
-                i = q_pos[q]
-                inner = 0.0
-                for k in range(k_first, k_end):
-                    j = k_pos[k]
-                    if j > i:
-                        break
-                    inner += grad_scores[row, head, i, j] * k_val[k] * kernel[pair, i - j if rotary else 0]
-                total += q_val[q] * inner
-        grad_weights[pair] = total

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -22,6 +21,7 @@ from sae_lens_qk.config import MASK_ARCHITECTURE, BilinearQKConfig, MaskTraining
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.feature_map import SparseFeatureMap, active_entries, with_constant
 from sae_lens_qk.host import QKWeights
+from sae_lens_qk.kernels import add_importance
 from sae_lens_qk.training.transcoders import NonFiniteLossError
 
 logger = logging.getLogger("sae_lens_qk")
@@ -53,7 +53,7 @@ def pair_importance(
             (q_start, q_pos, q_val), (k_start, k_pos, k_val) = (
                 active_entries(acts[row : row + 1]) for acts in (query_acts, key_acts)
             )
-            _add_importance(
+            add_importance(
                 table.numpy(), pattern[row].numpy(),
                 q_start[0], q_pos, _rotated_entries(query_rows, q_start[0], q_pos, torch.from_numpy(q_val) * spec.scale, spec),
                 k_start[0], k_pos, _rotated_entries(key_rows, k_start[0], k_pos, torch.from_numpy(k_val), spec),
@@ -73,30 +73,6 @@ def _rotated_entries(
     feature = np.repeat(np.arange(len(start) - 1), np.diff(start))
     vectors = decoder_rows[torch.from_numpy(feature)].float() * values[:, None, None]
     return rotate(vectors[None], spec, torch.from_numpy(positions))[0].contiguous().numpy()
-
-
-@numba.njit(parallel=True, cache=True, fastmath=True)  # fastmath: the inner products vectorise; this only ranks
-def _add_importance(table, pattern, q_start, q_pos, q_vec, k_start, k_pos, k_vec):
-    n_heads, d_query, d_key = table.shape
-    per_kv, d_head = n_heads // k_vec.shape[1], q_vec.shape[2]
-    firing = np.nonzero(k_start[1:] - k_start[:-1])[0]
-    for head in numba.prange(n_heads):
-        kv = head // per_kv
-        for a in range(d_query):
-            for q in range(q_start[a], q_start[a + 1]):
-                i = q_pos[q]
-                for b in firing:
-                    first, second = np.float32(0), np.float32(0)
-                    for k in range(k_start[b], k_start[b + 1]):
-                        j = k_pos[k]
-                        if j > i:
-                            break
-                        c = np.float32(0)
-                        for d in range(d_head):
-                            c += q_vec[q, head, d] * k_vec[k, kv, d]
-                        first += pattern[head, i, j] * c
-                        second += pattern[head, i, j] * c * c
-                    table[head, a, b] += np.float32(0.5) * max(second - first * first, np.float32(0))
 
 
 def choose_candidates(importance: Float[Tensor, "head d_query_1 d_key_1"], n: int) -> SparseFeatureMap:

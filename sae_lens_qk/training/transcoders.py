@@ -27,8 +27,8 @@ class NonFiniteLossError(FloatingPointError):
 
 
 class Encoded(NamedTuple):
-    hidden_pre: Float[Tensor, "tokens d"]
-    acts: Float[Tensor, "tokens d"]
+    hidden_pre: Float[Tensor, "*batch d"]
+    acts: Float[Tensor, "*batch d"]
 
 
 class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
@@ -144,7 +144,7 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
         if smallest.numel():
             threshold.lerp_(smallest.min().to(threshold.dtype), self.cfg.threshold_lr if threshold > 0 else 1.0)
 
-    def encode_halves(self, x: Float[Tensor, "tokens d_model"]) -> tuple[Encoded, Encoded]:
+    def encode_halves(self, x: Float[Tensor, "*batch d_model"]) -> tuple[Encoded, Encoded]:
         return (
             self._encode_half(self.query, self.query_threshold, x),
             self._encode_half(self.key, self.key_threshold, x),
