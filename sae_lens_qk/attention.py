@@ -96,9 +96,11 @@ def rotary_cos_sin(
 
 
 def rotate(
-    vectors: Float[Tensor, "batch pos heads d_head"], spec: AttentionSpec, positions: Tensor | None = None
+    vectors: Float[Tensor, "batch pos heads d_head"],
+    spec: AttentionSpec,
+    positions: Tensor | None = None,
 ) -> Float[Tensor, "batch pos heads d_head"]:
-    """R_pos v for the given positions (default 0, 1, ...): rotate-half on the first `rotary_dim` dimensions, the rest passed through."""
+    """R_pos v at positions 0, 1, ... or as given: rotate-half on the first `rotary_dim` dimensions."""
     if not spec.rotary_dim:
         return vectors
     if positions is None:

@@ -17,7 +17,16 @@ from typing_extensions import override
 
 from sae_lens_qk.attention import AttentionSpec, attention_scores, pattern_from_scores
 from sae_lens_qk.config import ARCHITECTURE, BilinearQKConfig
-from sae_lens_qk.feature_map import Decoders, Pairs, SparseFeatureMap, pack_indices, pair_kernel, unpack_indices
+from sae_lens_qk.feature_map import (
+    Decoders,
+    Pairs,
+    SparseFeatureMap,
+    pack_indices,
+    pair_kernel,
+    unpack_indices,
+    with_constant,
+)
+from sae_lens_qk.host import Hooks
 
 Source = Literal["transcoders", "feature_map"]
 _HALVES = {
@@ -89,7 +98,7 @@ class BilinearQKDictionary(SAE[BilinearQKConfig]):
 
     @property
     def decoders(self) -> Decoders:
-        """Decoder rows by head, the bias as last row: query [d_query + 1, head, d_head], key [d_key + 1, kv_head, d_head]."""
+        """Decoder rows by head, the bias as last row (the constant feature)."""
         return Decoders(
             query=self.spec.split_queries(torch.cat([self.query.W_dec, self.query.b_dec[None]])),
             key=self.spec.split_keys(torch.cat([self.key.W_dec, self.key.b_dec[None]])),
@@ -164,6 +173,37 @@ class BilinearQKDictionary(SAE[BilinearQKConfig]):
             }
         )
 
+    @torch.no_grad()
+    def active_pairs(self, x: Float[Tensor, "pos d_model"], head: int, query_pos: int, key_pos: int) -> pd.DataFrame:
+        """Kept pairs that act at one (head, query, key), strongest first.
+
+        Args:
+            x: the layer's input for one sequence; negative positions count from its end.
+        Returns:
+            query_feature, key_feature, weight, contribution = m query_acts[i,a] key_acts[j,b] M[a,b,h](i-j).
+        Raises:
+            ValueError: no feature map, or a key after the query.
+        """
+        self.require_feature_map()
+        i, j = query_pos % len(x), key_pos % len(x)
+        if j > i:
+            raise ValueError(f"A query attends to keys at or before it, got query {i} and key {j}.")
+        query_acts, key_acts = with_constant(self.encode_query(x[None]))[0, i], with_constant(self.encode_key(x[None]))[0, j]
+        query, key, pair_head = self.feature_map.indices.unbind(dim=1)
+        here = (pair_head == head) & (query_acts[query] > 0) & (key_acts[key] > 0)
+        listed = self.feature_map.select(here)
+        kernel = pair_kernel(listed.indices, self.decoders, self.spec, torch.tensor([i - j], device=x.device))[:, 0]
+        contribution = listed.weights * query_acts[query[here]] * key_acts[key[here]] * kernel
+        frame = pd.DataFrame(
+            {
+                "query_feature": query[here].cpu().numpy(),
+                "key_feature": key[here].cpu().numpy(),
+                "weight": listed.weights.float().cpu().numpy(),
+                "contribution": contribution.float().cpu().numpy(),
+            }
+        )
+        return frame.sort_values("contribution", key=abs, ascending=False, ignore_index=True)
+
     def set_feature_map(self, feature_map: SparseFeatureMap) -> None:
         """Replace the map (validated against this dictionary's sizes)."""
         SparseFeatureMap(feature_map.indices, feature_map.weights, self.cfg.d_query, self.cfg.d_key, self.spec.n_heads)
@@ -191,7 +231,7 @@ class BilinearQKDictionary(SAE[BilinearQKConfig]):
         ablate_pairs: Pairs | None = None,
         scale_pairs: Mapping[tuple[int, int, int], float] | None = None,
         keep_pairs: Pairs | None = None,
-    ) -> list[tuple[str, Callable[..., Any]]]:
+    ) -> Hooks:
         """Hooks that replace the layer's pattern; see `sae_lens_qk.patching.fwd_hooks`."""
         from sae_lens_qk.patching import fwd_hooks
 

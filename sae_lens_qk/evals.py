@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_qk.attention import allowed_keys, attention_scores, log_pattern, pattern_from_scores, pattern_kl
-from sae_lens_qk.host import Model, hook_names, layer_input
+from sae_lens_qk.host import Hooks, Model, hook_names, layer_input
 from sae_lens_qk.patching import check_model, pattern_hooks
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class _Run:
     def clean(self, tokens: Tensor, stop: bool = False) -> tuple[Tensor | None, Tensor, Tensor]:
         """Logits, layer input and scores of the untouched model; with `stop`, no logits."""
         names, complete, seen = hook_names(self.model, self.layer), layer_input(self.model, self.layer), {}
-        hooks = [
+        hooks: Hooks = [
             (name, lambda value, hook, name=name: seen.__setitem__(name, value)) for name in (names.input, names.scores)
         ]
         options: dict[str, Any] = {"stop_at_layer": self.layer + 1} if stop else {}

@@ -25,6 +25,8 @@ from sae_lens_qk.attention import AttentionSpec, allowed_keys, attention_scores,
 logger = logging.getLogger("sae_lens_qk")
 
 Model = TransformerBridge | HookedTransformer
+Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
+"""What `model.run_with_hooks(tokens, fwd_hooks=...)` takes."""
 
 TOLERANCE = 1e-5
 """Largest error of a rebuilt tensor, relative to max(1, largest score), in float32."""
@@ -74,7 +76,7 @@ class QKWeights(NamedTuple):
         """k[j,g] = x[j] W_K[g] + b_K[g]."""
         return (x @ self.W_K.transpose(0, 1).flatten(1)).unflatten(-1, self.b_K.shape) + self.b_K
 
-    def to(self, *args: torch.device | torch.dtype | str) -> "QKWeights":
+    def to(self, *args: Any) -> "QKWeights":
         return QKWeights(*(tensor.to(*args) for tensor in self))
 
     def fingerprint(self) -> tuple[float, ...]:
@@ -163,7 +165,7 @@ def layer_input(model: Model, layer: int) -> Callable[[Tensor], Tensor]:
     """Function from the value at `hook_names(model, layer).input` to the tensor that W_Q and W_K multiply."""
     if model_mode(model) != "hooked":
         return lambda hooked: hooked
-    norm = model.blocks[layer].ln1
+    norm: Any = model.blocks[layer].ln1
     bias = getattr(norm, "b", None)
     return lambda hooked: hooked * norm.w if bias is None else hooked * norm.w + bias
 
@@ -221,7 +223,9 @@ def check_host(model: Model, layer: int, tokens: Tensor | None = None) -> HostRe
     tokens = tokens.to(weights.W_Q.device)
 
     seen: dict[str, Tensor] = {}
-    recorders = [(name, lambda value, hook, name=name: seen.__setitem__(name, value.detach().clone())) for name in names]
+    recorders: Hooks = [
+        (name, lambda value, hook, name=name: seen.__setitem__(name, value.detach().clone())) for name in names
+    ]
     logits = model.run_with_hooks(tokens, fwd_hooks=recorders, prepend_bos=False)
     unheard = [name for name in names if name not in seen]
     if unheard:
@@ -249,7 +253,7 @@ def check_host(model: Model, layer: int, tokens: Tensor | None = None) -> HostRe
             )
 
     uniform = allowed / allowed.sum(dim=-1, keepdim=True)
-    overwrite = [(names.pattern, lambda pattern, hook: uniform.to(pattern.dtype).expand_as(pattern))]
+    overwrite: Hooks = [(names.pattern, lambda pattern, hook: uniform.to(pattern.dtype).expand_as(pattern))]
     change = _largest(model.run_with_hooks(tokens, fwd_hooks=overwrite, prepend_bos=False) - logits)
     if change == 0.0:
         raise UnsupportedModelError(f"Overwriting {names.pattern} does not change the logits: the hook is inert.")
@@ -292,7 +296,8 @@ def _attention(model: Model, layer: int) -> Any:
     model_mode(model)
     if not 0 <= layer < n_layers(model):
         raise ValueError(f"layer must lie in [0, {n_layers(model) - 1}], got {layer}.")
-    return model.blocks[layer].attn
+    blocks: Any = model.blocks
+    return blocks[layer].attn
 
 
 def _largest(tensor: Tensor) -> float:
@@ -347,7 +352,9 @@ def _bridge_features(model: TransformerBridge, layer: int) -> dict[str, bool]:
     rotaries = _rotary_modules(model)
     rope = getattr(config, "rope_parameters", None) or {}
     return {
-        "QK-norm": any(getattr(component, name, None) is not None for name in ("q_norm", "q_layernorm", "qk_layernorm")),
+        "QK-norm": any(
+            getattr(component, name, None) not in (None, False) for name in ("q_norm", "q_layernorm", "qk_layernorm")
+        ),
         "a softcap on attention scores": getattr(component, "attn_logit_softcapping", None) is not None,
         "a sliding window": window is not None,
         "ALiBi": bool(getattr(config, "alibi", False)) or getattr(config, "model_type", "") in ("bloom", "mpt"),

@@ -62,7 +62,7 @@ def add_importance(table, pattern, q_start, q_pos, q_vec, k_start, k_pos, k_vec)
 
     `q_vec`, `k_vec` [entry, heads, d_head] are decoder rows, rotated to their positions and times their activations.
     """
-    n_heads, d_query, d_key = table.shape
+    n_heads, d_query = table.shape[:2]
     per_kv, d_head = n_heads // k_vec.shape[1], q_vec.shape[2]
     firing = np.nonzero(k_start[1:] - k_start[:-1])[0]
     for head in numba.prange(n_heads):

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -95,7 +95,7 @@ def embedded_model_folder() -> Path:
 
 
 def _boot_from_folder(folder: Path, architecture_name: str, device: str) -> TransformerBridge:
-    hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    hf_model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return TransformerBridge.boot_transformers(
         architecture_name, hf_model=hf_model.to(device), tokenizer=tokenizer, device=device

@@ -11,6 +11,7 @@ from torch import Tensor
 from sae_lens_qk.attention import pattern_from_scores
 from sae_lens_qk.feature_map import Pairs, SparseFeatureMap, as_pairs
 from sae_lens_qk.host import (
+    Hooks,
     Model,
     check_allowed_keys,
     check_attention_call,
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from sae_lens_qk.dictionary import BilinearQKDictionary
 
 PatchSource = Literal["transcoders", "feature_map", "model"]
-Hooks = list[tuple[str, Callable[..., Any]]]
 ScoreFn = Callable[[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch head pos_q pos_k"]], Tensor]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sae_lens_qk.config import BilinearQKRunnerConfig, MaskTrainingConfig
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.host import Model, attention_spec, hook_names, layer_input, model_mode, prove_once, qk_weights
+from sae_lens_qk.host import Hooks, Model, attention_spec, hook_names, layer_input, model_mode, prove_once, qk_weights
 from sae_lens_qk.models import load_model
 from sae_lens_qk.training.cache import InputCache, fill_cache
 from sae_lens_qk.training.mask import MaskTrainingSAE, choose_candidates, pair_importance
@@ -58,7 +58,7 @@ class BilinearQKTrainingRunner:
             )
         prove_once(self.model, cfg.layer)
         self.weights = qk_weights(self.model, cfg.layer)
-        shared = dict(
+        shared: dict[str, Any] = dict(
             d_in=spec.d_model, attention=spec.to_dict(), model_name=cfg.model_name, model_mode=mode, layer=cfg.layer,
             hook_name=hook_names(self.model, cfg.layer).input, fingerprint=list(self.weights.fingerprint()),
             device=cfg.device, dtype=cfg.dtype,
@@ -172,7 +172,7 @@ class BilinearQKTrainingRunner:
             ) from end
         name, complete, seen = self.cfg.hook_name, layer_input(self.model, self.cfg.layer), []
         with torch.no_grad():
-            hooks = [(name, lambda value, hook: seen.append(complete(value).detach()))]
+            hooks: Hooks = [(name, lambda value, hook: seen.append(complete(value).detach()))]
             self.model.run_with_hooks(tokens, fwd_hooks=hooks, prepend_bos=False)
         batch = next(self._store()).unflatten(0, (n_rows, self.cfg.context_size))
         difference = float((batch - seen[0].to(batch)).abs().max())

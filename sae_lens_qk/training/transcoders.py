@@ -115,7 +115,8 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
         for (half, true), encoded in zip(halves, self.encode_halves(some), strict=True):
             centred, target = encoded.acts @ half.W_dec, true(some).flatten(1) - half.b_dec
             half.W_dec.mul_((centred * target).sum() / centred.pow(2).sum())
-        self.query_threshold.zero_(), self.key_threshold.zero_()
+        self.query_threshold.zero_()
+        self.key_threshold.zero_()
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
@@ -163,17 +164,18 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         weights, rows = self._attached(step_input.sae_in)
-        x = step_input.sae_in
+        x, spec = step_input.sae_in, self.spec
         query, key = self.encode_halves(x)
         q_hat, k_hat = self.query.decode(query.acts), self.key.decode(key.acts)
         with torch.no_grad():
             q, k = weights.queries(x).flatten(1), weights.keys(x).flatten(1)
-
-        spec = self.spec
-        in_rows: list[Tensor] = [split(t).unflatten(0, rows) for split, t in (
-            (spec.split_queries, q), (spec.split_keys, k), (spec.split_queries, q_hat), (spec.split_keys, k_hat),
-        )]  # fmt: skip
-        losses = pattern_losses(*in_rows, spec)
+        losses = pattern_losses(
+            queries=spec.split_queries(q).unflatten(0, rows),
+            keys=spec.split_keys(k).unflatten(0, rows),
+            q_hat=spec.split_queries(q_hat).unflatten(0, rows),
+            k_hat=spec.split_keys(k_hat).unflatten(0, rows),
+            spec=spec,
+        )
         losses = {name: getattr(self.cfg, f"{name}_coefficient") * value for name, value in losses.items()}
         losses |= self._auxiliary_losses(step_input, (query, key), (q, k), (q_hat, k_hat))
         loss = torch.stack(list(losses.values())).sum()

