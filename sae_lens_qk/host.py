@@ -306,7 +306,8 @@ def _largest(tensor: Tensor) -> float:
 
 def _rotary_modules(model: TransformerBridge) -> list[Any]:
     """Rotary embeddings of the model underneath, without repeats."""
-    modules = [module for module in model.original_model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
+    original: Any = model.original_model
+    modules = [module for module in original.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
     return list({module.inv_freq.data_ptr(): module for module in modules}.values())
 
 

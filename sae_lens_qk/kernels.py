@@ -9,49 +9,55 @@ import numba
 import numpy as np
 
 
-@numba.njit(parallel=True, cache=True, fastmath=False)
+@numba.njit(parallel=True, cache=True)
 def scatter_scores(scores, weights, head_order, head_start, q_start, q_pos, q_val, k_start, k_pos, k_val, pairs, kernel):
     """scores[row, h, i, j] += weight * query_act * key_act * M(i - j), for every pair and allowed key."""
     batch, n_heads = scores.shape[0], scores.shape[1]
     rotary = kernel.shape[1] > 1
     for task in numba.prange(batch * n_heads):  # no two tasks write the same scores
         row, head = task // n_heads, task % n_heads
+        head_scores = scores[row, head]
         for order in range(head_start[head], head_start[head + 1]):
             pair = head_order[order]
             weight, a, b = weights[pair], pairs[pair, 0], pairs[pair, 1]
             k_first, k_end = k_start[row, b], k_start[row, b + 1]
             if weight == 0 or k_first == k_end:
                 continue
+            M = kernel[pair]
             for q in range(q_start[row, a], q_start[row, a + 1]):
                 i = q_pos[q]
+                row_scores = head_scores[i]
                 factor = weight * q_val[q]
                 for k in range(k_first, k_end):
                     j = k_pos[k]
                     if j > i:
                         break
-                    scores[row, head, i, j] += factor * k_val[k] * kernel[pair, i - j if rotary else 0]
+                    row_scores[np.uint32(j)] += factor * k_val[k] * M[np.uint32(i - j) if rotary else np.uint32(0)]
 
 
-@numba.njit(parallel=True, cache=True, fastmath=False)
+@numba.njit(parallel=True, cache=True)
 def gather_gradient(grad_weights, grad_scores, q_start, q_pos, q_val, k_start, k_pos, k_val, pairs, kernel):
     """The same sum read backwards: grad_weights[pair] = sum of grad_scores * query_act * key_act * M(i - j)."""
     batch = grad_scores.shape[0]
     rotary = kernel.shape[1] > 1
     for pair in numba.prange(len(pairs)):
         a, b, head = pairs[pair, 0], pairs[pair, 1], pairs[pair, 2]
+        M = kernel[pair]
         total = 0.0
         for row in range(batch):
             k_first, k_end = k_start[row, b], k_start[row, b + 1]
             if k_first == k_end:
                 continue
+            head_grad = grad_scores[row, head]
             for q in range(q_start[row, a], q_start[row, a + 1]):
                 i = q_pos[q]
+                row_grad = head_grad[i]
                 inner = 0.0
                 for k in range(k_first, k_end):
                     j = k_pos[k]
                     if j > i:
                         break
-                    inner += grad_scores[row, head, i, j] * k_val[k] * kernel[pair, i - j if rotary else 0]
+                    inner += row_grad[np.uint32(j)] * k_val[k] * M[np.uint32(i - j) if rotary else np.uint32(0)]
                 total += q_val[q] * inner
         grad_weights[pair] = total
 

@@ -109,6 +109,7 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
     def __init__(self, cfg: MaskTrainingConfig, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
         self._context_size: int | None = None
+        self._running: list[SparseFeatureMap] = []  # at most one, the pairs still alive; a list is no submodule
 
     @override
     def initialize_weights(self) -> None:
@@ -167,8 +168,7 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
             weights = self._weights[0]
             true = log_pattern(attention_scores(weights.queries(rows), weights.keys(rows), spec))
             query_acts, key_acts = d.encode_query(rows), d.encode_key(rows)
-        # the map holds the indices, the parameter the weights
-        scores = d.feature_map.scores(query_acts, key_acts, d.decoders, spec, weights=self.mask * self.alive)
+        scores = self._alive_map.scores(query_acts, key_acts, d.decoders, spec, weights=self.mask[self.alive])
         losses = {"kl": pattern_kl(true, log_pattern(scores)).mean()}
         alive_mask = self.mask[self.alive]
         losses["mask_sparsity"] = step_input.coefficients["mask_sparsity"] * (alive_mask + 1e-7).sqrt().sum()
@@ -196,6 +196,14 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
         cost = torch.where(self.alive, self.mask.square() * self.importance, -1.0)
         self.alive.fill_(False)
         self.alive[cost.topk(n_keep).indices] = True
+        self._running.clear()
+
+    @property
+    def _alive_map(self) -> SparseFeatureMap:
+        """The pairs still in the running, rebuilt after each pruning."""
+        if not self._running:
+            self._running.append(self.dictionary.feature_map.select(self.alive))
+        return self._running[0]
 
     @override
     def calculate_aux_loss(self, *args: Any, **kwargs: Any) -> Tensor | dict[str, Tensor]:
@@ -213,6 +221,11 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
         finished.key.load_state_dict(self.dictionary.key.state_dict())
         finished.set_feature_map(self.dictionary.feature_map.reweighted(weights).select(kept))
         return finished
+
+    @override
+    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
+        super().load_weights_from_checkpoint(checkpoint_path)
+        self._running.clear()
 
     @override
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
