@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 import sae_lens_qk as qk
-from sae_lens_qk.__main__ import print_evaluation, token_rows
+from sae_lens_qk.__main__ import print_evaluation
 from sae_lens_qk.attention import attention_scores, pattern_from_scores
 from sae_lens_qk.host import hook_names, qk_weights
-from sae_lens_qk.models import text_sample
+from sae_lens_qk.text import text_sample, token_rows
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 HEAD, KEY = 0, " Mary"

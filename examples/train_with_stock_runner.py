@@ -14,7 +14,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunne
 
 import sae_lens_qk as qk
 from sae_lens_qk.host import attention_spec, hook_names, qk_weights
-from sae_lens_qk.models import text_sample
+from sae_lens_qk.text import text_sample
 
 
 def train(

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from sae_lens.training.activations_store import ActivationsStore
 from simple_parsing import ArgumentParser
 from simple_parsing.helpers import field
 
@@ -78,6 +76,7 @@ def _evaluate(arguments: list[str]) -> None:
     from sae_lens_qk.dictionary import BilinearQKDictionary
     from sae_lens_qk.evals import evaluate
     from sae_lens_qk.models import load_model
+    from sae_lens_qk.text import token_rows
 
     parser = _parser("evaluate")
     parser.add_arguments(EvaluateArguments, dest="evaluate")
@@ -89,32 +88,6 @@ def _evaluate(arguments: list[str]) -> None:
     print_evaluation(result)
     if args.output:
         Path(args.output).write_text(json.dumps(result.to_dict(), indent=2))
-
-
-def token_rows(model: Any, dataset_path: str, text_column: str, n_rows: int, context_size: int) -> torch.Tensor:
-    """Rows of tokens as training sees them: BOS first, documents joined by BOS.
-
-    Raises:
-        ValueError: the text gives fewer than two rows.
-    """
-    from sae_lens_qk.models import text_sample
-    from sae_lens_qk.training.runner import load_text
-
-    dataset = load_text(dataset_path, text_column) if dataset_path else text_sample()
-    store = ActivationsStore(
-        model=model, dataset=dataset, streaming=False, hook_name="", hook_head_index=None, context_size=context_size,
-        d_in=1, n_batches_in_buffer=1, total_training_tokens=1, store_batch_size_prompts=1, train_batch_size_tokens=1,
-        prepend_bos=True, normalize_activations="none", device=torch.device("cpu"), dtype="float32",
-    )  # fmt: skip
-    rows = []
-    while len(rows) < n_rows:
-        try:
-            rows.append(store.get_batch_tokens(batch_size=1, raise_at_epoch_end=True)[0])
-        except (StopIteration, RuntimeError):
-            break
-    if len(rows) < 2:
-        raise ValueError(f"the text gives {len(rows)} rows of {context_size} tokens, evaluation needs at least 2")
-    return torch.stack(rows)
 
 
 def print_evaluation(result: Any) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -100,11 +99,3 @@ def _boot_from_folder(folder: Path, architecture_name: str, device: str) -> Tran
     return TransformerBridge.boot_transformers(
         architecture_name, hf_model=hf_model.to(device), tokenizer=tokenizer, device=device
     )
-
-
-def text_sample() -> Dataset:
-    """About 200k tokens of text drawn from the embedded model itself, one document a row, column `text`.
-
-    Made by `examples/sample_text.py`; lets demo and tests run without any other text.
-    """
-    return Dataset.from_parquet(str(Path(__file__).parent / "data" / "smollm2_sample.parquet"))  # type: ignore[return-value]

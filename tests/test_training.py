@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from sae_lens import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainStepInput
-from tiny_models import tiny_model, tiny_text_dataset
+from tiny_models import tiny_model
 
 import sae_lens_qk as qk
 from sae_lens_qk.attention import attention_scores, log_pattern, pattern_from_scores, pattern_kl

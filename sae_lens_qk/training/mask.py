@@ -50,14 +50,12 @@ def pair_importance(
         query_acts = with_constant(dictionary.encode_query(batch)).float()
         key_acts = with_constant(dictionary.encode_key(batch)).float()
         for row in range(len(batch)):
-            (q_start, q_pos, q_val), (k_start, k_pos, k_val) = (
-                active_entries(acts[row : row + 1]) for acts in (query_acts, key_acts)
-            )
-            add_importance(
-                table.numpy(), pattern[row].numpy(),
-                q_start[0], q_pos, _rotated_entries(query_rows, q_start[0], q_pos, torch.from_numpy(q_val) * spec.scale, spec),
-                k_start[0], k_pos, _rotated_entries(key_rows, k_start[0], k_pos, torch.from_numpy(k_val), spec),
-            )  # fmt: skip
+            q_start, q_pos, q_val = active_entries(query_acts[row : row + 1])
+            k_start, k_pos, k_val = active_entries(key_acts[row : row + 1])
+            q_vectors = _rotated_entries(query_rows, q_start[0], q_pos, torch.from_numpy(q_val) * spec.scale, spec)
+            k_vectors = _rotated_entries(key_rows, k_start[0], k_pos, torch.from_numpy(k_val), spec)
+            where = (q_start[0], q_pos, q_vectors, k_start[0], k_pos, k_vectors)
+            add_importance(table.numpy(), pattern[row].numpy(), *where)
     table[:, -1, -1] = 0.0
     return table
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset
 from jaxtyping import Float
 from sae_lens.saes.sae import SAEMetadata, TrainingSAE
 from sae_lens.training.activations_store import ActivationsStore
@@ -19,6 +19,7 @@ from sae_lens_qk.config import BilinearQKRunnerConfig, MaskTrainingConfig
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.host import Hooks, Model, attention_spec, hook_names, layer_input, model_mode, prove_once, qk_weights
 from sae_lens_qk.models import load_model
+from sae_lens_qk.text import load_text
 from sae_lens_qk.training.cache import InputCache, fill_cache
 from sae_lens_qk.training.mask import MaskTrainingSAE, choose_candidates, pair_importance
 from sae_lens_qk.training.transcoders import TranscodersTrainingSAE
@@ -65,7 +66,9 @@ class BilinearQKTrainingRunner:
         )  # fmt: skip
         self.cfg = replace(cfg, hook_name=shared["hook_name"], sae=replace(cfg.sae, **shared))
         self.cfg.checkpoint_path = cfg.checkpoint_path
-        self.dataset = override_dataset if override_dataset is not None else load_text(cfg.dataset_path, cfg.text_column)
+        self.dataset = (
+            override_dataset if override_dataset is not None else load_text(cfg.dataset_path, cfg.text_column, cfg.streaming)
+        )
         self._shared = shared
         self._check_data()
 
@@ -232,30 +235,3 @@ class ProgressTrainer(SAETrainer[Any, Any]):
 
     def _update_pbar(self, step_output: Any, pbar: Any, update_interval: int = 10) -> None:
         super()._update_pbar(step_output, pbar, update_interval)
-
-
-def load_text(path: str, text_column: str) -> Dataset | IterableDataset:
-    """A dataset by Hub name, or from a local .parquet file or folder; environment variables in the path are expanded.
-
-    Raises:
-        ValueError: no path, an unset variable in it, or no such column.
-    """
-    expanded = os.path.expandvars(path)
-    if not expanded:
-        raise ValueError("There is no training text: set dataset_path, or pass override_dataset.")
-    if "$" in expanded:
-        raise ValueError(f"dataset_path {path} names an environment variable that is not set.")
-    local = Path(expanded)
-    if local.suffix == ".parquet":
-        if not local.is_file():
-            raise ValueError(f"There is no file {local} (dataset_path).")
-        dataset = Dataset.from_parquet(str(local))
-    else:
-        dataset = load_dataset(expanded, split="train")
-    assert isinstance(dataset, Dataset | IterableDataset)
-    columns = dataset.column_names or []
-    wanted = next((name for name in ("tokens", "input_ids", text_column) if name in columns), None)
-    if wanted is None:
-        raise ValueError(f"{expanded} has the columns {columns[:5]}, not {text_column!r}: set text_column.")
-    dataset = dataset.select_columns([wanted])
-    return dataset.rename_column(wanted, "text") if wanted == text_column != "text" else dataset
