@@ -26,6 +26,8 @@ class EvaluateArguments:
     """Length of a row."""
     batch_size: int = 8
     """Rows in a forward pass."""
+    baselines: list[str] = field(default_factory=lambda: ["zero", "mean", "uniform", "shuffled"])
+    """Patterns to compare with; zero is always measured."""
     output: str | None = None
     """JSON file for all figures."""
 
@@ -84,7 +86,7 @@ def _evaluate(arguments: list[str]) -> None:
     dictionary = BilinearQKDictionary.from_pretrained(args.dictionary)
     model = load_model(dictionary)
     tokens = token_rows(model, args.dataset_path, args.text_column, args.n_tokens // args.context_size, args.context_size)
-    result = evaluate(dictionary, model, tokens, batch_size=args.batch_size, progress=True)
+    result = evaluate(dictionary, model, tokens, batch_size=args.batch_size, baselines=tuple(args.baselines), progress=True)
     print_evaluation(result)
     if args.output:
         Path(args.output).write_text(json.dumps(result.to_dict(), indent=2))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sae_lens_qk.attention import AttentionSpec, rotary_cos_sin
 from sae_lens_qk.kernels import gather_gradient, scatter_scores
 
-Pairs = Int[Tensor, "pair 3"] | np.ndarray | Sequence[tuple[int, int, int]]
+Pairs = Int[Tensor, "pair 3"] | np.ndarray | Sequence[Sequence[int]]
 """Triples (query feature, key feature, head)."""
 
 _DIGITS = 4  # base 256: bfloat16 holds integers up to 256 exactly

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,11 +134,8 @@ class BilinearQKTrainingRunner:
         if self.cfg.checkpoint_path is not None:
             trainer_cfg.checkpoint_path = str(Path(self.cfg.checkpoint_path) / step)
         store = self._store() if cache is None else None
-        save_store: Callable[[Path | None], None] | None = None
-        if store is not None:
-            save_store = lambda checkpoint_path: store.save_to_checkpoint(checkpoint_path) if checkpoint_path else None  # noqa: E731
         data: Iterator[Tensor] = store if store is not None else cache.batches(self.cfg.rows_per_batch, seed=seed)  # type: ignore[union-attr]
-        trainer = ProgressTrainer(trainer_cfg, sae, data, save_checkpoint_fn=save_store)  # type: ignore[arg-type]
+        trainer = ProgressTrainer(trainer_cfg, sae, data)  # type: ignore[arg-type]
         if checkpoint is not None:
             logger.info("resuming %s from %s", step, checkpoint)
             trainer.load_trainer_state(checkpoint)
@@ -146,7 +143,7 @@ class BilinearQKTrainingRunner:
             trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t > trainer.n_training_samples]
             sae.load_weights_from_checkpoint(checkpoint)
             if store is not None:
-                store.load_from_checkpoint(checkpoint)
+                self._skip_rows(store, trainer.n_training_samples // self.cfg.context_size)
             else:
                 data.step = trainer.n_training_steps  # type: ignore[union-attr]
         try:
@@ -157,6 +154,16 @@ class BilinearQKTrainingRunner:
                 trainer.n_training_samples, step, self.cfg.checkpoint_path,
             )  # fmt: skip
             raise
+
+    def _skip_rows(self, store: ActivationsStore, n_rows: int) -> None:
+        """Draw the rows a resumed run has seen, without forward passes and as the store would have: at the end of an epoch
+        it drops a partly filled batch. (The store's own state counts documents, which are not whole rows.)"""
+        full, rest = divmod(n_rows, self.cfg.store_batch_size_prompts)
+        for size in [self.cfg.store_batch_size_prompts] * full + [rest] * (rest > 0):
+            try:
+                store.get_batch_tokens(batch_size=size, raise_at_epoch_end=True)
+            except StopIteration:
+                store.get_batch_tokens(batch_size=size)
 
     def _check_data(self) -> None:
         """One batch from the store against a direct forward pass: whole sequences, in order.
