@@ -5,9 +5,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from simple_parsing import ArgumentParser
+import transformers
+from simple_parsing import ArgumentGenerationMode, ArgumentParser, NestedMode
 from simple_parsing.helpers import field
 
 
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     if arguments[0] not in commands:
         return _complain(f"unknown command {arguments[0]!r}: use one of {', '.join(commands)}")
+    transformers.utils.logging.disable_progress_bar()
     try:
         commands[arguments[0]](arguments[1:])
     except (ValueError, FileNotFoundError, ModuleNotFoundError, RuntimeError, FloatingPointError) as error:
@@ -62,11 +64,11 @@ def _train(arguments: list[str]) -> None:
     from sae_lens_qk.config import BilinearQKRunnerConfig
     from sae_lens_qk.training.runner import BilinearQKTrainingRunner
 
-    first = ArgumentParser(add_help=False)
+    first = _Parser("train", add_help=False)
     first.add_arguments(TrainArguments, dest="train")
     known, _ = first.parse_known_args(arguments)
     base = BilinearQKRunnerConfig.from_file(known.train.config) if known.train.config else BilinearQKRunnerConfig()
-    parser = _parser("train")
+    parser = _Parser("train")
     parser.add_arguments(TrainArguments, dest="train")
     parser.add_arguments(BilinearQKRunnerConfig, dest="cfg", default=base)
     cfg = parser.parse_args(arguments).cfg
@@ -80,7 +82,7 @@ def _evaluate(arguments: list[str]) -> None:
     from sae_lens_qk.models import load_model
     from sae_lens_qk.text import token_rows
 
-    parser = _parser("evaluate")
+    parser = _Parser("evaluate")
     parser.add_arguments(EvaluateArguments, dest="evaluate")
     args: EvaluateArguments = parser.parse_args(arguments).evaluate
     dictionary = BilinearQKDictionary.from_pretrained(args.dictionary)
@@ -120,8 +122,19 @@ def print_evaluation(result: Any) -> None:
         )
 
 
-def _parser(command: str) -> ArgumentParser:
-    return ArgumentParser(prog=f"python -m sae_lens_qk {command}", add_config_path_arg=False)
+class _Parser(ArgumentParser):
+    """Options named as in the config file (`--sae.k`, `--mask.lr`); errors in one line."""
+
+    def __init__(self, command: str, **options: Any):
+        super().__init__(
+            prog=f"python -m sae_lens_qk {command}",
+            nested_mode=NestedMode.WITHOUT_ROOT,
+            argument_generation_mode=ArgumentGenerationMode.NESTED,
+            **options,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"sae_lens_qk: {message} (see {self.prog} --help)\n")
 
 
 def _complain(message: str) -> int:

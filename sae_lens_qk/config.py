@@ -272,6 +272,8 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
             value = tuple(self.seqpos_slice) if name == "seqpos_slice" else getattr(self, name)
             if value != required:
                 raise ValueError(f"{name} must be {required!r}: both steps train on whole sequences, got {value!r}.")
+        if self.logger.log_to_wandb:
+            raise ValueError("logger.log_to_wandb must be False: this runner does not open a wandb run.")
         if self.autocast:
             raise ValueError("autocast must be False: scores and KL are computed in float32.")
         if self.train_batch_size_tokens % self.context_size:

@@ -1,5 +1,6 @@
 """BilinearQKDictionary: two transcoders and a sparse feature map, as one SAELens SAE."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -206,7 +207,11 @@ class BilinearQKDictionary(SAE[BilinearQKConfig]):
 
     def set_feature_map(self, feature_map: SparseFeatureMap) -> None:
         """Replace the map (validated against this dictionary's sizes)."""
-        SparseFeatureMap(feature_map.indices, feature_map.weights, self.cfg.d_query, self.cfg.d_key, self.spec.n_heads)
+        expected = (self.cfg.d_query, self.cfg.d_key, self.spec.n_heads)
+        found = (feature_map.d_query, feature_map.d_key, feature_map.n_heads)
+        if expected != found:
+            raise ValueError(f"The map must be for (d_query, d_key, n_heads) = {expected}, got one for {found}.")
+        SparseFeatureMap(feature_map.indices, feature_map.weights, *expected)
         self.feature_map = feature_map
         self.cfg.n_pairs = len(feature_map)
 
@@ -319,6 +324,8 @@ class BilinearQKDictionary(SAE[BilinearQKConfig]):
                 raise FileNotFoundError(f"{path} is not a dictionary folder: {name} is missing.")
         try:
             return super().load_from_disk(path, device=device, dtype=dtype, **kwargs)
+        except (KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}/cfg.json is not the config of a dictionary ({error!r}).") from error
         except Exception as error:
             if type(error).__name__ == "SafetensorError":
                 raise ValueError(f"{path}/sae_weights.safetensors is truncated or corrupted ({error}).") from error

@@ -96,12 +96,13 @@ class SparseFeatureMap(nn.Module):
 
     def find(self, pairs: Pairs) -> Int[Tensor, " pair"]:
         """Row of each pair in this map, -1 where it is not listed."""
-        wanted = SparseFeatureMap._codes_of(as_pairs(pairs, self.indices.device), self.d_key, self.n_heads)
+        pairs = as_pairs(pairs, self.indices.device)
+        wanted = SparseFeatureMap._codes_of(pairs, self.d_key, self.n_heads)
         if not len(self):
             return torch.full_like(wanted, -1)
         codes, order = self._codes().sort()
-        at = torch.searchsorted(codes, wanted).clamp(max=len(codes) - 1)
-        return torch.where(codes[at] == wanted, order[at], -1)
+        at = order[torch.searchsorted(codes, wanted).clamp(max=len(codes) - 1)]
+        return torch.where((self.indices[at] == pairs).all(dim=1), at, -1)  # foreign pairs may share a code
 
     @staticmethod
     def _codes_of(pairs: Tensor, d_key: int, n_heads: int) -> Tensor:
@@ -227,7 +228,16 @@ def pack_indices(indices: Int[Tensor, "pair 3"], dtype: torch.dtype) -> Tensor:
 
 
 def unpack_indices(digits: Tensor) -> Int[Tensor, "pair 3"]:
-    """Inverse of `pack_indices`."""
+    """Inverse of `pack_indices`.
+
+    Raises:
+        ValueError: not the digits of triples, as in a damaged file.
+    """
+    if digits.shape[1:] != (3, _DIGITS) or not ((digits >= 0) & (digits <= 255) & (digits == digits.round())).all():
+        raise ValueError(
+            f"Packed pairs must be integers 0 to 255 of shape [n_pairs, 3, {_DIGITS}], got shape {list(digits.shape)} with "
+            "other values or axes: the file is damaged."
+        )
     shifts = torch.arange(_DIGITS, device=digits.device) * 8
     return (digits.round().to(torch.int64) << shifts).sum(dim=-1)
 
@@ -250,6 +260,8 @@ class _PairScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_scores):  # type: ignore[override]
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2] or ctx.needs_input_grad[4]:
+            raise NotImplementedError("A feature map has gradients for pair weights only: detach activations and decoders.")
         grad_weights = np.zeros(len(ctx.entries[6]), dtype=grad_scores.numpy().dtype)
         gather_gradient(grad_weights, grad_scores.contiguous().numpy(), *ctx.entries)
         return torch.from_numpy(grad_weights), None, None, None, None, None

@@ -194,7 +194,7 @@ def check_allowed_keys(scores: Tensor) -> None:
     Raises:
         UnsupportedModelError: padded input, or a window the spec does not know.
     """
-    allowed = scores > -1e30  # hosts mask with -inf or with the smallest float
+    allowed = scores > torch.finfo(scores.dtype).min / 2  # hosts mask with -inf or with the smallest float
     if not (allowed == allowed_keys(scores.shape[-1], scores.device)).all():
         raise UnsupportedModelError("The model masks more than future keys: padded input is not supported.")
 
@@ -215,7 +215,7 @@ def check_host(model: Model, layer: int, tokens: Tensor | None = None) -> HostRe
     """
     spec = attention_spec(model, layer)
     if qk_weights(model, layer).W_Q.dtype != torch.float32:
-        model = copy.deepcopy(model).to(torch.float32)
+        model = _float32_copy(model)
     weights, names, complete = qk_weights(model, layer), hook_names(model, layer), layer_input(model, layer)
     if tokens is None:
         generator = torch.Generator().manual_seed(0)
@@ -281,7 +281,7 @@ def check_fingerprint(expected: Sequence[float], model: Model, layer: int, train
     found = torch.tensor(qk_weights(model, layer).fingerprint(), dtype=torch.float64)
     wanted = torch.tensor(expected, dtype=torch.float64)
     distance = math.inf if len(found) != len(wanted) else float((found - wanted).norm() / wanted.norm())
-    if distance > _NEAR:
+    if not distance <= _NEAR:  # NaN weights included
         raise FingerprintError(
             f"This dictionary was trained on {trained_on}; layer {layer} of this model ({model_mode(model)}) has other "
             f"weights (relative distance {distance:.2g}). Load its own model with qk.load_model(d)."
@@ -298,6 +298,15 @@ def _attention(model: Model, layer: int) -> Any:
         raise ValueError(f"layer must lie in [0, {n_layers(model) - 1}], got {layer}.")
     blocks: Any = model.blocks
     return blocks[layer].attn
+
+
+def _float32_copy(model: Model) -> Model:
+    """A copy in float32; HookedTransformer's rotary tables, which were rounded with the weights, are made anew."""
+    made: Any = copy.deepcopy(model).to(torch.float32, print_details=False)
+    if isinstance(made, HookedTransformer) and made.cfg.positional_embedding_type == "rotary":
+        for block in made.blocks:
+            block.attn._extend_rotary_embeddings(len(block.attn.rotary_sin))
+    return made
 
 
 def _largest(tensor: Tensor) -> float:

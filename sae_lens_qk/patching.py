@@ -131,12 +131,17 @@ def _score_function(
     if source == "model" and not len(edited):
         raise ValueError("source 'model' edits the true scores: give ablate_pairs or scale_pairs.")
     sizes = d.cfg.d_query, d.cfg.d_key, d.spec.n_heads
+    changes = _AnyWeights(edited, factors - 1.0, *sizes)  # these two refuse foreign pairs, whatever the source
+    only = None
+    if keep_pairs is not None:
+        pairs = as_pairs(keep_pairs)
+        only = SparseFeatureMap(pairs, torch.ones(len(pairs)), *sizes)
 
     if source == "feature_map":
         d.require_feature_map()
         kept = d.feature_map
-        if keep_pairs is not None:
-            kept = kept.select(_listed(kept, as_pairs(keep_pairs)))
+        if only is not None:
+            kept = kept.select(_listed(kept, only.indices))
         elif len(edited):
             weights = kept.weights.clone()
             at = _listed(kept, edited)
@@ -144,11 +149,8 @@ def _score_function(
             kept = _AnyWeights(kept.indices, weights, *sizes)
         return lambda x, scores: kept.scores(d.encode_query(x), d.encode_key(x), d.decoders, d.spec)
 
-    if keep_pairs is not None:
-        pairs = as_pairs(keep_pairs)
-        only = SparseFeatureMap(pairs, torch.ones(len(pairs)), *sizes)
+    if only is not None:
         return lambda x, scores: only.scores(d.encode_query(x), d.encode_key(x), d.decoders, d.spec)
-    changes = _AnyWeights(edited, factors - 1.0, *sizes)
 
     def edited_scores(x: Tensor, scores: Tensor) -> Tensor:
         base = scores if source == "model" else d.scores(x, "transcoders")
@@ -174,7 +176,10 @@ def _edits(ablate_pairs: Pairs | None, scale_pairs: Mapping[tuple[int, int, int]
     ablated = as_pairs([] if ablate_pairs is None else ablate_pairs)
     scaled = as_pairs(list(scale_pairs or {}))
     factors = torch.tensor(list((scale_pairs or {}).values()), dtype=torch.float32)
-    return torch.cat([ablated, scaled]), torch.cat([torch.zeros(len(ablated)), factors])
+    edited = torch.cat([ablated, scaled])
+    if len(edited.unique(dim=0)) < len(edited):
+        raise ValueError("ablate_pairs and scale_pairs together must name each pair once.")
+    return edited, torch.cat([torch.zeros(len(ablated)), factors])
 
 
 def _listed(feature_map: SparseFeatureMap, pairs: Tensor) -> Tensor:

@@ -1,0 +1,142 @@
+"""Random dictionaries for the tiny models, and scores of feature pairs written out by hand in float64."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import sae_lens_qk as qk
+from sae_lens_qk.dictionary import BilinearQKDictionary
+from sae_lens_qk.host import Model, attention_spec, hook_names, layer_input, model_mode, qk_weights
+
+LAYER = 1
+D_QUERY, D_KEY, N_PAIRS = 29, 31, 200
+N_DEAD = 5
+"""The last features of each side never fire."""
+
+Triple = tuple[int, int, int]
+
+
+def empty_dictionary(
+    model: Model, d_query: int, d_key: int, half_architecture: str, layer: int = LAYER, **changes
+) -> BilinearQKDictionary:
+    """Weights as SAELens initialises them; spec, fingerprint and hook read off the model; no feature map."""
+    spec = attention_spec(model, layer)
+    values = {
+        "d_in": spec.d_model, "d_query": d_query, "d_key": d_key, "half_architecture": half_architecture,
+        "attention": spec.to_dict(), "model_name": "tiny", "model_mode": model_mode(model), "layer": layer,
+        "hook_name": hook_names(model, layer).input, "fingerprint": list(qk_weights(model, layer).fingerprint()),
+    }  # fmt: skip
+    return BilinearQKDictionary(qk.BilinearQKConfig(**{**values, **changes})).requires_grad_(False).eval()
+
+
+def tiny_dictionary(model: Model, n_pairs: int = N_PAIRS, seed: int = 0, **changes) -> BilinearQKDictionary:
+    """Random transcoders of which a third of the features fire, and a random map with pairs of every kind."""
+    d = empty_dictionary(model, D_QUERY, D_KEY, "jumprelu_transcoder", **changes)
+    generator = torch.Generator().manual_seed(seed)
+    for half in (d.query, d.key):
+        half.W_enc.copy_(torch.randn(half.W_enc.shape, generator=generator) * d.cfg.d_in**-0.5)
+        half.b_enc.copy_(0.2 * torch.randn(half.b_enc.shape, generator=generator))
+        half.b_enc[-N_DEAD:] = -100.0
+        half.threshold.copy_(0.5 * torch.rand(half.threshold.shape, generator=generator))
+        half.W_dec.copy_(0.5 * torch.randn(half.W_dec.shape, generator=generator))
+        half.b_dec.copy_(0.5 * torch.randn(half.b_dec.shape, generator=generator))
+    if n_pairs:
+        d.set_feature_map(_random_map(d, n_pairs, generator))
+    return d
+
+
+def _random_map(d: BilinearQKDictionary, n_pairs: int, generator: torch.Generator) -> qk.SparseFeatureMap:
+    """A tenth of the pairs each with the query and with the key constant."""
+    n_heads, n_constant = d.spec.n_heads, n_pairs // 10
+    pairs = torch.cartesian_prod(torch.arange(D_QUERY + 1), torch.arange(D_KEY + 1), torch.arange(n_heads))
+    pairs = pairs[torch.randperm(len(pairs), generator=generator)]
+    constant_query, constant_key = pairs[:, 0] == D_QUERY, pairs[:, 1] == D_KEY
+    chosen = torch.cat([
+        pairs[~constant_query & ~constant_key][: n_pairs - 2 * n_constant],
+        pairs[constant_query & ~constant_key][:n_constant],
+        pairs[~constant_query & constant_key][:n_constant],
+    ])  # fmt: skip
+    chosen = chosen[torch.randperm(n_pairs, generator=generator)]
+    return qk.SparseFeatureMap(chosen, torch.rand(n_pairs, generator=generator), D_QUERY, D_KEY, n_heads)
+
+
+def kept_pairs(d: BilinearQKDictionary) -> dict[Triple, float]:
+    triples = [tuple(row) for row in d.feature_map.indices.tolist()]
+    return dict(zip(triples, d.feature_map.weights.double().tolist(), strict=True))
+
+
+def exact_dictionary(model: Model, layer: int = LAYER) -> BilinearQKDictionary:
+    """Transcoders that reproduce the true queries and keys: features are the positive and negative parts of x."""
+    weights = qk_weights(model, layer)
+    d_model = attention_spec(model, layer).d_model
+    d = empty_dictionary(model, 2 * d_model, 2 * d_model, "transcoder", layer)
+    both_signs = torch.cat([torch.eye(d_model), -torch.eye(d_model)], dim=1)
+    for half, W, b in ((d.query, weights.W_Q, weights.b_Q), (d.key, weights.W_K, weights.b_K)):
+        half.W_enc.copy_(both_signs)
+        half.b_enc.zero_()
+        half.W_dec.copy_(both_signs.T @ torch.cat(list(W), dim=1))
+        half.b_dec.copy_(b.flatten())
+    return d
+
+
+def pair_term(d: BilinearQKDictionary, x: Tensor, pair: Triple) -> Tensor:
+    """c[row, i, j] = query_act[i] key_act[j] M(i - j) of one pair at allowed keys, else 0, float64 [batch, pos, pos].
+
+    Rotations are complex multiplications here: <R_i q, R_j k> = Re sum_f z_q conj(z_k) e^(i theta (i - j)) + the rest.
+    """
+    spec, (a, b, head) = d.spec, pair
+    sides = []
+    for half, feature, heads, own in (
+        (d.query, a, spec.n_heads, head),
+        (d.key, b, spec.n_kv_heads, head // (spec.n_heads // spec.n_kv_heads)),
+    ):
+        constant = feature == half.W_dec.shape[0]
+        row = (half.b_dec if constant else half.W_dec[feature]).double().numpy().reshape(heads, spec.d_head)[own]
+        acts = np.ones(x.shape[:2]) if constant else half.encode(x)[..., feature].double().numpy()
+        sides.append((row, acts))
+    (q, query_acts), (k, key_acts) = sides
+    theta = np.array(spec.rotary_inv_freq)
+    n, n_pos = len(theta), x.shape[1]
+    z = (q[:n] + 1j * q[n : 2 * n]) * (k[:n] - 1j * k[n : 2 * n])
+    rest = float(q[2 * n :] @ k[2 * n :])
+    term = np.zeros((len(x), n_pos, n_pos))
+    for i in range(n_pos):
+        for j in range(i + 1):
+            M = spec.scale * (float((z * np.exp(1j * theta * (i - j))).sum().real) + rest)
+            term[:, i, j] = query_acts[:, i] * key_acts[:, j] * M
+    return torch.from_numpy(term)
+
+
+def scores_by_hand(
+    d: BilinearQKDictionary, x: Tensor, weights: dict[Triple, float], include_constant: bool = True
+) -> Tensor:
+    """Sum of weight * term over pairs, and constant x constant, float64 [batch, head, pos_q, pos_k]; 0 at future keys."""
+    scores = torch.zeros(len(x), d.spec.n_heads, x.shape[1], x.shape[1], dtype=torch.float64)
+    if include_constant:
+        weights = {**weights, **{(d.cfg.d_query, d.cfg.d_key, head): 1.0 for head in range(d.spec.n_heads)}}
+    for pair, weight in weights.items():
+        scores[:, pair[2]] += weight * pair_term(d, x, pair)
+    return scores
+
+
+def pattern_by_hand(scores: Tensor) -> Tensor:
+    """softmax over keys up to the query, row by row."""
+    pattern = torch.zeros_like(scores)
+    for i in range(scores.shape[-1]):
+        pattern[..., i, : i + 1] = scores[..., i, : i + 1].softmax(dim=-1)
+    return pattern
+
+
+@torch.no_grad()
+def observe(model: Model, tokens: Tensor, hooks=(), names: tuple[str, ...] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits under hooks, and what then passes the named hook points."""
+    seen: dict[str, Tensor] = {}
+    recorders = [(name, lambda value, hook, name=name: seen.__setitem__(name, value.clone())) for name in names]
+    return model.run_with_hooks(tokens, fwd_hooks=[*hooks, *recorders], prepend_bos=False), seen
+
+
+def inputs_and_scores(model: Model, tokens: Tensor, layer: int = LAYER) -> tuple[Tensor, Tensor]:
+    """The tensor that W_Q and W_K multiply, and the model's own (masked) scores, at its own hooks."""
+    names = hook_names(model, layer)
+    _, seen = observe(model, tokens, names=(names.input, names.scores))
+    return layer_input(model, layer)(seen[names.input]), seen[names.scores]
