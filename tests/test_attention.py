@@ -121,7 +121,8 @@ def test_mask_fills_exactly_the_future_with_minus_infinity():
 def test_rotations_compose(rotary):
     """<R_i q, R_j k> depends on i - j only, and turns the norm not at all."""
     spec = make_spec(rotary)
-    q, k = (torch.randn(1, 1, 1, spec.d_head, dtype=torch.float64) for _ in range(2))
+    queries, keys = random_queries_keys(spec)
+    q, k = queries[:1, :1, :1], keys[:1, :1, :1]
 
     def at(vector, position):
         return rotate(vector, spec, torch.tensor([position]))[0, 0, 0]
@@ -136,7 +137,7 @@ def test_rotations_compose(rotary):
 
 def test_partial_rotation_passes_the_rest_through():
     spec = make_spec("partial")
-    vectors = torch.randn(2, 7, 3, spec.d_head, dtype=torch.float64)
+    vectors = random_queries_keys(spec)[1]
     turned = rotate(vectors, spec)
     assert torch.equal(turned[..., 4:], vectors[..., 4:])
     assert not torch.equal(turned[:, 1:, :, :4], vectors[:, 1:, :, :4])

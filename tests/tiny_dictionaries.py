@@ -100,10 +100,10 @@ def pair_term(d: BilinearQKDictionary, x: Tensor, pair: Triple) -> Tensor:
     z = (q[:n] + 1j * q[n : 2 * n]) * (k[:n] - 1j * k[n : 2 * n])
     rest = float(q[2 * n :] @ k[2 * n :])
     term = np.zeros((len(x), n_pos, n_pos))
-    for i in range(n_pos):
-        for j in range(i + 1):
-            M = spec.scale * (float((z * np.exp(1j * theta * (i - j))).sum().real) + rest)
-            term[:, i, j] = query_acts[:, i] * key_acts[:, j] * M
+    for offset in range(n_pos):
+        M = spec.scale * (float((z * np.exp(1j * theta * offset)).sum().real) + rest)
+        for j in range(n_pos - offset):
+            term[:, j + offset, j] = query_acts[:, j + offset] * key_acts[:, j] * M
     return torch.from_numpy(term)
 
 
