@@ -79,6 +79,7 @@ class MapResult(NamedTuple):
     n_pairs_without_constants: int
     sparsity_of_all: float
     sparsity_of_live: float
+    """Among entries whose two features fired in the evaluated tokens."""
     pairs_per_head: list[int]
     active_pairs: float
     """Mean number of kept pairs active at a (query, key) position, all heads together."""
@@ -299,15 +300,18 @@ class _Run:
     def _map_result(self) -> MapResult:
         listed, cfg, n_heads = self.d.feature_map, self.d.cfg, self.d.spec.n_heads
         query, key, head = listed.indices.unbind(dim=1)
-        between_features = int(((query < cfg.d_query) & (key < cfg.d_key)).sum())
-        live_query, live_key = (int((fired > 0).sum()) for fired in self.fired)
+        features_only = (query < cfg.d_query) & (key < cfg.d_key)
+        between_features = int(features_only.sum())
+        live = [fired > 0 for fired in self.fired]
+        both_live = live[0][query[features_only].cpu()] & live[1][key[features_only].cpu()]
+        n_live_entries = int(live[0].sum()) * int(live[1].sum()) * n_heads
         rows = sum(len(batch) for batch in self.clean_ce)
         n_pos = self.n_tokens // rows
         return MapResult(
             n_pairs=len(listed),
             n_pairs_without_constants=between_features,
             sparsity_of_all=1 - between_features / (cfg.d_query * cfg.d_key * n_heads),
-            sparsity_of_live=1 - between_features / max(1, live_query * live_key * n_heads),
+            sparsity_of_live=1 - int(both_live.sum()) / max(1, n_live_entries),
             pairs_per_head=torch.bincount(head, minlength=n_heads).tolist(),
             active_pairs=self.active_pairs / (rows * n_pos * (n_pos + 1) / 2),
         )

@@ -194,8 +194,8 @@ def check_allowed_keys(scores: Tensor) -> None:
     Raises:
         UnsupportedModelError: padded input, or a window the spec does not know.
     """
-    allowed = scores > torch.finfo(scores.dtype).min / 2  # hosts mask with -inf or with the smallest float
-    if not (allowed == allowed_keys(scores.shape[-1], scores.device)).all():
+    masked = scores <= torch.finfo(scores.dtype).min / 2  # hosts mask with -inf or with the smallest float
+    if (masked == allowed_keys(scores.shape[-1], scores.device)).any():
         raise UnsupportedModelError("The model masks more than future keys: padded input is not supported.")
 
 

@@ -76,9 +76,7 @@ def loop_pattern(scores: torch.Tensor) -> torch.Tensor:
 def test_scores_equal_the_loop(rotary, n_kv_heads):
     spec = make_spec(rotary, n_kv_heads=n_kv_heads)
     queries, keys = random_queries_keys(spec)
-    torch.testing.assert_close(
-        attention_scores(queries, keys, spec), loop_scores(queries, keys, spec), rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(attention_scores(queries, keys, spec), loop_scores(queries, keys, spec), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("rotary", ROTARY)

@@ -212,7 +212,10 @@ def test_gradient_of_the_weights_equals_finite_differences(rotary):
     loss(weights).backward()
     step = 1e-3
     differences = torch.stack(
-        [(loss(some.weights + step * unit) - loss(some.weights - step * unit)) / (2 * step) for unit in torch.eye(23).double()]
+        [
+            (loss(some.weights + step * unit) - loss(some.weights - step * unit)) / (2 * step)
+            for unit in torch.eye(23).double()
+        ]
     )
     assert differences.abs().max() > 0.1
     torch.testing.assert_close(weights.grad, differences, rtol=0, atol=1e-9)  # exact: the loss is quadratic

@@ -79,44 +79,47 @@ def exact_dictionary(model: Model, layer: int = LAYER) -> BilinearQKDictionary:
     return d
 
 
-def pair_term(d: BilinearQKDictionary, x: Tensor, pair: Triple) -> Tensor:
+def pair_term(d: BilinearQKDictionary, acts: tuple[np.ndarray, np.ndarray], pair: Triple) -> np.ndarray:
     """c[row, i, j] = query_act[i] key_act[j] M(i - j) of one pair at allowed keys, else 0, float64 [batch, pos, pos].
 
     Rotations are complex multiplications here: <R_i q, R_j k> = Re sum_f z_q conj(z_k) e^(i theta (i - j)) + the rest.
     """
     spec, (a, b, head) = d.spec, pair
-    sides = []
-    for half, feature, heads, own in (
-        (d.query, a, spec.n_heads, head),
-        (d.key, b, spec.n_kv_heads, head // (spec.n_heads // spec.n_kv_heads)),
-    ):
-        constant = feature == half.W_dec.shape[0]
-        row = (half.b_dec if constant else half.W_dec[feature]).double().numpy().reshape(heads, spec.d_head)[own]
-        acts = np.ones(x.shape[:2]) if constant else half.encode(x)[..., feature].double().numpy()
-        sides.append((row, acts))
-    (q, query_acts), (k, key_acts) = sides
+    kv_head = head // (spec.n_heads // spec.n_kv_heads)
+    q = _decoder_row(d.query, a).reshape(spec.n_heads, spec.d_head)[head]
+    k = _decoder_row(d.key, b).reshape(spec.n_kv_heads, spec.d_head)[kv_head]
+    query_acts, key_acts = _acts_of(acts[0], a), _acts_of(acts[1], b)
     theta = np.array(spec.rotary_inv_freq)
-    n, n_pos = len(theta), x.shape[1]
+    n, n_pos = len(theta), query_acts.shape[1]
     z = (q[:n] + 1j * q[n : 2 * n]) * (k[:n] - 1j * k[n : 2 * n])
     rest = float(q[2 * n :] @ k[2 * n :])
-    term = np.zeros((len(x), n_pos, n_pos))
+    term = np.zeros((len(query_acts), n_pos, n_pos))
     for offset in range(n_pos):
         M = spec.scale * (float((z * np.exp(1j * theta * offset)).sum().real) + rest)
         for j in range(n_pos - offset):
             term[:, j + offset, j] = query_acts[:, j + offset] * key_acts[:, j] * M
-    return torch.from_numpy(term)
+    return term
+
+
+def _acts_of(acts: np.ndarray, feature: int) -> np.ndarray:
+    return np.ones(acts.shape[:2]) if feature == acts.shape[2] else acts[..., feature]
+
+
+def _decoder_row(half, feature: int) -> np.ndarray:
+    return (half.b_dec if feature == len(half.W_dec) else half.W_dec[feature]).double().numpy()
 
 
 def scores_by_hand(
     d: BilinearQKDictionary, x: Tensor, weights: dict[Triple, float], include_constant: bool = True
 ) -> Tensor:
     """Sum of weight * term over pairs, and constant x constant, float64 [batch, head, pos_q, pos_k]; 0 at future keys."""
-    scores = torch.zeros(len(x), d.spec.n_heads, x.shape[1], x.shape[1], dtype=torch.float64)
+    scores = np.zeros((len(x), d.spec.n_heads, x.shape[1], x.shape[1]))
+    acts = d.encode_query(x).double().numpy(), d.encode_key(x).double().numpy()
     if include_constant:
         weights = {**weights, **{(d.cfg.d_query, d.cfg.d_key, head): 1.0 for head in range(d.spec.n_heads)}}
     for pair, weight in weights.items():
-        scores[:, pair[2]] += weight * pair_term(d, x, pair)
-    return scores
+        scores[:, pair[2]] += weight * pair_term(d, acts, pair)
+    return torch.from_numpy(scores)
 
 
 def pattern_by_hand(scores: Tensor) -> Tensor:
