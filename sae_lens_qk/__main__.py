@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
         commands[arguments[0]](arguments[1:])
-    except (ValueError, FileNotFoundError, ModuleNotFoundError, RuntimeError, FloatingPointError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError, FloatingPointError) as error:
         return _complain(str(error))
     except KeyboardInterrupt:
         return 130
@@ -138,7 +138,7 @@ class _Parser(ArgumentParser):
 
 
 def _complain(message: str) -> int:
-    print(f"sae_lens_qk: {message}", file=sys.stderr)
+    print(f"sae_lens_qk: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

@@ -290,6 +290,11 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
             raise ValueError(
                 f"training_tokens must cover one batch of {self.train_batch_size_tokens}, got {self.training_tokens}."
             )
+        if 0 < self.mask.training_tokens < self.train_batch_size_tokens:
+            raise ValueError(
+                f"mask.training_tokens must be 0 or cover one batch of {self.train_batch_size_tokens}, "
+                f"got {self.mask.training_tokens}."
+            )
         if self.layer < 0:
             raise ValueError(f"layer must not be negative, got {self.layer}.")
 
@@ -305,33 +310,44 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
         """Build a config; unlike the host's, it refuses keys it does not know.
 
         Raises:
-            ValueError: an unknown key, at the top or in a block.
+            ValueError: an unknown key, at the top or in a block; text where a number belongs.
         """
         values = dict(cfg_dict)
+        for name in ("sae", "mask", "logger"):
+            if not isinstance(values.get(name, {}), dict):
+                raise ValueError(f"{name} must be a mapping of config fields, got {values[name]!r}.")
         sae = dict(values.pop("sae", {}))
         architecture = sae.pop("architecture", TRANSCODERS_ARCHITECTURE)
         if architecture != TRANSCODERS_ARCHITECTURE:
             raise ValueError(f"sae.architecture must be {TRANSCODERS_ARCHITECTURE!r}, got {architecture!r}.")
         metadata = SAEMetadata(**sae.pop("metadata", {}))
-        _refuse_unknown(sae, TranscodersTrainingConfig, "sae.")
+        _check_keys(sae, TranscodersTrainingConfig, "sae.")
         blocks: dict[str, Any] = {"sae": TranscodersTrainingConfig(**{"d_in": 1, **sae}, metadata=metadata)}
         for name, block_class in (("mask", MaskStepConfig), ("logger", LoggingConfig)):
             if name in values:
                 block = values.pop(name)
-                _refuse_unknown(block, block_class, f"{name}.")
+                _check_keys(block, block_class, f"{name}.")
                 blocks[name] = block_class(**block)
-        _refuse_unknown(values, cls, "")
+        _check_keys(values, cls, "")
         if "seqpos_slice" in values:
             values["seqpos_slice"] = tuple(values["seqpos_slice"])
         return cls(**values, **blocks)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "BilinearQKRunnerConfig":
-        """Read a YAML or JSON config (JSON is YAML)."""
+        """Read a YAML or JSON config (JSON is YAML).
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a mapping, or not a config; see `from_dict`.
+        """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"There is no config file {path}.")
-        content = yaml.safe_load(path.read_text())
+        try:
+            content = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}.") from error
         if not isinstance(content, dict):
             raise ValueError(f"{path} must hold a mapping of config fields, got {type(content).__name__}.")
         return cls.from_dict(content)
@@ -350,10 +366,16 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
         return BilinearQKRunnerConfig.from_dict(values)
 
 
-def _refuse_unknown(values: dict[str, Any], config_class: type, prefix: str) -> None:
+def _check_keys(values: dict[str, Any], config_class: type, prefix: str) -> None:
     known = [f.name for f in fields(config_class) if f.init and (f.default, f.default_factory) != (MISSING, None)]
     unknown = sorted(set(values) - set(known))
     if unknown:
         close = [name for name in known if any(name[:4] == key[:4] for key in unknown)][:5]
         hint = f" Close to it: {', '.join(close)}." if close else ""
         raise ValueError(f"Unknown config key {prefix}{unknown[0]}.{hint}")
+    for f in fields(config_class):
+        if isinstance(f.default, int | float) and isinstance(values.get(f.name), str):
+            kind = type(f.default).__name__
+            raise ValueError(
+                f"{prefix}{f.name} must be {kind}, got the text {values[f.name]!r} (YAML reads 1e-3 so: 1.0e-3)."
+            )

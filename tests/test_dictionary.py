@@ -237,8 +237,7 @@ def test_loading_in_another_dtype_keeps_the_map(dictionary, saved, dtype, loader
     assert loaded.encode(random_x()).dtype == getattr(torch, dtype)
     for source in SOURCES:
         difference = loaded.pattern(random_x(), source) - dictionary.pattern(random_x(), source)
-        print("DIFF", dtype, source, difference.abs().mean(), difference.abs().max())
-        assert difference.abs().mean() < (1e-7 if dtype == "float64" else 0.02)
+        assert difference.abs().mean() < {"float16": 1e-3, "bfloat16": 6e-3, "float64": 1e-7}[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

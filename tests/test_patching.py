@@ -189,9 +189,7 @@ def test_kept_pairs_against_a_loop(any_model, dictionary, tokens, source):
 def test_factor_one_changes_nothing_and_factor_zero_ablates(any_model, dictionary, tokens, source):
     pairs = list(kept_pairs(dictionary))[:40]
     edits = ({"scale_pairs": dict.fromkeys(pairs, 1.0)}, {"scale_pairs": dict.fromkeys(pairs, 0.0)}, {"ablate_pairs": pairs})
-    kept, zeroed, ablated = (
-        logits_of(any_model, tokens, dictionary.fwd_hooks(any_model, source, **edit)) for edit in edits
-    )
+    kept, zeroed, ablated = (logits_of(any_model, tokens, dictionary.fwd_hooks(any_model, source, **edit)) for edit in edits)
     hooks = () if source == "model" else dictionary.fwd_hooks(any_model, source)
     unedited = logits_of(any_model, tokens, hooks)
     assert largest(kept - unedited) <= 1e-6 * max(1.0, largest(unedited))

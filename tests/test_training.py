@@ -71,6 +71,9 @@ def test_published_form_equals_training_form_with_its_threshold(activation, tmp_
         report = sae.calibrate([rows.flatten(0, 1)])
         assert report["l0_query"] == pytest.approx(4, abs=0.01)
         assert report["l0_key"] == pytest.approx(4, abs=0.01)
+        if activation == "topk":  # as trained: exactly k a token
+            assert report["l0_query_before"] == report["l0_key_before"] == 4
+        assert report["pattern_kl"] == pytest.approx(report["pattern_kl_before"], abs=0.2)
     published = sae.to_dictionary()
     torch.testing.assert_close(published.encode(rows), sae.eval().encode(rows), rtol=0, atol=1e-6)
 

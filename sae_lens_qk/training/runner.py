@@ -97,8 +97,8 @@ class BilinearQKTrainingRunner:
         self._fit(sae, self.cfg, _TRANSCODERS, cache, checkpoint, seed=self.cfg.seed)
         if self.cfg.sae.activation != "relu":
             rows = (batch.flatten(0, 1) for batch in self._some_rows(cache, 160))
-            report = sae.calibrate(rows)
-            logger.info("thresholds calibrated to mean L0 = k: %s", report)
+            sae.cfg.metadata.calibration = sae.calibrate(rows)  # L0 and KL before and after, published in cfg.json
+            logger.info("thresholds calibrated to mean L0 = k: %s", sae.cfg.metadata.calibration)
         dictionary = sae.to_dictionary()
         if self.cfg.checkpoint_path is not None:
             dictionary.save_model(Path(self.cfg.checkpoint_path) / _STEP_1_DONE)

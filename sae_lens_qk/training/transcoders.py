@@ -230,35 +230,45 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
         raise NotImplementedError("Losses of the two sides are computed together, in training_forward_pass.")
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[Tensor]) -> dict[str, float]:
+    def calibrate(self, batches: Iterable[Float[Tensor, "tokens d_model"]]) -> dict[str, float]:
         """Set both thresholds so that the mean L0 over the batches is k: what the published JumpReLU form uses.
 
         Returns:
-            l0_query_before, l0_key_before (with the thresholds as training left them), l0_query, l0_key.
+            l0_query, l0_key and pattern_kl (nats, all positions) over the batches, each also with `_before`: as training
+            ran (topk), or with the threshold that training left (batchtopk).
+        Raises:
+            ValueError: relu transcoders have no threshold.
         """
         if self.cfg.activation == "relu":
             raise ValueError("relu transcoders have no threshold to calibrate.")
-        was_training, report = self.training, {}
-        self.eval()
-        batches = list(batches)
-        for side, half, threshold in (
-            ("query", self.query, self.query_threshold), ("key", self.key, self.key_threshold),
-        ):  # fmt: skip
+        was_training, batches = self.training, [x.to(self.device) for x in batches]
+        self.train(self.cfg.activation == "topk")
+        before = self._measure(batches)
+        for half, threshold in ((self.query, self.query_threshold), (self.key, self.key_threshold)):
             keep = int(self.cfg.k * sum(len(x) for x in batches))
             strongest = torch.empty(0, device=self.device)
-            n_before = 0
             for x in batches:
-                strength = (
-                    (half.process_sae_in(x.to(self.device)) @ half.W_enc + half.b_enc).relu() * half.W_dec.norm(dim=1)
-                ).flatten()
-                n_before += int((strength > threshold).sum())
+                strength = (half.process_sae_in(x) @ half.W_enc + half.b_enc).relu() * half.W_dec.norm(dim=1)
                 candidates = torch.cat([strongest, strength[strength > 0]])
                 strongest = candidates.topk(min(keep + 1, len(candidates))).values
-            report[f"l0_{side}_before"] = n_before / sum(len(x) for x in batches)
             threshold.copy_(strongest[-1] if len(strongest) > keep else torch.zeros(()))
-            report[f"l0_{side}"] = float((strongest > threshold).sum()) / sum(len(x) for x in batches)
+        self.eval()
+        after = self._measure(batches)
         self.train(was_training)
-        return report
+        return {**{f"{name}_before": value for name, value in before.items()}, **after}
+
+    def _measure(self, batches: list[Tensor]) -> dict[str, float]:
+        """Mean L0 of both sides and pattern KL, in the current mode."""
+        weights, rows = self._attached(batches[0])
+        totals = torch.zeros(3)
+        for x in batches:
+            (query, key), spec = self.encode_halves(x), self.spec
+            q_hat = spec.split_queries(self.query.decode(query.acts)).unflatten(0, rows)
+            k_hat = spec.split_keys(self.key.decode(key.acts)).unflatten(0, rows)
+            queries, keys = weights.queries(x).unflatten(0, rows), weights.keys(x).unflatten(0, rows)
+            kl = pattern_losses(queries, keys, q_hat, k_hat, spec)["kl_full"]
+            totals += torch.tensor([_l0(query.acts), _l0(key.acts), float(kl)])
+        return dict(zip(("l0_query", "l0_key", "pattern_kl"), (totals / len(batches)).tolist(), strict=True))
 
     @torch.no_grad()
     def to_dictionary(self) -> BilinearQKDictionary:

@@ -1,0 +1,176 @@
+"""The command line: help from the configs, one line for every mistake, and both commands end to end."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+import sae_lens_qk as qk
+from sae_lens_qk.__main__ import main
+from sae_lens_qk.text import token_rows
+
+BATCH = 23 * 8
+
+
+def run(*arguments) -> int:
+    """Exit code."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+
+
+@pytest.fixture
+def config(tmp_path, gpt2_folder, text_dataset, monkeypatch) -> Path:
+    """A config file for a few steps on the tiny model and a local text."""
+    text_dataset.to_parquet(str(tmp_path / "texts.parquet"))
+    monkeypatch.setenv("QK_TEXTS", str(tmp_path))
+    values = {
+        "model_name": str(gpt2_folder), "layer": 1, "dataset_path": "$QK_TEXTS/texts.parquet", "context_size": 23,
+        "train_batch_size_tokens": BATCH, "n_batches_in_buffer": 8, "training_tokens": BATCH * 20, "lr_warm_up_steps": 0,
+        "checkpoint_path": None, "output_path": str(tmp_path / "dictionary"),
+        "sae": {"d_query": 29, "d_key": 31, "k": 4.0},
+        "mask": {"training_tokens": BATCH * 5, "n_pairs": 150, "n_candidates": 300, "ranking_tokens": BATCH},
+    }  # fmt: skip
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_train_then_evaluate(config, tmp_path, gpt2_folder, capsys):
+    output, figures = tmp_path / "dictionary", tmp_path / "figures.json"
+    assert run("train", "--config", config, "--mask.n_pairs", 90, "--sae.kl_full_coefficient", 2.5, "--lr", "3e-3") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"saved to {output}"
+    written = json.loads((output / "runner_cfg.json").read_text())
+    assert (written["mask"]["n_pairs"], written["sae"]["kl_full_coefficient"], written["lr"]) == (90, 2.5, 3e-3)
+    assert (written["mask"]["n_candidates"], written["sae"]["d_query"], written["layer"]) == (300, 29, 1)
+    dictionary = qk.BilinearQKDictionary.from_pretrained(str(output))
+    assert 0 < len(dictionary.feature_map) <= 90
+    assert dictionary.cfg.model_name == str(gpt2_folder)
+
+    options = ("--dataset_path", "$QK_TEXTS/texts.parquet", "--n_tokens", 230, "--context_size", 23, "--batch_size", 5)
+    assert run("evaluate", output, *options, "--baselines", "uniform", "--output", figures) == 0
+    shown = capsys.readouterr().out
+    assert "230 tokens in 10 rows" in shown
+    for piece in ("transcoders", "feature_map", "zero", "uniform", "L0", "pairs"):
+        assert piece in shown
+    model = qk.load_model(dictionary)
+    tokens = token_rows(model, "$QK_TEXTS/texts.parquet", "text", 10, 23)
+    assert tokens.shape == (10, 23)
+    assert (tokens[:, 0] == model.tokenizer.bos_token_id).all()
+    expected = qk.evaluate(dictionary, model, tokens, batch_size=5, baselines=("uniform",))
+    assert json.loads(figures.read_text()) == json.loads(json.dumps(expected.to_dict()))
+    transcoders, uniform = (expected.sources[name].pattern_kl for name in ("transcoders", "uniform"))
+    assert transcoders is not None
+    assert uniform is not None
+    assert transcoders.value < uniform.value
+
+
+def test_train_help_lists_every_field_with_its_doc(capsys):
+    assert run("train", "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    blocks = (("", qk.BilinearQKRunnerConfig), ("sae.", qk.TranscodersTrainingConfig), ("mask.", qk.MaskStepConfig))
+    for prefix, config_class in blocks:
+        for name in (f.name for f in fields(config_class) if f.name not in ("sae", "mask", "logger")):
+            assert f" --{prefix}{name} " in shown or f"[--{prefix}{name} " in shown, f"--{prefix}{name}"
+    for doc in (
+        "--config [str] YAML or JSON file with config fields",
+        "--layer int Layer whose attention is decomposed. (default: 23)",
+        "--sae.d_query int Number of query features. (default: 2400)",
+        "--mask.n_pairs int Pairs kept, at most. (default: 50000)",
+    ):
+        assert doc in shown
+
+
+def test_help_shows_the_values_of_the_config_file(config, capsys):
+    assert run("train", "--config", config, "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--mask.n_pairs int Pairs kept, at most. (default: 150)" in shown
+
+
+def test_other_help(capsys):
+    assert run("--help") == 0
+    assert "{train,evaluate}" in capsys.readouterr().out
+    assert run("evaluate", "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Shipped name or folder." in shown
+    assert "--n_tokens int Tokens to evaluate on, whole rows. (default: 8192)" in shown
+
+
+def one_line(capsys) -> str:
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("sae_lens_qk: ")
+    assert captured.out == ""
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evalute"], "unknown command 'evalute': use one of train, evaluate"),
+        (["train", "--laier", "3"], "unrecognized arguments: --laier 3"),
+        (["train", "--layer", "three"], "invalid int value: 'three'"),
+        (["train", "--sae.activation", "gelu"], "invalid choice: 'gelu'"),
+        (["train", "--config"], "expected"),
+        (["train", "--config", "nowhere.yaml"], "There is no config file nowhere.yaml"),
+        (["train", "--mask.n_candidates", "3"], "n_candidates must be at least mask.n_pairs, got 3 and 50000"),
+        (["evaluate"], "the following arguments are required"),
+        (["evaluate", "nowhere"], "There is no dictionary 'nowhere'"),
+        (["evaluate", "nowhere", "--tokens", "3"], "unrecognized arguments: --tokens 3"),
+    ],
+)
+def test_mistakes_take_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 2
+    assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trainig_tokens: 3", "Unknown config key trainig_tokens. Close to it: "),
+        ("sae: {activatoin: topk}", "Unknown config key sae.activatoin. Close to it: activation."),
+        ("layer: [1,", "is neither YAML nor JSON"),
+        ("lr: 1e-3", "lr must be float, got the text '1e-3'"),
+        ("- 1", "must hold a mapping of config fields, got list"),
+    ],
+)
+def test_mistakes_in_the_config_file_take_one_line(text, message, capsys, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    assert run("train", "--config", path) == 2
+    assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layer", "7"], "layer must lie in [0, 1], got 7"),
+        (["--dataset_path", "nowhere.parquet"], "There is no file nowhere.parquet (dataset_path)"),
+        (["--dataset_path", "$QK_UNSET/texts.parquet"], "names an environment variable that is not set"),
+        (["--text_column", "words"], "has the columns ['text'], not 'words': set text_column"),
+        (["--model_name", "nobody/nothing"], "nobody/nothing"),
+    ],
+)
+def test_runs_that_cannot_start_take_one_line(config, options, message, capfd):
+    assert run("train", "--config", config, *options) == 2
+    err = capfd.readouterr().err.splitlines()
+    assert err[-1].startswith("sae_lens_qk: ")
+    assert message in err[-1]
+    assert not any("Traceback" in line for line in err)
+    assert not (config.parent / "dictionary").exists()
+
+
+def test_the_process_exits_with_2():
+    command = [sys.executable, "-m", "sae_lens_qk", "evalute"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "sae_lens_qk: unknown command 'evalute': use one of train, evaluate\n"

@@ -1,0 +1,182 @@
+"""Configs: read and written without loss, nothing unknown accepted, nothing changed by training."""
+
+import copy
+import json
+
+import pytest
+import yaml
+from sae_lens import LoggingConfig
+from sae_lens.llm_sae_training_runner import _parse_cfg_args
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+from tiny_models import tiny_model
+
+import sae_lens_qk as qk
+from sae_lens_qk.training.mask import MaskTrainingSAE
+from sae_lens_qk.training.transcoders import TranscodersTrainingSAE
+
+CHANGED = {
+    "model_name": "some/model", "layer": 3, "context_size": 32, "train_batch_size_tokens": 64, "training_tokens": 6400,
+    "n_batches_in_buffer": 4, "lr": 1e-5, "seed": 7, "checkpoint_path": None, "output_path": None,
+    "input_cache_path": "$CACHE", "input_cache_tokens": 6400, "dataset_path": "$TEXTS/train.parquet",
+}  # fmt: skip
+
+
+def changed_config() -> qk.BilinearQKRunnerConfig:
+    return qk.BilinearQKRunnerConfig(
+        **CHANGED,
+        sae=qk.TranscodersTrainingConfig(d_in=5, d_query=29, d_key=31, k=4.5, kl_full_coefficient=2.0, dead_k=3),
+        mask=qk.MaskStepConfig(training_tokens=640, n_pairs=11, n_candidates=13, sparsity_coefficient=1e-7),
+        logger=LoggingConfig(log_to_wandb=False, wandb_project="mine", run_name="run"),
+    )
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
+@pytest.mark.parametrize("make", [qk.BilinearQKRunnerConfig, changed_config], ids=["default", "changed"])
+def test_round_trip(make, suffix, tmp_path):
+    cfg, path = make(), tmp_path / f"config.{suffix}"
+    cfg.save(path)
+    read = qk.BilinearQKRunnerConfig.from_file(path)
+    assert read == cfg
+    assert read.to_dict() == cfg.to_dict()
+    assert (read.sae, read.mask, read.logger) == (cfg.sae, cfg.mask, cfg.logger)
+    written = json.loads(path.read_text()) if suffix == "json" else yaml.safe_load(path.read_text())
+    assert written["mask"]["n_pairs"] == cfg.mask.n_pairs
+    assert written["sae"]["architecture"] == "bilinear_qk_transcoders"
+    if make is changed_config:
+        assert read != qk.BilinearQKRunnerConfig()
+        assert {name: getattr(read, name) for name in CHANGED} == CHANGED
+        assert (read.sae.d_query, read.sae.d_key, read.sae.d_sae, read.sae.k) == (29, 31, 60, 4.5)
+
+
+def test_to_dict_is_json():
+    values = json.loads(json.dumps(changed_config().to_dict()))
+    assert {name: values[name] for name in CHANGED} == CHANGED
+    assert values["logger"]["wandb_project"] == "mine"
+    assert qk.BilinearQKRunnerConfig.from_dict(values) == changed_config()
+
+
+def test_a_partial_file_leaves_the_defaults(tmp_path):
+    (tmp_path / "config.yaml").write_text("layer: 5\nsae:\n  k: 8\nmask: {n_pairs: 10}\n")
+    cfg = qk.BilinearQKRunnerConfig.from_file(tmp_path / "config.yaml")
+    assert (cfg.layer, cfg.sae.k, cfg.mask.n_pairs) == (5, 8, 10)
+    assert cfg.sae.d_query == qk.TranscodersTrainingConfig(d_in=1).d_query
+    assert cfg.mask.n_candidates == qk.MaskStepConfig().n_candidates
+    assert not cfg.logger.log_to_wandb
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"trainig_tokens": 1}, "^Unknown config key trainig_tokens. Close to it: .*training_tokens"),
+        ({"zzz": 1}, "^Unknown config key zzz.$"),
+        ({"sae": {"activatoin": "topk"}}, "^Unknown config key sae.activatoin. Close to it: activation.$"),
+        ({"mask": {"n_pair": 1}}, "^Unknown config key mask.n_pair. Close to it: n_pairs.$"),
+        ({"logger": {"wandb_proj": "p"}}, "^Unknown config key logger.wandb_proj. Close to it: .*wandb_project"),
+        ({"sae": {"architecture": "standard"}}, "sae.architecture must be 'bilinear_qk_transcoders', got 'standard'"),
+        ({"mask": 3}, "^mask must be a mapping of config fields, got 3"),
+        ({"lr": "1e-3"}, "^lr must be float, got the text '1e-3'.*1.0e-3"),
+        ({"mask": {"lr": "1e-2"}}, "^mask.lr must be float"),
+        ({"sae": {"dead_k": "many"}}, "^sae.dead_k must be int"),
+    ],
+)
+def test_wrong_keys_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        qk.BilinearQKRunnerConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("- layer\n", "must hold a mapping .* got list"), ("layer: [1,\n", "is neither YAML nor JSON")]
+)
+def test_wrong_files_are_refused(text, message, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        qk.BilinearQKRunnerConfig.from_file(path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match=r"There is no config file .*other.yaml"):
+        qk.BilinearQKRunnerConfig.from_file(tmp_path / "other.yaml")
+
+
+def test_yaml_numbers_in_scientific_notation_need_a_point(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("lr: 1.0e-3\n")
+    assert qk.BilinearQKRunnerConfig.from_file(path).lr == 1e-3
+    path.write_text("lr: 1e-3\n")  # which YAML reads as text
+    with pytest.raises(ValueError, match="lr must be float"):
+        qk.BilinearQKRunnerConfig.from_file(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: qk.MaskStepConfig(n_pairs=10, n_candidates=9), "n_candidates must be at least mask.n_pairs, got 9 and 10"),
+        (lambda: qk.MaskStepConfig(prune_until=1.5), r"prune_until must lie in \[0, 1\], got 1.5"),
+        (lambda: qk.MaskTrainingConfig(d_in=4, max_pairs=0), "max_pairs must be at least 1, got 0"),
+        (lambda: qk.TranscodersTrainingConfig(d_in=4, d_query=0), "d_query and d_key must be positive|k must lie"),
+        (lambda: qk.TranscodersTrainingConfig(d_in=4, d_query=8, k=9), r"k must lie in \(0, min\(d_query, d_key\)\], got 9"),
+        (lambda: qk.TranscodersTrainingConfig(d_in=4, k=0), "k must lie in"),
+        (lambda: qk.TranscodersTrainingConfig(d_in=4, k=2.5, activation="topk"), "topk needs a whole number k, got 2.5"),
+        (lambda: qk.TranscodersTrainingConfig(d_in=4, activation="gelu"), "batchtopk, topk or relu, got 'gelu'"),
+        (lambda: qk.TranscodersTrainingConfig(d_in=4, initialization="zeros"), "data or kaiming, got 'zeros'"),
+        (lambda: qk.BilinearQKConfig(d_in=4, apply_b_dec_to_input=True), "apply_b_dec_to_input must be False"),
+        (lambda: qk.BilinearQKConfig(d_in=4, normalize_activations="layer_norm"), "normalize_activations must be 'none'"),
+        (
+            lambda: qk.BilinearQKConfig(d_in=4, attention=qk.AttentionSpec(2, 1, 3, 5, 1.0).to_dict()),
+            "d_in must be the attention's d_model 5, got 4",
+        ),
+        (
+            lambda: qk.BilinearQKRunnerConfig(mask=qk.MaskStepConfig(training_tokens=100)),
+            "mask.training_tokens must be 0 or cover one batch of 2048, got 100",
+        ),
+        (lambda: qk.BilinearQKRunnerConfig(logger=LoggingConfig(log_to_wandb=True)), "log_to_wandb must be False"),
+        (lambda: qk.BilinearQKRunnerConfig(n_batches_in_buffer=7), r"must hold one batch of 2048 tokens, got 7 \* 256"),
+        (lambda: qk.BilinearQKRunnerConfig(layer=-1), "layer must not be negative, got -1"),
+    ],
+)
+def test_wrong_values_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_architectures_are_registered():
+    assert SAE_CLASS_REGISTRY["bilinear_qk"] == (qk.BilinearQKDictionary, qk.BilinearQKConfig)
+    assert SAE_TRAINING_CLASS_REGISTRY["bilinear_qk_transcoders"] == (TranscodersTrainingSAE, qk.TranscodersTrainingConfig)
+    assert SAE_TRAINING_CLASS_REGISTRY["bilinear_qk_mask"] == (MaskTrainingSAE, qk.MaskTrainingConfig)
+
+
+@pytest.mark.parametrize("architecture", ["bilinear_qk_transcoders", "bilinear_qk_mask"])
+def test_stock_command_line_builds_our_configs(architecture):
+    config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
+    made = config_class(d_in=512, d_sae=1024)
+    assert (made.d_in, made.d_sae, made.architecture()) == (512, made.d_query + made.d_key, architecture)
+    parsed = _parse_cfg_args(
+        ["--architecture", architecture, "--d_in", "20", "--d_query", "29", "--n_batches_in_buffer", "16"]
+    )
+    assert type(parsed.sae) is config_class
+    assert (parsed.sae.d_in, parsed.sae.d_query, parsed.sae.d_sae) == (20, 29, 29 + parsed.sae.d_key)
+    assert parsed.sae.get_inference_config_class() is qk.BilinearQKConfig
+
+
+def test_training_leaves_the_config_as_it_is(tmp_path, text_dataset):
+    batch = 23 * 8
+    cfg = qk.BilinearQKRunnerConfig(
+        model_name="tiny", layer=1, context_size=23, train_batch_size_tokens=batch, training_tokens=batch * 4,
+        n_batches_in_buffer=8, n_checkpoints=1, lr_warm_up_steps=0,
+        checkpoint_path=str(tmp_path / "checkpoints"), output_path=str(tmp_path / "output"),
+        sae=qk.TranscodersTrainingConfig(d_in=1, d_query=29, d_key=31, k=4.0),
+        mask=qk.MaskStepConfig(training_tokens=batch * 3, n_pairs=50, n_candidates=90, ranking_tokens=batch),
+    )  # fmt: skip
+    before = copy.deepcopy(cfg)
+    dictionary = qk.BilinearQKTrainingRunner(cfg, tiny_model("llama"), text_dataset).run()
+    assert cfg == before
+    assert cfg.to_dict() == before.to_dict()
+    assert dictionary.cfg.d_in == 20  # what the run filled in went into its own copy
+    assert qk.BilinearQKRunnerConfig.from_file(tmp_path / "output" / "runner_cfg.json").mask == before.mask
+
+
+def test_mask_step_takes_the_settings_of_step_2():
+    cfg = changed_config()
+    cfg.mask.lr, cfg.mask.n_checkpoints = 0.5, 2
+    step = cfg.mask_step()
+    assert (step.training_tokens, step.lr, step.n_checkpoints, step.lr_warm_up_steps) == (640, 0.5, 2, 0)
+    assert (cfg.training_tokens, cfg.lr) == (6400, 1e-5)
