@@ -29,7 +29,7 @@ class EvaluateArguments:
     """Rows in a forward pass."""
     baselines: list[str] = field(default_factory=lambda: ["zero", "mean", "uniform", "shuffled"])
     """Patterns to compare with; zero is always measured."""
-    output: str | None = None
+    output: str = ""
     """JSON file for all figures."""
 
 
@@ -37,7 +37,7 @@ class EvaluateArguments:
 class TrainArguments:
     """Train a dictionary, both steps, from a config file and overriding options."""
 
-    config: str | None = None
+    config: str = ""
     """YAML or JSON file with config fields; options on the command line override it."""
 
 
@@ -102,7 +102,8 @@ def print_evaluation(result: Any) -> None:
     console = Console()
     table = Table(title=f"{result.n_tokens:,} tokens in {result.n_rows} rows, clean loss {result.ce_clean:.4f} nats")
     for column in ("pattern from", "pattern KL", "TV", "argmax", "loss", "logit KL", "loss recovered", "logit KL recovered"):
-        table.add_column(column, justify="left" if column == "pattern from" else "right")
+        first = column == "pattern from"
+        table.add_column(column, justify="left" if first else "right", no_wrap=first)
     for name, row in result.sources.items():
         kl = f"{row.pattern_kl.value:.4f}" if row.pattern_kl else "-"
         argmax = f"{row.argmax_agreement:.3f}" if row.argmax_agreement is not None else "-"

@@ -6,6 +6,7 @@ sequence-ordered QK training needs. A configured run is `config file -> Bilinear
 """
 
 import json
+import re
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -345,7 +346,7 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
         if not path.is_file():
             raise FileNotFoundError(f"There is no config file {path}.")
         try:
-            content = yaml.safe_load(path.read_text())
+            content = yaml.load(path.read_text(), _Loader)
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}.") from error
         if not isinstance(content, dict):
@@ -375,7 +376,13 @@ def _check_keys(values: dict[str, Any], config_class: type, prefix: str) -> None
         raise ValueError(f"Unknown config key {prefix}{unknown[0]}.{hint}")
     for f in fields(config_class):
         if isinstance(f.default, int | float) and isinstance(values.get(f.name), str):
-            kind = type(f.default).__name__
-            raise ValueError(
-                f"{prefix}{f.name} must be {kind}, got the text {values[f.name]!r} (YAML reads 1e-3 so: 1.0e-3)."
-            )
+            raise ValueError(f"{prefix}{f.name} must be {type(f.default).__name__}, got the text {values[f.name]!r}.")
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-6 as a number, as JSON and YAML 1.2 do; PyYAML takes it for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)

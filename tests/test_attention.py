@@ -144,13 +144,19 @@ def test_partial_rotation_passes_the_rest_through():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_angles_and_scores_of_half_precision_are_float32(dtype):
+def test_angles_of_half_precision_are_float32(dtype):
     spec = make_spec("full")
     cos, sin = rotary_cos_sin(spec, torch.arange(256), dtype)
     angles = torch.arange(256, dtype=torch.float64)[:, None] * torch.tensor(spec.rotary_inv_freq, dtype=torch.float64)
     assert cos.dtype == sin.dtype == torch.float32
     torch.testing.assert_close(cos.double(), angles.cos(), rtol=0, atol=3e-5)
     torch.testing.assert_close(sin.double(), angles.sin(), rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rotary", ROTARY)
+def test_scores_and_pattern_of_half_precision_are_float32(rotary, dtype):
+    spec = make_spec(rotary)
     queries, keys = random_queries_keys(spec, pos_q=7, dtype=dtype)
     scores = attention_scores(queries, keys, spec)
     assert scores.dtype == torch.float32

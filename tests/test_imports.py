@@ -46,7 +46,10 @@ IMPORTED_IN_FUNCTIONS = {
 FOR_TYPES_ONLY = {(name, "dictionary") for name in ("models", "patching", "evals", "pretrained")}
 
 TRANSFORMER_LENS = {"host", "models"}
-SAE_LENS = {"config", "dictionary", "text", "pretrained", *(name for name in LEVEL if name.startswith("training."))}
+SAE_LENS = {
+    "config", "text", "dictionary", "pretrained",
+    "training.cache", "training.transcoders", "training.mask", "training.runner",
+}  # fmt: skip
 
 
 class Import(NamedTuple):
