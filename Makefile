@@ -25,7 +25,7 @@ test-all: setup  ## everything, with the real model; QK_CORPUS=folder adds the t
 check: setup  ## what CI runs
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(PY)
 	$(MAKE) test
 
 clean:
