@@ -60,7 +60,8 @@ def token_rows(model: Model, dataset_path: str, text_column: str, n_rows: int, c
     """
     dataset = load_text(dataset_path, text_column) if dataset_path else text_sample()
     store = ActivationsStore(
-        model=model, dataset=dataset, streaming=False, hook_name="", hook_head_index=None, context_size=context_size,
+        model=model,  # type: ignore[arg-type]  # a bridge serves as well
+        dataset=dataset, streaming=False, hook_name="", hook_head_index=None, context_size=context_size,
         d_in=1, n_batches_in_buffer=1, total_training_tokens=1, store_batch_size_prompts=1, train_batch_size_tokens=1,
         prepend_bos=True, normalize_activations="none", device=torch.device("cpu"), dtype="float32",
     )  # fmt: skip
