@@ -99,7 +99,7 @@ def print_evaluation(result: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 132)  # a file or pipe has no width of its own
     table = Table(title=f"{result.n_tokens:,} tokens in {result.n_rows} rows, clean loss {result.ce_clean:.4f} nats")
     for column in ("pattern from", "pattern KL", "TV", "argmax", "loss", "logit KL", "loss recovered", "logit KL recovered"):
         first = column == "pattern from"
