@@ -5,6 +5,7 @@ indirect-object prompt, and trains a small dictionary from scratch.
 """
 
 import logging
+import sys
 import tempfile
 import warnings
 
@@ -12,14 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 import sae_lens_qk as qk
-from sae_lens_qk.__main__ import print_evaluation
 from sae_lens_qk.attention import attention_scores, pattern_from_scores
-from sae_lens_qk.host import hook_names, qk_weights
+from sae_lens_qk.host import layer_inputs, qk_weights
 from sae_lens_qk.text import text_sample, token_rows
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 HEAD, KEY = 0, " Mary"
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 132)  # a file or pipe has no width of its own
 
 
 def explain(dictionary: qk.BilinearQKDictionary, model) -> None:
@@ -27,10 +27,7 @@ def explain(dictionary: qk.BilinearQKDictionary, model) -> None:
     tokens = model.to_tokens(PROMPT)
     words = model.to_str_tokens(tokens[0])
     key_pos = words.index(KEY)
-    seen = {}
-    name = hook_names(model, dictionary.cfg.layer).input
-    model.run_with_hooks(tokens, fwd_hooks=[(name, lambda value, hook: seen.update(x=value))], prepend_bos=False)
-    x, weights = seen["x"], qk_weights(model, dictionary.cfg.layer)
+    x, weights = layer_inputs(model, dictionary.cfg.layer, tokens), qk_weights(model, dictionary.cfg.layer)
     true = pattern_from_scores(attention_scores(weights.queries(x), weights.keys(x), dictionary.spec))
     made = dictionary.pattern(x, "feature_map")
     console.print(f'\n[bold]"{PROMPT}"[/bold]')
@@ -80,7 +77,7 @@ def main() -> None:
     model = qk.load_model(dictionary)
     tokens = token_rows(model, "", "text", 16, 256)
     console.print("[bold]1. How well does the dictionary carry the attention of layer 23?[/bold]")
-    print_evaluation(qk.evaluate(dictionary, model, tokens, progress=True))
+    console.print(qk.evaluate(dictionary, model, tokens, progress=True))
     console.print("\n[bold]2. Why did this head attend there?[/bold]")
     explain(dictionary, model)
     console.print("\n[bold]3. Train your own[/bold] (both steps, short)")

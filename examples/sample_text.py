@@ -5,8 +5,8 @@ study: no download, no licence but the model's. Each document is an opening, bui
 continuation of fixed length, without chat template or special tokens. The result is a parquet file with one string
 column `text`, one document a row; the settings are in the metadata of its schema.
 
-    python examples/sample_text.py                                       # 210,000 tokens
-    python examples/sample_text.py --smoke --output /tmp/sample.parquet  # a few dozen tokens, seconds
+    python examples/sample_text.py            # 210,000 tokens, into the package
+    python examples/sample_text.py --smoke    # a few dozen tokens, seconds, into the temporary folder
 
 Unless the settings change, an interrupted run goes on from `<output>.partial.parquet`. The same settings give the same
 text on the same machine; elsewhere rounding may lead to other words.

@@ -42,11 +42,17 @@ class TrainArguments:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code, 2 for wrong arguments."""
+    """Run a command; returns the exit code, 2 for wrong arguments. After `--debug` errors are raised, not shortened."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = arguments[:1] == ["--debug"]
+    if debug:
+        arguments = arguments[1:]
     commands = {"train": _train, "evaluate": _evaluate}
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: python -m sae_lens_qk {train,evaluate} ...   (--help after a command explains it)")
+        print(
+            "usage: python -m sae_lens_qk [--debug] {train,evaluate} ...   "
+            "(--help after a command explains it; --debug shows the traceback of an error)"
+        )
         return 0 if arguments else 2
     if arguments[0] not in commands:
         return _complain(f"unknown command {arguments[0]!r}: use one of {', '.join(commands)}")
@@ -54,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         commands[arguments[0]](arguments[1:])
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError, FloatingPointError) as error:
+        if debug:
+            raise
         return _complain(str(error))
     except KeyboardInterrupt:
         return 130
@@ -77,6 +85,8 @@ def _train(arguments: list[str]) -> None:
 
 
 def _evaluate(arguments: list[str]) -> None:
+    from rich.console import Console
+
     from sae_lens_qk.dictionary import BilinearQKDictionary
     from sae_lens_qk.evals import evaluate
     from sae_lens_qk.models import load_model
@@ -89,38 +99,9 @@ def _evaluate(arguments: list[str]) -> None:
     model = load_model(dictionary)
     tokens = token_rows(model, args.dataset_path, args.text_column, args.n_tokens // args.context_size, args.context_size)
     result = evaluate(dictionary, model, tokens, batch_size=args.batch_size, baselines=tuple(args.baselines), progress=True)
-    print_evaluation(result)
+    Console(width=None if sys.stdout.isatty() else 132).print(result)  # a file or pipe has no width of its own
     if args.output:
         Path(args.output).write_text(json.dumps(result.to_dict(), indent=2))
-
-
-def print_evaluation(result: Any) -> None:
-    """Readable tables of an `Evaluation`."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 132)  # a file or pipe has no width of its own
-    table = Table(title=f"{result.n_tokens:,} tokens in {result.n_rows} rows, clean loss {result.ce_clean:.4f} nats")
-    for column in ("pattern from", "pattern KL", "TV", "argmax", "loss", "logit KL", "loss recovered", "logit KL recovered"):
-        first = column == "pattern from"
-        table.add_column(column, justify="left" if first else "right", no_wrap=first)
-    for name, row in result.sources.items():
-        kl = f"{row.pattern_kl.value:.4f}" if row.pattern_kl else "-"
-        argmax = f"{row.argmax_agreement:.3f}" if row.argmax_agreement is not None else "-"
-        recovered = [f"{i.value:.1%} ({i.low:.1%}, {i.high:.1%})" for i in (row.ce_recovered, row.logit_kl_recovered)]
-        table.add_row(name, kl, f"{row.pattern_tv:.4f}", argmax, f"{row.ce_loss:.4f}", f"{row.logit_kl:.4f}", *recovered)
-    console.print(table)
-    f = result.features
-    console.print(
-        f"L0 {f.l0_query:.1f} query / {f.l0_key:.1f} key features a token; live {f.live_query} / {f.live_key} "
-        f"in {result.n_tokens:,} tokens"
-    )
-    if result.feature_map:
-        m = result.feature_map
-        console.print(
-            f"feature map: {m.n_pairs:,} pairs ({m.n_pairs_without_constants:,} between features), sparsity "
-            f"{m.sparsity_of_all:.3%} of all, {m.sparsity_of_live:.3%} of live; {m.active_pairs:.1f} active at a position"
-        )
 
 
 class _Parser(ArgumentParser):

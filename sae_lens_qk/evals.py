@@ -11,24 +11,24 @@ Definitions. Pattern figures are means over rows and queries, position 0 left ou
         norm_share = sum f^2 / sum s^2
 
 Baselines replace the pattern by zero (all 0), mean (average true pattern of each head, query, key), uniform (over the
-allowed keys) and shuffled (the true pattern of another row).
+allowed keys) and shuffled (the true pattern of another row of the same batch, so its figures depend on batch_size).
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from rich.console import Group
+from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_qk.attention import allowed_keys, attention_scores, log_pattern, pattern_from_scores, pattern_kl
-from sae_lens_qk.host import Hooks, Model, hook_names, layer_input
+from sae_lens_qk.dictionary import BilinearQKDictionary, Source
+from sae_lens_qk.host import Model, hook_names, input_completion, run_recording
 from sae_lens_qk.patching import check_model, pattern_hooks
-
-if TYPE_CHECKING:
-    from sae_lens_qk.dictionary import BilinearQKDictionary, Source
 
 BASELINES = ("zero", "mean", "uniform", "shuffled")
 _N_BOOTSTRAP = 2000
@@ -100,10 +100,34 @@ class Evaluation(NamedTuple):
         """Plain JSON values."""
         return _plain(self)
 
+    def __rich__(self) -> Group:
+        """Readable tables, for `rich.print`."""
+        table = Table(title=f"{self.n_tokens:,} tokens in {self.n_rows} rows, clean loss {self.ce_clean:.4f} nats")
+        table.add_column("pattern from", no_wrap=True)
+        for column in ("pattern KL", "TV", "argmax", "loss", "logit KL", "loss recovered", "logit KL recovered"):
+            table.add_column(column, justify="right")
+        for name, row in self.sources.items():
+            kl = f"{row.pattern_kl.value:.4f}" if row.pattern_kl else "-"
+            argmax = f"{row.argmax_agreement:.3f}" if row.argmax_agreement is not None else "-"
+            recovered = [f"{i.value:.1%} ({i.low:.1%}, {i.high:.1%})" for i in (row.ce_recovered, row.logit_kl_recovered)]
+            table.add_row(name, kl, f"{row.pattern_tv:.4f}", argmax, f"{row.ce_loss:.4f}", f"{row.logit_kl:.4f}", *recovered)
+        f, m = self.features, self.feature_map
+        features = (
+            f"L0 {f.l0_query:.1f} query / {f.l0_key:.1f} key features a token; live {f.live_query} / {f.live_key} "
+            f"in {self.n_tokens:,} tokens"
+        )
+        if m is None:
+            return Group(table, features)
+        feature_map = (
+            f"feature map: {m.n_pairs:,} pairs ({m.n_pairs_without_constants:,} between features), sparsity "
+            f"{m.sparsity_of_all:.3%} of all, {m.sparsity_of_live:.3%} of live; {m.active_pairs:.1f} active at a position"
+        )
+        return Group(table, features, feature_map)
+
 
 @torch.no_grad()
 def evaluate(
-    dictionary: "BilinearQKDictionary",
+    dictionary: BilinearQKDictionary,
     model: Model,
     tokens: Int[Tensor, "row pos"],
     *,
@@ -146,7 +170,7 @@ def evaluate(
 class _Run:
     """Sums over batches; one row of every table is one row of tokens, so that rows can be resampled."""
 
-    def __init__(self, dictionary: "BilinearQKDictionary", model: Model, baselines: tuple[str, ...]):
+    def __init__(self, dictionary: BilinearQKDictionary, model: Model, baselines: tuple[str, ...]):
         self.d, self.model = dictionary, model
         self.layer = dictionary.cfg.layer
         self.baselines = baselines
@@ -160,24 +184,20 @@ class _Run:
         self.active_pairs, self.n_tokens = 0.0, 0
         self.mean_pattern: Tensor | None = None
 
-    def clean(self, tokens: Tensor, stop: bool = False) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Logits, layer input and scores of the untouched model; with `stop`, no logits."""
-        names, complete, seen = hook_names(self.model, self.layer), layer_input(self.model, self.layer), {}
-        hooks: Hooks = [
-            (name, lambda value, hook, name=name: seen.__setitem__(name, value)) for name in (names.input, names.scores)
-        ]
-        options: dict[str, Any] = {"stop_at_layer": self.layer + 1} if stop else {}
-        logits = self.model.run_with_hooks(tokens, fwd_hooks=hooks, prepend_bos=False, **options)
-        return (None if stop else logits), complete(seen[names.input]), seen[names.scores].float()
+    def clean(self, tokens: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, layer input and scores of the untouched model; options as in `run_recording`."""
+        names, complete = hook_names(self.model, self.layer), input_completion(self.model, self.layer)
+        logits, seen = run_recording(self.model, tokens, (names.input, names.scores), **options)
+        return logits, complete(seen[names.input]), seen[names.scores].float()
 
     def average_pattern(self, batches: tuple[Tensor, ...]) -> None:
-        total = sum(pattern_from_scores(self.clean(batch, stop=True)[2]).sum(dim=0) for batch in batches)
+        scores = (self.clean(batch, stop_at_layer=self.layer + 1)[2] for batch in batches)
+        total = sum(pattern_from_scores(batch).sum(dim=0) for batch in scores)
         assert isinstance(total, Tensor)
         self.mean_pattern = total / sum(len(batch) for batch in batches)
 
     def add(self, tokens: Tensor) -> None:
         logits, x, scores = self.clean(tokens)
-        assert logits is not None
         true = log_pattern(scores)
         log_probs = logits.float().log_softmax(dim=-1)
         self.clean_ce.append(_cross_entropy(log_probs, tokens))

@@ -145,7 +145,7 @@ def hook_names(model: Model, layer: int) -> HookNames:
     """Canonical hook names of the layer, checked: models silently ignore names they do not know.
 
     `input` is the tensor that W_Q and W_K multiply, except for an unprocessed HookedTransformer, which has no such
-    hook: there it is the LayerNorm before its gain and bias, and `layer_input` completes it.
+    hook: there it is the LayerNorm before its gain and bias, and `input_completion` completes it.
     """
     _attention(model, layer)
     block = f"blocks.{layer}"
@@ -161,13 +161,45 @@ def hook_names(model: Model, layer: int) -> HookNames:
     return names
 
 
-def layer_input(model: Model, layer: int) -> Callable[[Tensor], Tensor]:
+def input_completion(model: Model, layer: int) -> Callable[[Tensor], Tensor]:
     """Function from the value at `hook_names(model, layer).input` to the tensor that W_Q and W_K multiply."""
     if model_mode(model) != "hooked":
         return lambda hooked: hooked
     norm: Any = model.blocks[layer].ln1
     bias = getattr(norm, "b", None)
     return lambda hooked: hooked * norm.w if bias is None else hooked * norm.w + bias
+
+
+@torch.no_grad()
+def run_recording(
+    model: Model, tokens: Tensor, names: Sequence[str], fwd_hooks: Sequence[Any] = (), **options: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run the model without gradients and keep what passes the named hooks.
+
+    Args:
+        tokens: [batch, pos].
+        names: canonical hook names, see `hook_names`.
+        fwd_hooks: hooks that act before the recording.
+        **options: of `model.run_with_hooks`, such as stop_at_layer.
+    Returns:
+        Logits [batch, pos, d_vocab] (with stop_at_layer the residual stream), and a copy of each tensor by name.
+    Raises:
+        UnsupportedModelError: a hook does not fire.
+    """
+    seen: dict[str, Tensor] = {}
+    recorders = [(name, lambda value, hook, name=name: seen.__setitem__(name, value.clone())) for name in names]
+    logits = model.run_with_hooks(tokens, fwd_hooks=[*fwd_hooks, *recorders], prepend_bos=False, **options)
+    unheard = [name for name in names if name not in seen]
+    if unheard:
+        raise UnsupportedModelError(f"The hook {unheard[0]} never fires in this model.")
+    return logits, seen
+
+
+def layer_inputs(model: Model, layer: int, tokens: Tensor) -> Float[Tensor, "batch pos d_model"]:
+    """The tensor that W_Q and W_K multiply, for tokens [batch, pos]; runs the model up to this layer only."""
+    name = hook_names(model, layer).input
+    _, seen = run_recording(model, tokens, [name], stop_at_layer=layer + 1)
+    return input_completion(model, layer)(seen[name])
 
 
 def n_layers(model: Model) -> int:
@@ -216,20 +248,13 @@ def check_host(model: Model, layer: int, tokens: Tensor | None = None) -> HostRe
     spec = attention_spec(model, layer)
     if qk_weights(model, layer).W_Q.dtype != torch.float32:
         model = _float32_copy(model)
-    weights, names, complete = qk_weights(model, layer), hook_names(model, layer), layer_input(model, layer)
+    weights, names, complete = qk_weights(model, layer), hook_names(model, layer), input_completion(model, layer)
     if tokens is None:
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, int(model.cfg.d_vocab), (2, 17), generator=generator)
     tokens = tokens.to(weights.W_Q.device)
 
-    seen: dict[str, Tensor] = {}
-    recorders: Hooks = [
-        (name, lambda value, hook, name=name: seen.__setitem__(name, value.detach().clone())) for name in names
-    ]
-    logits = model.run_with_hooks(tokens, fwd_hooks=recorders, prepend_bos=False)
-    unheard = [name for name in names if name not in seen]
-    if unheard:
-        raise UnsupportedModelError(f"The hook {unheard[0]} never fires in this model.")
+    logits, seen = run_recording(model, tokens, names)
     x = complete(seen[names.input])
     check_attention_call(x, seen[names.scores])
     check_allowed_keys(seen[names.scores])

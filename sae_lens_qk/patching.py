@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_lens_qk.attention import pattern_from_scores
+from sae_lens_qk.dictionary import BilinearQKDictionary, Source
 from sae_lens_qk.feature_map import Pairs, SparseFeatureMap, as_pairs
 from sae_lens_qk.host import (
     Hooks,
@@ -17,18 +18,15 @@ from sae_lens_qk.host import (
     check_attention_call,
     check_fingerprint,
     hook_names,
-    layer_input,
+    input_completion,
     prove_once,
 )
 
-if TYPE_CHECKING:
-    from sae_lens_qk.dictionary import BilinearQKDictionary
-
-PatchSource = Literal["transcoders", "feature_map", "model"]
+PatchSource = Literal[Source, "model"]
 ScoreFn = Callable[[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch head pos_q pos_k"]], Tensor]
 
 
-def check_model(dictionary: "BilinearQKDictionary", model: Model) -> None:
+def check_model(dictionary: BilinearQKDictionary, model: Model) -> None:
     """Prove the host and that these are the weights the dictionary was trained on.
 
     Raises:
@@ -41,7 +39,7 @@ def check_model(dictionary: "BilinearQKDictionary", model: Model) -> None:
 
 
 def fwd_hooks(
-    dictionary: "BilinearQKDictionary",
+    dictionary: BilinearQKDictionary,
     model: Model,
     source: PatchSource = "feature_map",
     heads: Sequence[int] | None = None,
@@ -77,7 +75,7 @@ def fwd_hooks(
 
 @contextmanager
 def patched(
-    dictionary: "BilinearQKDictionary", model: Model, source: PatchSource = "feature_map", **edits: Any
+    dictionary: BilinearQKDictionary, model: Model, source: PatchSource = "feature_map", **edits: Any
 ) -> Iterator[Model]:
     """Context in which `model` attends as `fwd_hooks(dictionary, model, source, **edits)` says; undone on leaving."""
     with model.hooks(fwd_hooks=fwd_hooks(dictionary, model, source, **edits)):
@@ -91,7 +89,7 @@ def pattern_hooks(
     heads: Sequence[int] | None = None,
 ) -> Hooks:
     """Hooks that overwrite a layer's pattern with `pattern_fn(x, scores)`, x its input and scores the model's own."""
-    names, complete = hook_names(model, layer), layer_input(model, layer)
+    names, complete = hook_names(model, layer), input_completion(model, layer)
     n_heads = int(model.cfg.n_heads)
     if heads is not None and not all(0 <= head < n_heads for head in heads):
         raise ValueError(f"heads must lie in [0, {n_heads - 1}], got {list(heads)}.")
@@ -117,13 +115,13 @@ def pattern_hooks(
 
 
 def _score_function(
-    d: "BilinearQKDictionary",
+    d: BilinearQKDictionary,
     source: PatchSource,
     ablate_pairs: Pairs | None,
     scale_pairs: Mapping[tuple[int, int, int], float] | None,
     keep_pairs: Pairs | None,
 ) -> ScoreFn:
-    if source not in ("transcoders", "feature_map", "model"):
+    if source not in get_args(PatchSource):
         raise ValueError(f"source must be 'transcoders', 'feature_map' or 'model', got {source!r}.")
     edited, factors = _edits(ablate_pairs, scale_pairs)
     if keep_pairs is not None and (source == "model" or len(edited)):
@@ -164,10 +162,7 @@ def _score_function(
 class _AnyWeights(SparseFeatureMap):
     """Pairs with factors that an intervention chose, in any range."""
 
-    def validate(self) -> None:
-        weights, self.weights = self.weights, torch.ones_like(self.weights)
-        super().validate()
-        self.weights = weights
+    def _check_weights(self, weights: Tensor) -> None:
         if not weights.isfinite().all():
             raise ValueError("scale_pairs must be finite factors.")
 

@@ -1,10 +1,11 @@
 """Dictionaries by name: those shipped with the package, and local folders."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from sae_lens_qk.dictionary import BilinearQKDictionary
+from sae_lens.saes.sae import SAE
+
+from sae_lens_qk.dictionary import BilinearQKDictionary
 
 
 def shipped_folder() -> Path:
@@ -21,13 +22,13 @@ def shipped_names() -> list[str]:
 
 
 def from_pretrained(
-    dictionary_class: "type[BilinearQKDictionary]",
+    dictionary_class: type[BilinearQKDictionary],
     release: str,
     sae_id: str | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     **stock: Any,
-) -> "BilinearQKDictionary":
+) -> BilinearQKDictionary:
     """Load a shipped dictionary by name, a local folder, or (release + sae_id) what the stock SAELens loader finds.
 
     Args:
@@ -39,10 +40,7 @@ def from_pretrained(
         ValueError: the name is neither shipped nor a folder; the message lists what is.
     """
     if sae_id is not None:
-        from sae_lens.saes.sae import SAE
-
-        loaded = SAE.from_pretrained.__func__(dictionary_class, release, sae_id, device, dtype, **stock)  # type: ignore[attr-defined]
-        return loaded
+        return SAE.from_pretrained.__func__(dictionary_class, release, sae_id, device, dtype, **stock)  # type: ignore[attr-defined]
     for folder in (shipped_folder() / release, Path(release)):
         if (folder / "cfg.json").is_file():
             return dictionary_class.load_from_disk(folder, device=device, dtype=dtype)

@@ -101,6 +101,15 @@ def test_other_help(capsys):
     assert "--n_tokens int Tokens to evaluate on, whole rows. (default: 8192)" in shown
 
 
+def test_debug_shows_where_an_error_comes_from(capsys):
+    assert run("--debug") == 2
+    assert "[--debug] {train,evaluate}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="There is no dictionary 'nowhere'"):
+        run("--debug", "evaluate", "nowhere")
+    assert run("evaluate", "nowhere") == 2
+    assert "There is no dictionary 'nowhere'" in one_line(capsys)
+
+
 def one_line(capsys) -> str:
     captured = capsys.readouterr()
     lines = captured.err.splitlines()

@@ -2,9 +2,11 @@
 
 import json
 import math
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_dictionaries import (
     D_KEY,
     D_QUERY,
@@ -305,6 +307,27 @@ def test_result_is_json(result):
     assert read["sources"]["zero"]["pattern_kl"] is None
     assert read["feature_map"]["pairs_per_head"] == result.feature_map.pairs_per_head
     assert len(_flat(read)) > 80
+
+
+def test_result_prints_as_a_table(result):
+    def printed(shown) -> str:
+        console = Console(file=StringIO(), width=132)
+        console.print(shown)
+        return console.file.getvalue()
+
+    text = printed(result)
+    assert f"{N_ROWS * N_POS} tokens in {N_ROWS} rows, clean loss {result.ce_clean:.4f} nats" in text
+    lines = {line.split()[1]: line for line in text.splitlines() if line.startswith("│")}
+    assert list(lines) == list(result.sources)
+    for name, figures in result.sources.items():
+        interval = figures.ce_recovered
+        recovered = f"{interval.value:.1%} ({interval.low:.1%}, {interval.high:.1%})"
+        for piece in (f"{figures.pattern_tv:.4f}", f"{figures.ce_loss:.4f}", f"{figures.logit_kl:.4f}", recovered):
+            assert piece in lines[name]
+        assert (f"{figures.pattern_kl.value:.4f}" if figures.pattern_kl else " - ") in lines[name]
+    assert f"live {result.features.live_query} / {result.features.live_key} in {N_ROWS * N_POS} tokens" in text
+    assert f"feature map: {result.feature_map.n_pairs} pairs" in text
+    assert "feature map:" not in printed(result._replace(feature_map=None))
 
 
 def test_chosen_baselines_and_state(dictionary, model, rows):

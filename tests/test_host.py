@@ -22,11 +22,13 @@ from sae_lens_qk.host import (
     check_fingerprint,
     check_host,
     hook_names,
-    layer_input,
+    input_completion,
+    layer_inputs,
     model_mode,
     n_layers,
     prove_once,
     qk_weights,
+    run_recording,
 )
 
 # n_heads, n_kv_heads, d_head, d_model, rotary_dim
@@ -40,13 +42,6 @@ FEATURES = {
     "scaled_rotary": "scaled rotary embeddings",
     "inert": "a pattern hook that is inert",
 }
-
-
-def seen_at(model, names: list[str], tokens: torch.Tensor, **kwargs) -> list[torch.Tensor]:
-    seen = {}
-    hooks = [(name, lambda value, hook, name=name: seen.update({name: value.detach().clone()})) for name in names]
-    model.run_with_hooks(tokens, fwd_hooks=hooks, prepend_bos=False, **kwargs)
-    return [seen[name] for name in names]
 
 
 def dictionary_for(model, layer: int = 1) -> qk.BilinearQKDictionary:
@@ -115,14 +110,28 @@ def test_fused_projections_with_biases_are_split_by_head():
 
 def test_layer_input_is_what_the_weights_multiply(any_model, tokens):
     """Seen from outside check_host: pattern from weights and the completed input, against the model's own."""
-    names, complete = hook_names(any_model, 1), layer_input(any_model, 1)
-    hooked, pattern = seen_at(any_model, [names.input, names.pattern], tokens)
-    weights, x = qk_weights(any_model, 1).to(torch.float64), complete(hooked).double()
+    names = hook_names(any_model, 1)
+    _, seen = run_recording(any_model, tokens, [names.input, names.pattern])
+    x = layer_inputs(any_model, 1, tokens)
+    assert torch.equal(x, input_completion(any_model, 1)(seen[names.input]))
+    weights, x = qk_weights(any_model, 1).to(torch.float64), x.double()
     scores = attention_scores(weights.queries(x), weights.keys(x), attention_spec(any_model, 1))
     expected = scores.masked_fill(~allowed_keys(17), -torch.inf).softmax(dim=-1)
-    torch.testing.assert_close(pattern.double(), expected, rtol=0, atol=1e-5)
-    others_input = seen_at(any_model, [hook_names(any_model, 0).input], tokens)[0]
-    assert (others_input - hooked).abs().max() > 0.1
+    torch.testing.assert_close(seen[names.pattern].double(), expected, rtol=0, atol=1e-5)
+    assert (layer_inputs(any_model, 0, tokens) - x).abs().max() > 0.1
+
+
+def test_recording_leaves_the_run_as_it_is(any_model, tokens):
+    names = hook_names(any_model, 1)
+    halved = [(names.pattern, lambda pattern, hook: pattern / 2)]
+    clean, seen = run_recording(any_model, tokens, names)
+    assert list(seen) == list(names)
+    assert torch.equal(clean, any_model(tokens, prepend_bos=False))
+    logits, seen_after = run_recording(any_model, tokens, [names.pattern], halved)
+    assert torch.equal(logits, any_model.run_with_hooks(tokens, fwd_hooks=halved, prepend_bos=False))
+    assert torch.equal(seen_after[names.pattern], seen[names.pattern] / 2), "recorded before the hooks given"
+    with pytest.raises(UnsupportedModelError, match=f"The hook {names.pattern} never fires"):
+        run_recording(any_model, tokens, [names.pattern], stop_at_layer=1)
 
 
 def test_unsupported_models_are_refused_by_the_name_of_the_feature(unsupported_model, request):
@@ -276,13 +285,13 @@ def test_masks_of_reduced_precision_are_recognised(kind, mode, dtype):
     model = tiny_model(kind, mode).to(dtype, print_details=False)
     tokens = tiny_tokens(3, 17)
     name = hook_names(model, 1).scores
-    scores = seen_at(model, [name], tokens)[0]
+    scores = run_recording(model, tokens, [name])[1][name]
     assert scores.dtype == dtype
     check_allowed_keys(scores)
     padded = torch.ones_like(tokens)
     padded[1, :3] = 0
     with pytest.raises(UnsupportedModelError, match="padded input"):
-        check_allowed_keys(seen_at(model, [name], tokens, attention_mask=padded)[0])
+        check_allowed_keys(run_recording(model, tokens, [name], attention_mask=padded)[1][name])
 
 
 def fingerprint(kind: str) -> tuple[float, ...]:

