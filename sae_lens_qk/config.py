@@ -7,7 +7,7 @@ sequence-ordered QK training needs. A configured run is `config file -> Bilinear
 
 import json
 import re
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,9 +26,9 @@ Activation = Literal["batchtopk", "topk", "relu"]
 Half = Literal["transcoder", "jumprelu_transcoder"]
 
 
-@dataclass
-class BilinearQKConfig(SAEConfig):
-    """A trained dictionary: sizes, attention, and the model it belongs to. Every field is a flat JSON value."""
+@dataclass(kw_only=True)
+class QKFields:
+    """What a dictionary and both training steps that make it share; the runner fills in what is the model's."""
 
     d_sae: int = 0
     """Derived: d_query + d_key."""
@@ -37,8 +37,6 @@ class BilinearQKConfig(SAEConfig):
     """Number of query features."""
     d_key: int = 2400
     """Number of key features."""
-    half_architecture: Half = "jumprelu_transcoder"
-    """SAELens architecture of the two halves."""
     n_pairs: int = 0
     """Pairs in the feature map; 0: no map has been trained."""
     attention: dict[str, Any] = field(default_factory=dict)
@@ -51,9 +49,37 @@ class BilinearQKConfig(SAEConfig):
     """Hook of the tensor that W_Q and W_K multiply."""
     fingerprint: list[float] = field(default_factory=list)
     """W_Q r and W_K r for a fixed r: tells the weights this dictionary belongs to."""
+    query_numbers: list[int] = field(default_factory=list)
+    """After compaction, the number each query feature had before; empty: never compacted."""
+    key_numbers: list[int] = field(default_factory=list)
+    d_query_before: int = 0
+    """Number of query features before compaction; 0: never compacted."""
+    d_key_before: int = 0
 
     def __post_init__(self):
         self.d_sae = self.d_query + self.d_key
+        if self.d_query < 1 or self.d_key < 1:
+            raise ValueError(f"d_query and d_key must be positive, got {self.d_query} and {self.d_key}.")
+        super().__post_init__()  # type: ignore[misc]  # the host's config stands next in line
+
+    @property
+    def spec(self) -> AttentionSpec:
+        return AttentionSpec.from_dict(self.attention)
+
+    @property
+    def original_sizes(self) -> tuple[int, int]:
+        """d_query and d_key before compaction."""
+        return self.d_query_before or self.d_query, self.d_key_before or self.d_key
+
+
+@dataclass
+class BilinearQKConfig(QKFields, SAEConfig):
+    """A trained dictionary: sizes, attention, and the model it belongs to. Every field is a flat JSON value."""
+
+    half_architecture: Half = "jumprelu_transcoder"
+    """SAELens architecture of the two halves."""
+
+    def __post_init__(self):
         super().__post_init__()
         if self.apply_b_dec_to_input:
             raise ValueError("apply_b_dec_to_input must be False: the decoders' outputs are queries and keys, not inputs.")
@@ -62,10 +88,6 @@ class BilinearQKConfig(SAEConfig):
         if self.attention and self.spec.d_model != self.d_in:
             raise ValueError(f"d_in must be the attention's d_model {self.spec.d_model}, got {self.d_in}.")
 
-    @property
-    def spec(self) -> AttentionSpec:
-        return AttentionSpec.from_dict(self.attention)
-
     @override
     @classmethod
     def architecture(cls) -> str:
@@ -73,46 +95,16 @@ class BilinearQKConfig(SAEConfig):
 
 
 @dataclass(kw_only=True)
-class _ForTraining(TrainingSAEConfig):
-    """Fields that both training steps share with the dictionary they make; the runner fills in the model's."""
-
-    d_sae: int = 0
-    """Derived: d_query + d_key."""
-    apply_b_dec_to_input: bool = False
+class _ForTraining(QKFields, TrainingSAEConfig):
     decoder_init_norm: float | None = None
-    d_query: int = 2400
-    """Number of query features."""
-    d_key: int = 2400
-    """Number of key features."""
-    attention: dict[str, Any] = field(default_factory=dict)
-    model_name: str = ""
-    model_mode: str = "bridge"
-    layer: int = 0
-    hook_name: str = ""
-    fingerprint: list[float] = field(default_factory=list)
-    n_pairs: int = 0
-
-    def __post_init__(self):
-        self.d_sae = self.d_query + self.d_key
-        if self.d_query < 1 or self.d_key < 1:
-            raise ValueError(f"d_query and d_key must be positive, got {self.d_query} and {self.d_key}.")
-        super().__post_init__()
 
     @property
     def half_architecture(self) -> Half:
         raise NotImplementedError
 
-    @property
-    def spec(self) -> AttentionSpec:
-        return AttentionSpec.from_dict(self.attention)
-
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:
         return BilinearQKConfig
-
-    @override
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "architecture": self.architecture()}
 
 
 @dataclass(kw_only=True)
@@ -167,7 +159,7 @@ class TranscodersTrainingConfig(_ForTraining):
 
 @dataclass(kw_only=True)
 class MaskTrainingConfig(_ForTraining):
-    """Step 2: a mask over feature pairs, the two transcoders frozen."""
+    """Step 2: a mask over feature pairs."""
 
     sparsity_coefficient: float = 1e-6
     """Weight of the sum over pairs of sqrt(m + 1e-7)."""
@@ -177,11 +169,24 @@ class MaskTrainingConfig(_ForTraining):
     """Steps over which the number of pairs falls (geometrically) from the candidates to max_pairs."""
     prune_every: int = 10
     """Steps between two prunings."""
+    polish: bool = True
+    """No sparsity penalty once pruning is over."""
+    fine_tune: bool = False
+    """Tune the transcoders along with the mask."""
+    mask_speed: float = 1.0
+    """Learning rate of the mask over that of the trainer."""
+    k_query: float = 0.0
+    """Mean active query features a token that tuning holds."""
+    k_key: float = 0.0
+    unmasked_coefficient: float = 1.0
+    """Weight of KL(P || P[q_hat, k_hat]) while tuning, so that the transcoders stay good without a map."""
     half_architecture: Half = "jumprelu_transcoder"
 
     def __post_init__(self):
         if self.max_pairs < 1:
             raise ValueError(f"max_pairs must be at least 1, got {self.max_pairs}.")
+        if self.fine_tune and self.half_architecture != "jumprelu_transcoder":
+            raise ValueError("Only JumpReLU transcoders can be tuned with the mask: nothing would hold the L0 of ReLU ones.")
         super().__post_init__()
 
     @override
@@ -197,6 +202,11 @@ class MaskStepConfig:
     training_tokens: int = 1_000_000
     """Tokens seen by step 2; 0 leaves the dictionary without a feature map."""
     lr: float = 1e-2
+    """Of the mask."""
+    fine_tune_lr: float = 0.0
+    """Of the transcoders while the mask is trained; 0: they stay frozen."""
+    unmasked_coefficient: float = 1.0
+    """When tuning, the weight of the KL without the map."""
     sparsity_coefficient: float = 1e-6
     """Weight of the sum over pairs of sqrt(m + 1e-7)."""
     n_pairs: int = 50_000
@@ -205,15 +215,23 @@ class MaskStepConfig:
     """Pairs that enter training, chosen by centred importance."""
     ranking_tokens: int = 20_480
     """Tokens on which importance is measured."""
+    compact: bool = False
+    """Drop features that never fire on the ranking tokens first; `cfg.query_numbers` keeps their old numbers."""
     prune_until: float = 0.6
     """Share of the steps over which the number of pairs falls to n_pairs."""
+    polish: bool = True
+    """No sparsity penalty on the steps after that."""
     n_checkpoints: int = 0
 
     def __post_init__(self):
+        if self.n_pairs < 1:
+            raise ValueError(f"mask.n_pairs must be at least 1, got {self.n_pairs}.")
         if self.n_candidates < self.n_pairs:
             raise ValueError(f"mask.n_candidates must be at least mask.n_pairs, got {self.n_candidates} and {self.n_pairs}.")
         if not 0 <= self.prune_until <= 1:
             raise ValueError(f"mask.prune_until must lie in [0, 1], got {self.prune_until}.")
+        if self.fine_tune_lr < 0:
+            raise ValueError(f"mask.fine_tune_lr must not be negative, got {self.fine_tune_lr}.")
 
 
 @dataclass
@@ -253,6 +271,8 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
     n_checkpoints: int = 4
     output_path: str | None = "output"
     verbose: bool = False
+    from_pretrained_path: str | None = None
+    """Shipped name or folder of a dictionary whose transcoders step 2 takes; step 1 is then skipped."""
     input_cache_path: str | None = None
     """Folder of the float16 cache of the layer's inputs, reused by both steps and across runs; None: no cache."""
     input_cache_tokens: int | None = None
@@ -268,7 +288,6 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
             ("seqpos_slice", (None,)),
             ("hook_head_index", None),
             ("use_cached_activations", False),
-            ("from_pretrained_path", None),
         ):
             value = tuple(self.seqpos_slice) if name == "seqpos_slice" else getattr(self, name)
             if value != required:
@@ -361,14 +380,14 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
 
     def mask_step(self) -> "BilinearQKRunnerConfig":
         """This config with step 2's learning rate, tokens and checkpoints in the top-level fields SAELens reads."""
-        values = self.to_dict()
-        values.update(training_tokens=self.mask.training_tokens, lr=self.mask.lr, lr_end=None)
-        values.update(n_checkpoints=self.mask.n_checkpoints, lr_warm_up_steps=0)
-        return BilinearQKRunnerConfig.from_dict(values)
+        return replace(
+            self, training_tokens=self.mask.training_tokens, lr=self.mask.fine_tune_lr or self.mask.lr, lr_end=None,
+            n_checkpoints=self.mask.n_checkpoints, lr_warm_up_steps=0,
+        )  # fmt: skip
 
 
 def _check_keys(values: dict[str, Any], config_class: type, prefix: str) -> None:
-    known = [f.name for f in fields(config_class) if f.init and (f.default, f.default_factory) != (MISSING, None)]
+    known = [f.name for f in fields(config_class) if f.init]
     unknown = sorted(set(values) - set(known))
     if unknown:
         close = [name for name in known if any(name[:4] == key[:4] for key in unknown)][:5]

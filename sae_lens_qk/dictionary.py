@@ -3,12 +3,13 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from sae_lens import register_sae_class
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, SAEMetadata
@@ -19,15 +20,17 @@ from typing_extensions import override
 from sae_lens_qk.attention import AttentionSpec, attention_scores, pattern_from_scores
 from sae_lens_qk.config import ARCHITECTURE, BilinearQKConfig
 from sae_lens_qk.feature_map import (
-    Decoders,
+    STATISTICS,
     Pairs,
     SparseFeatureMap,
+    as_pairs,
     pack_indices,
-    pair_kernel,
+    pack_statistics,
     unpack_indices,
-    with_constant,
+    unpack_statistics,
 )
 from sae_lens_qk.host import Hooks
+from sae_lens_qk.pair_scores import Decoders, pair_kernel, with_constant
 
 Source = Literal["transcoders", "feature_map"]
 _HALVES = {
@@ -159,20 +162,40 @@ class BilinearQKDictionary(SAE[BilinearQKConfig]):
         """
         return pattern_from_scores(self.scores(x, source))
 
+    def pair_kernel(self, pairs: Pairs, offsets: Sequence[int] | Int[Tensor, " offset"]) -> Float[Tensor, "pair offset"]:
+        """Score of a pair per unit of both activations, by relative position: M[a,b,h](offset), offset = query - key.
+
+        Args:
+            pairs: triples (query feature, key feature, head), kept or not; d_query / d_key stand for the constants.
+            offsets: relative positions >= 0; without rotary embeddings all give the same score.
+        Raises:
+            ValueError: pairs out of range, or a negative offset.
+        """
+        pairs, at = as_pairs(pairs, self.device), torch.as_tensor(offsets, device=self.device)
+        upper = pairs.new_tensor([self.cfg.d_query, self.cfg.d_key, self.spec.n_heads - 1])
+        if ((pairs < 0) | (pairs > upper)).any() or (at < 0).any():
+            raise ValueError(
+                f"Pairs must lie in [0, {upper[0]}] x [0, {upper[1]}] x [0, {upper[2]}] and offsets be at least 0."
+            )
+        return pair_kernel(pairs, self.decoders, self.spec, at).expand(-1, len(at))
+
+    @torch.no_grad()
     def pair_frame(self) -> pd.DataFrame:
-        """Kept pairs: query_feature, key_feature, head (d_query / d_key stand for the constant feature), weight in
-        [0, 1], and score_at_0, the pair's score per unit of both activations at offset 0."""
-        indices = self.feature_map.indices.cpu()
-        kernel = pair_kernel(self.feature_map.indices, self.decoders, self.spec, torch.zeros(1, dtype=torch.int64))
-        return pd.DataFrame(
-            {
-                "query_feature": indices[:, 0].numpy(),
-                "key_feature": indices[:, 1].numpy(),
-                "head": indices[:, 2].numpy(),
-                "weight": self.feature_map.weights.float().cpu().numpy(),
-                "score_at_0": kernel[:, 0].float().detach().cpu().numpy(),
-            }
-        )
+        """Kept pairs, one a row.
+
+        Returns:
+            query_feature, key_feature, head (d_query / d_key stand for the constant feature), weight in [0, 1],
+            score_at_0, the pair's score per unit of both activations at offset 0, and as measured on data (NaN where
+            nothing was) importance, effect and co_occurrence; see `SparseFeatureMap`.
+        """
+        kept = self.feature_map
+        statistics = kept.statistics.float().cpu().clone()
+        statistics[statistics[:, 2] == 0] = torch.nan
+        frame = pd.DataFrame(kept.indices.cpu().numpy(), columns=["query_feature", "key_feature", "head"])
+        frame["weight"] = kept.weights.float().cpu().numpy()
+        frame["score_at_0"] = self.pair_kernel(kept.indices, [0])[:, 0].float().cpu().numpy()
+        frame[list(STATISTICS)] = statistics.numpy()
+        return frame
 
     @torch.no_grad()
     def active_pairs(self, x: Float[Tensor, "pos d_model"], head: int, query_pos: int, key_pos: int) -> pd.DataFrame:
@@ -211,9 +234,52 @@ class BilinearQKDictionary(SAE[BilinearQKConfig]):
         found = (feature_map.d_query, feature_map.d_key, feature_map.n_heads)
         if expected != found:
             raise ValueError(f"The map must be for (d_query, d_key, n_heads) = {expected}, got one for {found}.")
-        SparseFeatureMap(feature_map.indices, feature_map.weights, *expected)
-        self.feature_map = feature_map
+        self.feature_map = SparseFeatureMap(feature_map.indices, feature_map.weights, *expected, feature_map.statistics)
         self.cfg.n_pairs = len(feature_map)
+
+    @torch.no_grad()
+    def compact(self, live_query: Bool[Tensor, " d_query"], live_key: Bool[Tensor, " d_key"]) -> "BilinearQKDictionary":
+        """A dictionary of the live features alone; pairs of dropped features go with them.
+
+        Its `cfg.query_numbers` and `cfg.key_numbers` hold the number each feature had at first, `cfg.original_sizes` how
+        many there were.
+
+        Args:
+            live_query, live_key: True for features to keep; a feature that never fires can go without changing anything.
+        Raises:
+            ValueError: masks of the wrong length, or nothing left on a side.
+        """
+        lengths = (self.cfg.d_query, self.cfg.d_key)
+        if (len(live_query), len(live_key)) != lengths or not (live_query.any() and live_key.any()):
+            raise ValueError(f"compact needs masks of lengths {lengths} that keep a feature a side.")
+        kept = [live.nonzero()[:, 0].to(self.device) for live in (live_query, live_key)]
+        numbers = [
+            [before[i] for i in rows.tolist()] if before else rows.tolist()
+            for before, rows in zip((self.cfg.query_numbers, self.cfg.key_numbers), kept, strict=True)
+        ]
+        d_query_before, d_key_before = self.cfg.original_sizes
+        made = BilinearQKDictionary(
+            replace(
+                self.cfg, d_query=len(kept[0]), d_key=len(kept[1]), n_pairs=0, query_numbers=numbers[0],
+                key_numbers=numbers[1], d_query_before=d_query_before, d_key_before=d_key_before,
+            )
+        )  # fmt: skip
+        for half, new, rows in zip((self.query, self.key), (made.query, made.key), kept, strict=True):
+            for name, tensor in half.state_dict().items():
+                whole = {"W_enc": (slice(None), rows), "b_dec": (slice(None),)}.get(name, (rows,))
+                new.get_parameter(name).copy_(tensor[whole])
+        new_numbers = [torch.full((d + 1,), -1, device=self.device) for d in lengths]
+        for renumbered, rows in zip(new_numbers, kept, strict=True):
+            renumbered[rows] = torch.arange(len(rows), device=self.device)
+            renumbered[-1] = len(rows)  # the constant
+        old = self.feature_map
+        indices = torch.stack(
+            [new_numbers[0][old.indices[:, 0]], new_numbers[1][old.indices[:, 1]], old.indices[:, 2]], dim=1
+        )
+        stays = (indices >= 0).all(dim=1)
+        sizes = made.cfg.d_query, made.cfg.d_key, self.spec.n_heads
+        made.set_feature_map(SparseFeatureMap(indices[stays], old.weights[stays], *sizes, old.statistics[stays]))
+        return made.to(self.device)
 
     def require_feature_map(self) -> None:
         if not self.has_feature_map:
@@ -231,7 +297,7 @@ class BilinearQKDictionary(SAE[BilinearQKConfig]):
     def fwd_hooks(
         self,
         model: Any,
-        source: Literal["transcoders", "feature_map", "model"] = "feature_map",
+        source: Literal[Source, "model"] = "feature_map",
         heads: Sequence[int] | None = None,
         ablate_pairs: Pairs | None = None,
         scale_pairs: Mapping[tuple[int, int, int], float] | None = None,
@@ -265,6 +331,9 @@ class BilinearQKDictionary(SAE[BilinearQKConfig]):
         indices = state_dict.pop("feature_map.indices")
         state_dict["feature_map.digits"] = pack_indices(indices, self.query.W_dec.dtype)
         state_dict["feature_map.weights"] = state_dict["feature_map.weights"].clamp(0, 1)
+        statistics = state_dict.pop("feature_map.statistics")
+        if statistics.any():  # measured
+            state_dict["feature_map.statistics"] = pack_statistics(statistics)
         for name, tensor in state_dict.items():
             state_dict[name] = tensor.contiguous()
 
@@ -277,6 +346,10 @@ class BilinearQKDictionary(SAE[BilinearQKConfig]):
         """
         if "feature_map.digits" in state_dict:
             state_dict["feature_map.indices"] = unpack_indices(state_dict.pop("feature_map.digits"))
+            packed = state_dict.get("feature_map.statistics")
+            weights = state_dict["feature_map.weights"]
+            unmeasured = weights.new_zeros(len(weights), len(STATISTICS))
+            state_dict["feature_map.statistics"] = unmeasured if packed is None else unpack_statistics(packed)
         expected = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
         if expected != found:
@@ -288,10 +361,11 @@ class BilinearQKDictionary(SAE[BilinearQKConfig]):
         broken = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
         if broken:
             raise ValueError(f"The weights hold values that are not finite, first in {broken[0]}: download or train again.")
-        SparseFeatureMap(
+        loaded = SparseFeatureMap(
             state_dict["feature_map.indices"], state_dict["feature_map.weights"],
-            self.cfg.d_query, self.cfg.d_key, self.spec.n_heads,
+            self.cfg.d_query, self.cfg.d_key, self.spec.n_heads, state_dict["feature_map.statistics"],
         )  # fmt: skip
+        state_dict.update({f"feature_map.{name}": tensor for name, tensor in loaded.state_dict().items()})
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BilinearQKDictionary":

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "sae_lens_qk"
 
 ORDER = (
     ("attention", "kernels"),
+    ("pair_scores",),
     ("feature_map",),
     ("config",),
     ("models",),
@@ -21,6 +22,7 @@ ORDER = (
     ("training.losses",),
     ("training.cache",),
     ("training.transcoders",),
+    ("training.candidates",),
     ("training.mask",),
     ("training.runner",),
     ("pretrained",),
@@ -43,7 +45,7 @@ IMPORTED_IN_FUNCTIONS = {
 }
 """Delegations of the dictionary to what stands below it, and what the command line loads once it knows the command."""
 
-FOR_TYPES_ONLY = {(name, "dictionary") for name in ("models", "patching", "evals", "pretrained")}
+FOR_TYPES_ONLY = {("models", "dictionary")}
 
 TRANSFORMER_LENS = {"host", "models"}
 SAE_LENS = {

@@ -14,10 +14,11 @@ from tiny_models import tiny_model
 
 import sae_lens_qk as qk
 from sae_lens_qk.attention import attention_scores, log_pattern, pattern_from_scores, pattern_kl
-from sae_lens_qk.feature_map import SparseFeatureMap, pair_kernel, with_constant
+from sae_lens_qk.feature_map import SparseFeatureMap
 from sae_lens_qk.host import qk_weights
+from sae_lens_qk.pair_scores import pair_kernel, with_constant
+from sae_lens_qk.training.candidates import rank_pairs
 from sae_lens_qk.training.losses import dead_feature_loss, pattern_losses, sqrt_penalty
-from sae_lens_qk.training.mask import choose_candidates, pair_importance
 from sae_lens_qk.training.transcoders import NonFiniteLossError, TranscodersTrainingSAE
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 import sae_lens_qk as qk
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.host import Model, attention_spec, hook_names, layer_input, model_mode, qk_weights
+from sae_lens_qk.host import Model, attention_spec, hook_names, input_completion, model_mode, qk_weights, run_recording
 
 LAYER = 1
 D_QUERY, D_KEY, N_PAIRS = 29, 31, 200
@@ -61,8 +61,10 @@ def _random_map(d: BilinearQKDictionary, n_pairs: int, generator: torch.Generato
 
 
 def kept_pairs(d: BilinearQKDictionary) -> dict[Triple, float]:
-    triples = [tuple(row) for row in d.feature_map.indices.tolist()]
-    return dict(zip(triples, d.feature_map.weights.double().tolist(), strict=True))
+    """Weights by pair, in random order: the first few are of every kind."""
+    order = torch.randperm(len(d.feature_map), generator=torch.Generator().manual_seed(0))
+    triples = [tuple(row) for row in d.feature_map.indices[order].tolist()]
+    return dict(zip(triples, d.feature_map.weights[order].double().tolist(), strict=True))
 
 
 def exact_dictionary(model: Model, layer: int = LAYER) -> BilinearQKDictionary:
@@ -130,16 +132,13 @@ def pattern_by_hand(scores: Tensor) -> Tensor:
     return pattern
 
 
-@torch.no_grad()
 def observe(model: Model, tokens: Tensor, hooks=(), names: tuple[str, ...] = ()) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits under hooks, and what then passes the named hook points."""
-    seen: dict[str, Tensor] = {}
-    recorders = [(name, lambda value, hook, name=name: seen.__setitem__(name, value.clone())) for name in names]
-    return model.run_with_hooks(tokens, fwd_hooks=[*hooks, *recorders], prepend_bos=False), seen
+    return run_recording(model, tokens, names, hooks)
 
 
 def inputs_and_scores(model: Model, tokens: Tensor, layer: int = LAYER) -> tuple[Tensor, Tensor]:
     """The tensor that W_Q and W_K multiply, and the model's own (masked) scores, at its own hooks."""
     names = hook_names(model, layer)
     _, seen = observe(model, tokens, names=(names.input, names.scores))
-    return layer_input(model, layer)(seen[names.input]), seen[names.scores]
+    return input_completion(model, layer)(seen[names.input]), seen[names.scores]

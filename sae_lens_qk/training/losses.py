@@ -1,10 +1,49 @@
 """Losses of both training steps, as functions of tensors."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_lens_qk.attention import AttentionSpec, attention_scores, log_pattern, pattern_kl
+from sae_lens_qk.kernels import softmax_kl
+
+
+class TruePattern(NamedTuple):
+    """The model's own pattern, what both steps are trained on."""
+
+    pattern: Float[Tensor, "batch head pos_q pos_k"]
+    log_pattern: Float[Tensor, "batch head pos_q pos_k"]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, queries: Tensor, keys: Tensor, spec: AttentionSpec) -> "TruePattern":
+        """From true queries [batch, pos, head, d_head] and keys [batch, pos, kv_head, d_head]."""
+        log = log_pattern(attention_scores(queries, keys, spec))
+        return cls(log.exp(), log)
+
+    def kl(self, scores: Float[Tensor, "batch head pos_q pos_k"]) -> Float[Tensor, "batch head pos_q"]:
+        """KL(P || softmax of scores) in nats of each attention row, as `attention.pattern_kl`; compiled on the CPU."""
+        if scores.is_cuda:
+            return pattern_kl(self.log_pattern, log_pattern(scores))
+        return _SoftmaxKL.apply(scores, *self)  # type: ignore[return-value]
+
+
+class _SoftmaxKL(torch.autograd.Function):
+    """One pass for the divergence and its gradient, softmax - P."""
+
+    @staticmethod
+    def forward(ctx, scores, pattern, log_true):  # type: ignore[override]
+        kl, gradient = scores.new_empty(scores.shape[:3]), torch.empty_like(scores, memory_format=torch.contiguous_format)
+        softmax_kl(kl.numpy(), gradient.numpy(), *(t.detach().contiguous().numpy() for t in (scores, pattern, log_true)))
+        ctx.save_for_backward(gradient)
+        return kl
+
+    @staticmethod
+    def backward(ctx, grad_kl):  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_kl[..., None], None, None
 
 
 def pattern_losses(
@@ -19,12 +58,9 @@ def pattern_losses(
     The half-reconstruction terms fix the gauge q -> A^T q, k -> A^-1 k that the full one leaves free.
     Source: kwynroe/sparse_QK, training loss since May 2024.
     """
-    with torch.no_grad():
-        true = log_pattern(attention_scores(queries, keys, spec))
-    losses: dict[str, Tensor] = {}
-    for name, q, k in (("kl_full", q_hat, k_hat), ("kl_query", q_hat, keys), ("kl_key", queries, k_hat)):
-        losses[name] = pattern_kl(true, log_pattern(attention_scores(q, k, spec))).mean()
-    return losses
+    true = TruePattern.of(queries, keys, spec)
+    pairs = {"kl_full": (q_hat, k_hat), "kl_query": (q_hat, keys), "kl_key": (queries, k_hat)}
+    return {name: true.kl(attention_scores(q, k, spec)).mean() for name, (q, k) in pairs.items()}
 
 
 def sqrt_penalty(acts: Float[Tensor, "tokens d"], W_dec: Float[Tensor, "d d_out"], eps: float = 1e-7) -> Float[Tensor, ""]:

@@ -1,5 +1,6 @@
 """BilinearQKTrainingRunner: both training steps in SAELens's trainer, from a config to a saved dictionary."""
 
+import copy
 import logging
 import os
 from collections.abc import Iterator
@@ -15,18 +16,21 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
-from sae_lens_qk.config import BilinearQKRunnerConfig, MaskTrainingConfig
+from sae_lens_qk.config import BilinearQKRunnerConfig, MaskTrainingConfig, QKFields
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.host import Hooks, Model, attention_spec, hook_names, layer_input, model_mode, prove_once, qk_weights
+from sae_lens_qk.host import Model, attention_spec, hook_names, layer_inputs, model_mode, prove_once, qk_weights
 from sae_lens_qk.models import load_model
+from sae_lens_qk.patching import check_model
 from sae_lens_qk.text import load_text
 from sae_lens_qk.training.cache import InputCache, fill_cache
-from sae_lens_qk.training.mask import MaskTrainingSAE, choose_candidates, pair_importance
+from sae_lens_qk.training.candidates import PairTable, firing_rates, rank_pairs
+from sae_lens_qk.training.mask import MaskTrainingSAE
 from sae_lens_qk.training.transcoders import TranscodersTrainingSAE
 
 logger = logging.getLogger("sae_lens_qk")
 
 _TRANSCODERS, _MASK, _STEP_1_DONE = "transcoders", "mask", "transcoders_final"
+_CALIBRATION_ROWS = 160
 
 
 class BilinearQKTrainingRunner:
@@ -65,11 +69,12 @@ class BilinearQKTrainingRunner:
             device=cfg.device, dtype=cfg.dtype,
         )  # fmt: skip
         self.cfg = replace(cfg, hook_name=shared["hook_name"], sae=replace(cfg.sae, **shared))
-        self.cfg.checkpoint_path = cfg.checkpoint_path
         self.dataset = (
             override_dataset if override_dataset is not None else load_text(cfg.dataset_path, cfg.text_column, cfg.streaming)
         )
-        self._shared = shared
+        self._start = self._given_transcoders()
+        if cfg.mask.training_tokens:
+            PairTable.check_memory(cfg.mask.n_candidates, (self._start.cfg if self._start else cfg.sae).d_key + 1)
         self._check_data()
 
     def run(self) -> BilinearQKDictionary:
@@ -82,7 +87,7 @@ class BilinearQKTrainingRunner:
         """
         torch.manual_seed(self.cfg.seed)
         cache = self._fill_cache() if self.cfg.input_cache_path else None
-        dictionary = self._finished_step_1() or self._run_transcoders(cache)
+        dictionary = self._start or self._finished_step_1() or self._run_transcoders(cache)
         if self.cfg.mask.training_tokens:
             dictionary = self._run_mask(dictionary, cache)
         if self.cfg.output_path is not None:
@@ -96,7 +101,7 @@ class BilinearQKTrainingRunner:
         sae.attach(self.weights, self.cfg.context_size, first)
         self._fit(sae, self.cfg, _TRANSCODERS, cache, checkpoint, seed=self.cfg.seed)
         if self.cfg.sae.activation != "relu":
-            rows = (batch.flatten(0, 1) for batch in self._some_rows(cache, 160))
+            rows = (batch.flatten(0, 1) for batch in self._some_rows(cache, _CALIBRATION_ROWS))
             sae.cfg.metadata.calibration = sae.calibrate(rows)  # L0 and KL before and after, published in cfg.json
             logger.info("thresholds calibrated to mean L0 = k: %s", sae.cfg.metadata.calibration)
         dictionary = sae.to_dictionary()
@@ -105,24 +110,32 @@ class BilinearQKTrainingRunner:
         return dictionary
 
     def _run_mask(self, dictionary: BilinearQKDictionary, cache: InputCache | None) -> BilinearQKDictionary:
-        settings, cfg = self.cfg.mask, self.cfg.mask_step()
-        cfg.checkpoint_path = self.cfg.checkpoint_path
-        checkpoint = self._newest_checkpoint(_MASK)
-        n_rows = max(1, settings.ranking_tokens // self.cfg.context_size)
+        settings, checkpoint = self.cfg.mask, self._newest_checkpoint(_MASK)
         # ranking is deterministic, so a resumed run finds the same candidates
-        importance = pair_importance(dictionary, self.weights, self._some_rows(cache, n_rows))
-        candidates = choose_candidates(importance, settings.n_candidates)
+        n_rows = max(2, settings.ranking_tokens // self.cfg.context_size)
+        if settings.compact:
+            rates = firing_rates(dictionary, self._some_rows(cache, n_rows))
+            dictionary = dictionary.compact(rates.query > 0, rates.key > 0)
+        candidates = rank_pairs(dictionary, self.weights, self._some_rows(cache, n_rows), settings.n_candidates)
         steps = settings.training_tokens // self.cfg.train_batch_size_tokens
+        shared = {name: value for name, value in vars(dictionary.cfg).items() if name in QKFields.__dataclass_fields__}
+        fine_tune = settings.fine_tune_lr > 0
+        rates = firing_rates(dictionary, self._some_rows(cache, _CALIBRATION_ROWS))
         mask_cfg = MaskTrainingConfig(
-            **self._shared, d_query=dictionary.cfg.d_query, d_key=dictionary.cfg.d_key, n_pairs=len(candidates),
-            half_architecture=dictionary.cfg.half_architecture, max_pairs=settings.n_pairs,
-            sparsity_coefficient=settings.sparsity_coefficient, prune_steps=int(steps * settings.prune_until),
+            **{**shared, "n_pairs": len(candidates)},
+            d_in=dictionary.cfg.d_in, dtype=self.cfg.dtype, device=self.cfg.device,
+            half_architecture=dictionary.cfg.half_architecture, metadata=copy.deepcopy(dictionary.cfg.metadata),
+            sparsity_coefficient=settings.sparsity_coefficient, max_pairs=settings.n_pairs,
+            prune_steps=int(steps * settings.prune_until), polish=settings.polish, fine_tune=fine_tune,
+            mask_speed=settings.lr / settings.fine_tune_lr if fine_tune else 1.0,
+            k_query=float(rates.query.sum()), k_key=float(rates.key.sum()),
+            unmasked_coefficient=settings.unmasked_coefficient,
         )  # fmt: skip
         sae = MaskTrainingSAE(mask_cfg)
-        query, key, head = candidates.indices.unbind(dim=1)
-        sae.attach(self.weights, self.cfg.context_size, dictionary, candidates, importance[head, query, key])
-        del importance
-        self._fit(sae, cfg, _MASK, cache, checkpoint, seed=self.cfg.seed + 1)
+        sae.attach(self.weights, self.cfg.context_size, dictionary, candidates)
+        self._fit(sae, self.cfg.mask_step(), _MASK, cache, checkpoint, seed=self.cfg.seed + 1)
+        if fine_tune:
+            sae.calibrate(batch.flatten(0, 1) for batch in self._some_rows(cache, _CALIBRATION_ROWS))
         return sae.to_dictionary()
 
     def _fit(
@@ -180,12 +193,9 @@ class BilinearQKTrainingRunner:
                 f"The dataset is shorter than one batch of {n_rows} rows of {self.cfg.context_size} tokens: "
                 "give a longer dataset or a smaller train_batch_size_tokens."
             ) from end
-        name, complete, seen = self.cfg.hook_name, layer_input(self.model, self.cfg.layer), []
-        with torch.no_grad():
-            hooks: Hooks = [(name, lambda value, hook: seen.append(complete(value).detach()))]
-            self.model.run_with_hooks(tokens, fwd_hooks=hooks, prepend_bos=False)
+        expected = layer_inputs(self.model, self.cfg.layer, tokens)
         batch = next(self._store()).unflatten(0, (n_rows, self.cfg.context_size))
-        difference = float((batch - seen[0].to(batch)).abs().max())
+        difference = float((batch - expected.to(batch)).abs().max())
         if difference > 1e-4 * max(1.0, float(batch.abs().max())):
             raise RuntimeError(
                 f"SAELens's store does not serve the dataset's sequences in order (difference {difference:.2g}): the "
@@ -222,6 +232,15 @@ class BilinearQKTrainingRunner:
         folder = Path(self.cfg.resume_from_checkpoint) / step
         complete = [path.parent for path in folder.glob("*/trainer_state.pt") if path.parent.name.isdigit()]
         return max(complete, key=lambda path: int(path.name), default=None)
+
+    def _given_transcoders(self) -> BilinearQKDictionary | None:
+        if self.cfg.from_pretrained_path is None:
+            return None
+        given = BilinearQKDictionary.from_pretrained(self.cfg.from_pretrained_path, device=self.cfg.device)
+        check_model(given, self.model)
+        if given.cfg.layer != self.cfg.layer:
+            raise ValueError(f"{self.cfg.from_pretrained_path} is of layer {given.cfg.layer}, the run of {self.cfg.layer}.")
+        return given
 
     def _finished_step_1(self) -> BilinearQKDictionary | None:
         if self.cfg.resume_from_checkpoint is None:

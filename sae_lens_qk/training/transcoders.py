@@ -136,7 +136,7 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
             elif self.cfg.activation == "topk":
                 kept = torch.zeros_like(strength, dtype=torch.bool).scatter(1, strength.topk(int(self.cfg.k)).indices, True)
             else:
-                kept = _batch_top_k(strength, self.cfg.k)
+                kept = batch_top_k(strength, self.cfg.k)
                 self._follow_threshold(threshold, strength, kept)
         return Encoded(hidden_pre, acts * kept)
 
@@ -245,13 +245,7 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
         self.train(self.cfg.activation == "topk")
         before = self._measure(batches)
         for half, threshold in ((self.query, self.query_threshold), (self.key, self.key_threshold)):
-            keep = int(self.cfg.k * sum(len(x) for x in batches))
-            strongest = torch.empty(0, device=self.device)
-            for x in batches:
-                strength = (half.process_sae_in(x) @ half.W_enc + half.b_enc).relu() * half.W_dec.norm(dim=1)
-                candidates = torch.cat([strongest, strength[strength > 0]])
-                strongest = candidates.topk(min(keep + 1, len(candidates))).values
-            threshold.copy_(strongest[-1] if len(strongest) > keep else torch.zeros(()))
+            threshold.copy_(strength_threshold(half, batches, self.cfg.k))
         self.eval()
         after = self._measure(batches)
         self.train(was_training)
@@ -306,12 +300,24 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
         return self
 
 
-def _batch_top_k(strength: Float[Tensor, "tokens d"], k: float) -> Bool[Tensor, "tokens d"]:
+def batch_top_k(strength: Float[Tensor, "tokens d"], k: float) -> Bool[Tensor, "tokens d"]:
     """The k * tokens strongest positive entries of the whole batch."""
     n = int(k * strength.shape[0])
     kept = torch.zeros(strength.numel(), dtype=torch.bool, device=strength.device)
     kept[strength.flatten().topk(n, sorted=False).indices] = True
     return kept.view_as(strength) & (strength > 0)
+
+
+@torch.no_grad()
+def strength_threshold(half: Transcoder, batches: Iterable[Float[Tensor, "tokens d_model"]], k: float) -> Float[Tensor, ""]:
+    """The activation times decoder norm that k features a token exceed, on average over the batches."""
+    strongest, keep = half.W_dec.new_empty(0), 0.0
+    for x in batches:
+        strength = (half.process_sae_in(x) @ half.W_enc + half.b_enc).relu() * half.W_dec.norm(dim=1)
+        keep += k * len(x)
+        strongest = torch.cat([strongest, strength[strength > 0]])
+        strongest = strongest.topk(min(int(keep) + 1, len(strongest))).values
+    return strongest[-1] if len(strongest) > int(keep) else torch.zeros(())
 
 
 def _l0(acts: Tensor) -> float:
