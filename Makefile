@@ -3,7 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test test-all check clean
+.PHONY: setup demo test test-all check bench clean
 
 setup: $(VENV)/.installed
 
@@ -27,6 +27,9 @@ check: setup  ## what CI runs
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(PY)
 	$(MAKE) test
+
+bench: setup  ## every benchmark, alone on the machine: writes benchmarks/results/cpu.md and cpu.json
+	$(PY) benchmarks/bench.py
 
 clean:
 	rm -rf $(VENV) output checkpoints

@@ -347,7 +347,7 @@ class BilinearQKDictionary(SAE[BilinearQKConfig]):
         if "feature_map.digits" in state_dict:
             state_dict["feature_map.indices"] = unpack_indices(state_dict.pop("feature_map.digits"))
             packed = state_dict.get("feature_map.statistics")
-            weights = state_dict["feature_map.weights"]
+            weights = state_dict.get("feature_map.weights", torch.empty(0))
             unmeasured = weights.new_zeros(len(weights), len(STATISTICS))
             state_dict["feature_map.statistics"] = unmeasured if packed is None else unpack_statistics(packed)
         expected = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}

@@ -14,6 +14,7 @@ Baselines replace the pattern by zero (all 0), mean (average true pattern of eac
 allowed keys) and shuffled (the true pattern of another row of the same batch, so its figures depend on batch_size).
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from tqdm.auto import tqdm
 
 from sae_lens_qk.attention import allowed_keys, attention_scores, log_pattern, pattern_from_scores, pattern_kl
 from sae_lens_qk.dictionary import BilinearQKDictionary, Source
-from sae_lens_qk.host import Model, hook_names, input_completion, run_recording
+from sae_lens_qk.host import LayerReplay, Model, hook_names, input_completion, run_recording
 from sae_lens_qk.patching import check_model, pattern_hooks
 
 BASELINES = ("zero", "mean", "uniform", "shuffled")
@@ -183,21 +184,18 @@ class _Run:
         self.fired = [torch.zeros(dictionary.cfg.d_query), torch.zeros(dictionary.cfg.d_key)]
         self.active_pairs, self.n_tokens = 0.0, 0
         self.mean_pattern: Tensor | None = None
-
-    def clean(self, tokens: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, layer input and scores of the untouched model; options as in `run_recording`."""
-        names, complete = hook_names(self.model, self.layer), input_completion(self.model, self.layer)
-        logits, seen = run_recording(self.model, tokens, (names.input, names.scores), **options)
-        return logits, complete(seen[names.input]), seen[names.scores].float()
+        self.replay, self.names = LayerReplay(model, self.layer), hook_names(model, self.layer)
 
     def average_pattern(self, batches: tuple[Tensor, ...]) -> None:
-        scores = (self.clean(batch, stop_at_layer=self.layer + 1)[2] for batch in batches)
-        total = sum(pattern_from_scores(batch).sum(dim=0) for batch in scores)
+        name, stop = self.names.scores, self.layer + 1
+        scores = (run_recording(self.model, batch, [name], stop_at_layer=stop)[1][name] for batch in batches)
+        total = sum(pattern_from_scores(batch.float()).sum(dim=0) for batch in scores)
         assert isinstance(total, Tensor)
         self.mean_pattern = total / sum(len(batch) for batch in batches)
 
     def add(self, tokens: Tensor) -> None:
-        logits, x, scores = self.clean(tokens)
+        logits, seen = self.replay.record(tokens, (self.names.input, self.names.scores))
+        x, scores = input_completion(self.model, self.layer)(seen[self.names.input]), seen[self.names.scores].float()
         true = log_pattern(scores)
         log_probs = logits.float().log_softmax(dim=-1)
         self.clean_ce.append(_cross_entropy(log_probs, tokens))
@@ -205,7 +203,7 @@ class _Run:
             self._add_pattern(name, true, log_made)
             made = torch.zeros_like(true) if log_made is None else log_made.exp()
             hooks = pattern_hooks(self.model, self.layer, lambda x, scores, made=made: made)
-            patched = self.model.run_with_hooks(tokens, fwd_hooks=hooks, prepend_bos=False).float().log_softmax(dim=-1)
+            patched = self.replay.run(hooks).float().log_softmax(dim=-1)
             self._add(name, "ce", _cross_entropy(patched, tokens))
             self._add(name, "logit_kl", (log_probs.exp() * (log_probs - patched)).sum(dim=-1).mean(dim=1))
         self._add_features(x, scores, true.exp())
@@ -330,7 +328,7 @@ class _Run:
         return MapResult(
             n_pairs=len(listed),
             n_pairs_without_constants=between_features,
-            sparsity_of_all=1 - between_features / (cfg.d_query * cfg.d_key * n_heads),
+            sparsity_of_all=1 - between_features / (math.prod(cfg.original_sizes) * n_heads),
             sparsity_of_live=1 - int(both_live.sum()) / max(1, n_live_entries),
             pairs_per_head=torch.bincount(head, minlength=n_heads).tolist(),
             active_pairs=self.active_pairs / (rows * n_pos * (n_pos + 1) / 2),

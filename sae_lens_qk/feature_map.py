@@ -153,6 +153,12 @@ class SparseFeatureMap(nn.Module):
     def reweighted(self, weights: Tensor) -> "SparseFeatureMap":
         return type(self)(self.indices, weights, self.d_query, self.d_key, self.n_heads, self.statistics)
 
+    def measured_as(self, other: "SparseFeatureMap") -> "SparseFeatureMap":
+        """These pairs and weights with the statistics that `other` has of them, zeros where it does not list them."""
+        at = other.find(self.indices)
+        statistics = torch.where(at[:, None] >= 0, other.statistics[at], 0.0).to(self.weights.dtype)
+        return type(self)(self.indices, self.weights, *self._sizes, statistics)
+
     def __or__(self, other: "SparseFeatureMap") -> "SparseFeatureMap":
         """The pairs of both, as of dicts: where both list a pair, the right one's weight and statistics.
 

@@ -202,6 +202,50 @@ def layer_inputs(model: Model, layer: int, tokens: Tensor) -> Float[Tensor, "bat
     return input_completion(model, layer)(seen[name])
 
 
+class LayerReplay:
+    """Runs a model once, then again and again from one layer on, under other hooks: what stands below does not change.
+
+    Neither host starts at a layer in all its modes, so the blocks are called with what the layer received in the recorded
+    pass. The first recorded pass is replayed without hooks; unless that gives its logits, every replay is a full pass.
+    """
+
+    def __init__(self, model: Model, layer: int):
+        self.model, self.layer = model, layer
+        self.exact: bool | None = None
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    def record(self, tokens: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """`run_recording`, after which `run` replays these tokens."""
+        options: dict[str, Any] = {"use_cache": False} if isinstance(self.model, TransformerBridge) else {}
+        block: Any = self.model.blocks[self.layer]
+        handle = block.register_forward_pre_hook(self._see_call, with_kwargs=True)
+        try:
+            logits, seen = run_recording(self.model, tokens, names, **options)
+        finally:
+            handle.remove()
+        self._tokens = tokens
+        if self.exact is None:
+            self.exact = True
+            self.exact = _largest(self.run([]) - logits) <= TOLERANCE * max(1.0, _largest(logits))
+        return logits, seen
+
+    def _see_call(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._call = args, kwargs
+
+    @torch.no_grad()
+    def run(self, fwd_hooks: Hooks) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of the recorded tokens under hooks on this layer or later ones."""
+        model: Any = self.model
+        if not self.exact:
+            return model.run_with_hooks(self._tokens, fwd_hooks=fwd_hooks, prepend_bos=False)
+        (residual, *args), kwargs = self._call
+        with model.hooks(fwd_hooks=fwd_hooks):
+            for block in model.blocks[self.layer :]:
+                made = block(residual, *args, **kwargs)
+                residual = made[0] if isinstance(made, tuple) else made
+            return model.unembed(model.ln_final(residual))
+
+
 def n_layers(model: Model) -> int:
     return int(model.cfg.n_layers)
 

@@ -79,11 +79,11 @@ def dense_kernel(decoders: Decoders, spec: AttentionSpec, n_pos: int) -> Tensor:
     return spec.scale * (turned + torch.einsum("ahd,bhd->abh", query[..., 2 * half :], key[..., 2 * half :])[..., None])
 
 
-def dense_scores(dense_mask: Tensor, query_acts: Tensor, key_acts: Tensor, decoders: Decoders, spec: AttentionSpec) -> Tensor:
+def dense_scores(mask: Tensor, query_acts: Tensor, key_acts: Tensor, decoders: Decoders, spec: AttentionSpec) -> Tensor:
     """Differentiable in everything: every entry of the dense mask, at allowed keys, in float64."""
     n_pos = query_acts.shape[1]
     offsets = (torch.arange(n_pos)[:, None] - torch.arange(n_pos)).clamp(min=0)
-    masked = dense_mask.double()[..., None] * dense_kernel(decoders, spec, n_pos)
+    masked = mask.double()[..., None] * dense_kernel(decoders, spec, n_pos)
     query_acts, key_acts = with_one(query_acts).double(), with_one(key_acts).double()
     by_offset = torch.einsum("nia,njb,abho->nhijo", query_acts, key_acts, masked)
     return by_offset.gather(-1, offsets.expand(*by_offset.shape[:-1])[..., None])[..., 0].tril()

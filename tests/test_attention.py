@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from oracles import ROTARY, rotated
 
 from sae_lens_qk.attention import (
     AttentionSpec,
@@ -18,7 +19,6 @@ from sae_lens_qk.attention import (
     rotate,
 )
 
-ROTARY = {"none": (), "partial": (1.0, 0.3), "full": (1.0, 0.3, 0.1, 0.02, 0.007)}
 BATCH, POS_Q, POS_K = 2, 11, 7
 
 
@@ -31,17 +31,6 @@ def random_queries_keys(spec: AttentionSpec, pos_q: int = POS_Q, pos_k: int = PO
     queries = torch.randn(BATCH, pos_q, spec.n_heads, spec.d_head, generator=generator, dtype=torch.float64)
     keys = torch.randn(BATCH, pos_k, spec.n_kv_heads, spec.d_head, generator=generator, dtype=torch.float64)
     return queries.to(dtype), keys.to(dtype)
-
-
-def rotated(vector: list[float], position: int, inv_freq: tuple[float, ...]) -> list[float]:
-    """Dimension f turns with dimension f + len(inv_freq), by position * inv_freq[f]."""
-    turned = list(vector)
-    for f, frequency in enumerate(inv_freq):
-        z = complex(vector[f], vector[f + len(inv_freq)]) * complex(
-            math.cos(position * frequency), math.sin(position * frequency)
-        )
-        turned[f], turned[f + len(inv_freq)] = z.real, z.imag
-    return turned
 
 
 def loop_scores(queries: torch.Tensor, keys: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:

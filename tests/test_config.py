@@ -18,6 +18,7 @@ CHANGED = {
     "model_name": "some/model", "layer": 3, "context_size": 32, "train_batch_size_tokens": 64, "training_tokens": 6400,
     "n_batches_in_buffer": 4, "lr": 1e-5, "seed": 7, "checkpoint_path": None, "output_path": None,
     "input_cache_path": "$CACHE", "input_cache_tokens": 6400, "dataset_path": "$TEXTS/train.parquet",
+    "from_pretrained_path": "some/dictionary",
 }  # fmt: skip
 
 
@@ -25,7 +26,16 @@ def changed_config() -> qk.BilinearQKRunnerConfig:
     return qk.BilinearQKRunnerConfig(
         **CHANGED,
         sae=qk.TranscodersTrainingConfig(d_in=5, d_query=29, d_key=31, k=4.5, kl_full_coefficient=2.0, dead_k=3),
-        mask=qk.MaskStepConfig(training_tokens=640, n_pairs=11, n_candidates=13, sparsity_coefficient=1e-7),
+        mask=qk.MaskStepConfig(
+            training_tokens=640,
+            n_pairs=11,
+            n_candidates=13,
+            sparsity_coefficient=1e-7,
+            fine_tune_lr=3e-4,
+            unmasked_coefficient=0.5,
+            compact=True,
+            polish=False,
+        ),
         logger=LoggingConfig(log_to_wandb=False, wandb_project="mine", run_name="run"),
     )
 
@@ -76,6 +86,8 @@ def test_a_partial_file_leaves_the_defaults(tmp_path):
         ({"mask": 3}, "^mask must be a mapping of config fields, got 3"),
         ({"lr": "1e-3"}, "^lr must be float, got the text '1e-3'"),
         ({"mask": {"lr": "1e-2"}}, "^mask.lr must be float"),
+        ({"mask": {"fine_tune_lr": "small"}}, "^mask.fine_tune_lr must be float"),
+        ({"mask": {"fine_tune": True}}, "^Unknown config key mask.fine_tune. Close to it: fine_tune_lr.$"),
         ({"sae": {"dead_k": "many"}}, "^sae.dead_k must be int"),
     ],
 )
@@ -110,7 +122,13 @@ def test_numbers_in_scientific_notation_are_numbers(text, tmp_path):
     [
         (lambda: qk.MaskStepConfig(n_pairs=10, n_candidates=9), "n_candidates must be at least mask.n_pairs, got 9 and 10"),
         (lambda: qk.MaskStepConfig(prune_until=1.5), r"prune_until must lie in \[0, 1\], got 1.5"),
+        (lambda: qk.MaskStepConfig(n_pairs=0, n_candidates=0), "mask.n_pairs must be at least 1, got 0"),
+        (lambda: qk.MaskStepConfig(fine_tune_lr=-1e-3), "mask.fine_tune_lr must not be negative, got -0.001"),
         (lambda: qk.MaskTrainingConfig(d_in=4, max_pairs=0), "max_pairs must be at least 1, got 0"),
+        (
+            lambda: qk.MaskTrainingConfig(d_in=4, fine_tune=True, half_architecture="transcoder"),
+            "Only JumpReLU transcoders can be tuned with the mask",
+        ),
         (lambda: qk.TranscodersTrainingConfig(d_in=4, d_query=0), "d_query and d_key must be positive|k must lie"),
         (lambda: qk.TranscodersTrainingConfig(d_in=4, d_query=8, k=9), r"k must lie in \(0, min\(d_query, d_key\)\], got 9"),
         (lambda: qk.TranscodersTrainingConfig(d_in=4, k=0), "k must lie in"),
@@ -175,7 +193,25 @@ def test_training_leaves_the_config_as_it_is(tmp_path, text_dataset):
 
 def test_mask_step_takes_the_settings_of_step_2():
     cfg = changed_config()
-    cfg.mask.lr, cfg.mask.n_checkpoints = 0.5, 2
+    cfg.mask.lr, cfg.mask.fine_tune_lr, cfg.mask.n_checkpoints = 0.5, 0.0, 2
     step = cfg.mask_step()
     assert (step.training_tokens, step.lr, step.n_checkpoints, step.lr_warm_up_steps) == (640, 0.5, 2, 0)
     assert (cfg.training_tokens, cfg.lr) == (6400, 1e-5)
+
+
+def test_mask_step_of_a_tuning_run_takes_the_learning_rate_of_the_transcoders():
+    """SAETrainer has one; the mask's is a multiple of it."""
+    cfg = changed_config()
+    assert (cfg.mask_step().lr, cfg.mask.lr) == (3e-4, 1e-2)
+    cfg.mask.fine_tune_lr = 0.0
+    assert cfg.mask_step().lr == 1e-2
+    frozen = qk.MaskTrainingConfig(d_in=4, half_architecture="transcoder")
+    assert (frozen.fine_tune, frozen.mask_speed) == (False, 1.0)
+
+
+def test_original_sizes_are_those_before_compaction():
+    cfg = qk.BilinearQKConfig(d_in=4, d_query=29, d_key=31)
+    assert cfg.original_sizes == (29, 31)
+    compacted = qk.BilinearQKConfig(d_in=4, d_query=29, d_key=31, d_query_before=37, d_key_before=41)
+    assert compacted.original_sizes == (37, 41)
+    assert qk.BilinearQKConfig.from_dict(json.loads(json.dumps(compacted.to_dict()))).original_sizes == (37, 41)

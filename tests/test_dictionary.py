@@ -6,9 +6,11 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from oracles import loop_kernel
 from sae_lens import SAE, HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.registry import SAE_CLASS_REGISTRY
@@ -37,7 +39,7 @@ def make_dictionary(
     n_pairs: int = 1009,
     **cfg,
 ) -> qk.BilinearQKDictionary:
-    """Every parameter random, thresholds positive, a map of random pairs, constants among them."""
+    """Every parameter random, thresholds positive, a map of random pairs, constants among them, half of them measured."""
     config = qk.BilinearQKConfig(
         d_in=spec.d_model, d_query=d_query, d_key=d_key, half_architecture=half, attention=spec.to_dict(),
         model_name="tiny", **cfg,
@@ -56,7 +58,10 @@ def make_dictionary(
         constants = [(d_query, 3 * i, i % 3) for i in range(5)] + [(5 * i, d_key, i % 3) for i in range(5)]
         pairs = torch.cat([torch.tensor(constants), pairs])[torch.randperm(n_pairs, generator=generator)]
         weights = torch.rand(n_pairs, generator=generator)
-        made.set_feature_map(SparseFeatureMap(pairs, weights, d_query, d_key, spec.n_heads))
+        spread = torch.rand(n_pairs, 3, generator=generator)  # importance and co-occurrence span 1e-6 to 1
+        statistics = torch.stack([10 ** (-6 * spread[:, 0]), 4 * spread[:, 1] - 2, 10 ** (-6 * spread[:, 2])], dim=1)
+        statistics[::2] = 0
+        made.set_feature_map(SparseFeatureMap(pairs, weights, d_query, d_key, spec.n_heads, statistics))
     return made.requires_grad_(False)
 
 
@@ -196,6 +201,7 @@ def test_saved_folder_holds_json_and_safetensors_alone(dictionary, saved):
         *(f"{side}.{name}" for side in ("query", "key") for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")),
         "feature_map.digits",
         "feature_map.weights",
+        "feature_map.statistics",
     }
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert "feature_map.indices" in dictionary.state_dict(), "saving changed the dictionary"
@@ -207,7 +213,10 @@ def test_a_loaded_dictionary_computes_the_same_bits(dictionary, saved, loader):
     assert isinstance(loaded, qk.BilinearQKDictionary)
     assert loaded.cfg.to_dict() == dictionary.cfg.to_dict()
     for name, tensor in dictionary.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
+        if name == "feature_map.statistics":  # stored as logarithms
+            torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=1e-5, atol=0)
+        else:
+            assert torch.equal(loaded.state_dict()[name], tensor), name
         assert loaded.state_dict()[name].dtype == tensor.dtype
     for source in SOURCES:
         assert torch.equal(loaded.pattern(random_x(), source), dictionary.pattern(random_x(), source))
@@ -240,12 +249,32 @@ def test_loading_in_another_dtype_keeps_the_map(dictionary, saved, dtype, loader
         assert difference.abs().mean() < {"float16": 1e-3, "bfloat16": 6e-3, "float64": 1e-7}[dtype]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_a_dictionary_saved_in_another_dtype_comes_back_in_it(dictionary, tmp_path, dtype):
-    make_dictionary().to(dtype).save_model(tmp_path)
+    cast = make_dictionary().to(dtype)
+    cast.save_model(tmp_path)
     loaded = qk.BilinearQKDictionary.load_from_disk(tmp_path)
     assert in_step(loaded, dtype)
     assert torch.equal(loaded.feature_map.indices, dictionary.feature_map.indices)
+    assert torch.equal(loaded.feature_map.weights, cast.feature_map.weights)
+    statistics, expected = loaded.feature_map.statistics.double(), dictionary.feature_map.statistics.double()
+    assert torch.equal(statistics[:, 2] == 0, expected[:, 2] == 0), "measured or not"
+    tolerance = {torch.float16: 0.02, torch.bfloat16: 0.1, torch.float32: 1e-5, torch.float64: 1e-5}[dtype]
+    subnormal = 1e-7 if dtype == torch.float16 else 0.0
+    torch.testing.assert_close(statistics, expected, rtol=tolerance, atol=subnormal)
+
+
+def test_a_map_without_statistics_is_saved_without_them(tmp_path):
+    """As files of earlier versions are."""
+    made = make_dictionary(d_query=29, d_key=31, n_pairs=101)
+    bare = SparseFeatureMap(made.feature_map.indices, made.feature_map.weights, 29, 31, 6)
+    made.set_feature_map(bare)
+    made.save_model(tmp_path)
+    assert "feature_map.statistics" not in load_file(tmp_path / WEIGHTS)
+    loaded = qk.BilinearQKDictionary.load_from_disk(tmp_path)
+    assert loaded.feature_map.equals(bare)
+    assert loaded.feature_map.statistics.shape == (101, 3)
+    assert loaded.pair_frame()[["importance", "effect", "co_occurrence"]].isna().all(axis=None)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +386,15 @@ DAMAGES = {
     ),
     "pair twice": (
         lambda folder: edit_weights(folder, "feature_map.digits", lambda digits: digits[[0, *range(1, 1008), 0]]),
-        "lists a pair twice",
+        r"The map lists the pair \(0, \d+, \d\) twice: merge duplicates first",
+    ),
+    "NaN in the statistics": (
+        lambda folder: edit_weights(folder, "feature_map.statistics", with_value((17, 0), torch.nan)),
+        "not finite, first in feature_map.statistics",
+    ),
+    "statistics of other pairs": (
+        lambda folder: edit_weights(folder, "feature_map.statistics", lambda statistics: statistics[:1000]),
+        r"feature_map.statistics should have shape \(1009, 3\), the file has \(1000, 3\)",
     ),
     "NaN in a pair": (
         lambda folder: edit_weights(folder, "feature_map.digits", with_value((17, 0, 3), torch.nan)),
@@ -511,6 +548,18 @@ def test_unknown_sources_are_refused(dictionary, monkeypatch):
         dictionary.pattern(random_x(), source="model")
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_nan_inputs_give_nan(dictionary, source):
+    """From the position of the NaN on; what comes before, and the other sequence, are untouched."""
+    x = random_x()
+    clean = dictionary.pattern(x, source)
+    x[1, 5] = torch.nan
+    pattern = dictionary.pattern(x, source)
+    assert pattern[1, :, 5:, :].isnan().any(dim=-1).all()
+    torch.testing.assert_close(pattern[0], clean[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(pattern[1, :, :5], clean[1, :, :5], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("sizes", [(306, 311, 6), (307, 312, 6), (307, 311, 5)])
 def test_maps_of_another_dictionary_are_refused(dictionary, sizes):
     """Their constant feature would be taken for a real one."""
@@ -543,19 +592,176 @@ def test_a_dictionary_needs_its_attention():
 # The table of pairs
 
 
-def test_pair_frame_lists_every_pair_with_its_score_at_offset_zero(dictionary):
-    frame = dictionary.pair_frame()
-    assert list(frame.columns) == ["query_feature", "key_feature", "head", "weight", "score_at_0"]
+def test_pair_frame_lists_every_pair_with_its_score_and_statistics(dictionary, saved):
+    before = {name: tensor.clone() for name, tensor in dictionary.state_dict().items()}
+    frame, kept = dictionary.pair_frame(), dictionary.feature_map
+    assert list(frame.columns) == [
+        "query_feature", "key_feature", "head", "weight", "score_at_0", "importance", "effect", "co_occurrence",
+    ]  # fmt: skip
     assert len(frame) == 1009
     listed = torch.tensor(frame[["query_feature", "key_feature", "head"]].to_numpy().tolist())
-    assert torch.equal(listed, dictionary.feature_map.indices)
+    assert torch.equal(listed, kept.indices)
     expected = []
     for a, b, h in listed.tolist():
         q = dictionary.query.b_dec if a == D_QUERY else dictionary.query.W_dec[a]
         k = dictionary.key.b_dec if b == D_KEY else dictionary.key.W_dec[b]
         expected.append(float(q[10 * h : 10 * h + 10] @ k[10 * (h // 2) : 10 * (h // 2) + 10]) * SPEC.scale)
     pd.testing.assert_series_equal(frame["score_at_0"], pd.Series(expected, name="score_at_0"), check_dtype=False, atol=1e-6)
-    assert torch.equal(torch.tensor(frame["weight"].to_list()), dictionary.feature_map.weights)
+    assert torch.equal(torch.tensor(frame["weight"].to_list()), kept.weights)
+    measured = kept.statistics[:, 2] > 0
+    assert 0 < int(measured.sum()) < 1009
+    statistics = frame[["importance", "effect", "co_occurrence"]].to_numpy()
+    assert np.isnan(statistics[~measured.numpy()]).all()
+    assert np.array_equal(statistics[measured.numpy()], kept.statistics[measured].numpy())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dictionary.state_dict().items()), "left unchanged"
+    loaded = qk.BilinearQKDictionary.load_from_disk(saved)
+    pd.testing.assert_frame_equal(loaded.pair_frame(), frame, rtol=1e-5)
+
+
+OFFSETS = (0, 1, 5, 40)
+
+
+@pytest.mark.parametrize("rotary", [(), (1.0, 0.3, 0.02)], ids=["none", "partial"])
+def test_pair_kernel_equals_the_loop(rotary):
+    d = make_dictionary(spec=AttentionSpec(6, 3, d_head=10, d_model=13, scale=0.4, rotary_inv_freq=rotary))
+    kinds = [(7, 5, 4), (D_QUERY, 5, 4), (7, D_KEY, 1), (D_QUERY, D_KEY, 5), (300, 310, 0)]
+    kernel = d.pair_kernel(kinds, OFFSETS)
+    assert kernel.shape == (5, 4)
+    for pair, scores in zip(kinds, kernel.tolist(), strict=True):
+        assert scores == pytest.approx([loop_kernel(pair, d.decoders, d.spec, offset) for offset in OFFSETS], abs=1e-5)
+    assert torch.equal(kernel, d.pair_kernel(torch.tensor(kinds), torch.tensor(OFFSETS)))
+    assert (kernel[:, 1:] == kernel[:, :1]).all() == (not rotary)
+    assert d.pair_kernel([], OFFSETS).shape == (0, 4)
+
+
+def test_pair_kernel_is_what_a_unit_of_both_activations_adds(dictionary):
+    """Second difference of the transcoders' scores: activation 1 more of the query feature, of the key feature, of both."""
+    x, (a, b, h), (i, j) = random_x(), (300, 17, 4), (9, 2)
+
+    def scores(query_more: float, key_more: float) -> Tensor:
+        def more(at, value):
+            return lambda acts, hook: acts.index_put((torch.tensor(1), *map(torch.tensor, at)), acts[(1, *at)] + value)
+
+        hooks = [("query", (i, a), query_more), ("key", (j, b), key_more)]
+        with dictionary.hooks(fwd_hooks=[(f"{side}.hook_sae_acts_post", more(at, v)) for side, at, v in hooks]):
+            return dictionary.scores(x)[1]
+
+    difference = scores(1, 1) - scores(1, 0) - scores(0, 1) + scores(0, 0)
+    kernel = dictionary.pair_kernel([(a, b, head) for head in range(6)], [i - j])[:, 0]
+    torch.testing.assert_close(difference[:, i, j], kernel, rtol=0, atol=1e-5)
+    assert kernel[h].abs() > 1e-3
+    difference[:, i, j] = 0
+    assert difference.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("pair", "offset"), [((D_QUERY + 1, 0, 0), 0), ((0, D_KEY + 1, 0), 0), ((0, 0, 6), 0), ((-1, 0, 0), 0), ((0, 0, 0), -1)]
+)
+def test_pair_kernel_refuses_what_is_out_of_range(dictionary, pair, offset):
+    with pytest.raises(ValueError, match=r"lie in \[0, 307\] x \[0, 311\] x \[0, 5\] and offsets be at least 0"):
+        dictionary.pair_kernel([(1, 2, 3), pair], [1, offset])
+
+
+# Without dead features
+
+SILENT = {"query": [0, 17, 18, D_QUERY - 1], "key": [3, 100, D_KEY - 1]}
+
+
+def dictionary_with_silent_features(half: str = "jumprelu_transcoder", **cfg) -> qk.BilinearQKDictionary:
+    d = make_dictionary(half, **cfg)
+    for side, features in SILENT.items():
+        getattr(d, side).b_enc[features] = -100.0
+    return d
+
+
+def live(d: int, silent: list[int]) -> Tensor:
+    mask = torch.ones(d, dtype=torch.bool)
+    mask[silent] = False
+    return mask
+
+
+LIVE = live(D_QUERY, SILENT["query"]), live(D_KEY, SILENT["key"])
+
+
+@pytest.mark.parametrize("half", ["transcoder", "jumprelu_transcoder"])
+def test_compacting_away_silent_features_changes_no_pattern(half, tmp_path):
+    d, x = dictionary_with_silent_features(half), random_x()
+    before = {name: tensor.clone() for name, tensor in d.state_dict().items()}
+    made = d.compact(*LIVE)
+    assert (made.cfg.d_query, made.cfg.d_key, made.cfg.d_sae) == (D_QUERY - 4, D_KEY - 3, D_QUERY + D_KEY - 7)
+    assert type(made.query) is type(d.query)
+    for source in SOURCES:
+        torch.testing.assert_close(made.pattern(x, source), d.pattern(x, source), rtol=0, atol=1e-6)
+    assert made.cfg.original_sizes == (D_QUERY, D_KEY)
+    assert made.cfg.query_numbers == [a for a in range(D_QUERY) if a not in SILENT["query"]]
+    assert torch.equal(made.encode_query(x), d.encode_query(x)[..., made.cfg.query_numbers])
+    assert torch.equal(made.encode_key(x), d.encode_key(x)[..., made.cfg.key_numbers])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in d.state_dict().items()), "the original is left alone"
+    assert d.cfg.original_sizes == (D_QUERY, D_KEY)
+    assert (d.cfg.query_numbers, d.cfg.n_pairs) == ([], 1009)
+    made.save_model(tmp_path)
+    loaded = qk.BilinearQKDictionary.load_from_disk(tmp_path)
+    assert loaded.cfg.to_dict() == made.cfg.to_dict()
+    assert torch.equal(loaded.pattern(x, "feature_map"), made.pattern(x, "feature_map"))
+
+
+def original_pairs(d: qk.BilinearQKDictionary) -> dict[tuple, tuple]:
+    """Weight and statistics by pair, in the numbers features had at first; constants as None."""
+    numbers = [*d.cfg.query_numbers, None], [*d.cfg.key_numbers, None]
+    rows = torch.cat([d.feature_map.weights[:, None], d.feature_map.statistics], dim=1).tolist()
+    indices = d.feature_map.indices.tolist()
+    return {(numbers[0][a], numbers[1][b], h): tuple(row) for (a, b, h), row in zip(indices, rows, strict=True)}
+
+
+def test_compacting_drops_the_pairs_of_dropped_features_and_keeps_the_others():
+    d = dictionary_with_silent_features()
+    everything = d.compact(*(torch.ones(n, dtype=torch.bool) for n in (D_QUERY, D_KEY)))
+    assert everything.feature_map.equals(d.feature_map)
+    made = d.compact(*LIVE)
+    expected = {
+        (a, b, h): row
+        for (a, b, h), row in original_pairs(everything).items()
+        if a not in SILENT["query"] and b not in SILENT["key"]
+    }
+    assert original_pairs(made) == expected
+    assert made.cfg.n_pairs == len(made.feature_map) == len(expected) < 1009
+    assert any(a is None for a, _, _ in expected), "pairs with the constants stay"
+    assert any(b is None for _, b, _ in expected)
+
+
+def test_compacting_twice_composes():
+    d = dictionary_with_silent_features()
+    first = d.compact(live(D_QUERY, SILENT["query"][:2]), live(D_KEY, []))
+    rest = [first.cfg.query_numbers.index(a) for a in SILENT["query"][2:]]
+    second = first.compact(live(D_QUERY - 2, rest), LIVE[1])
+    once = d.compact(*LIVE)
+    assert second.cfg.to_dict() == once.cfg.to_dict()
+    assert second.cfg.original_sizes == (D_QUERY, D_KEY)
+    for name, tensor in once.state_dict().items():
+        assert torch.equal(second.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_compacting_keeps_the_dtype_and_needs_no_map(dtype):
+    made = dictionary_with_silent_features(n_pairs=0).to(dtype).compact(*LIVE)
+    assert in_step(made, dtype)
+    assert not made.has_feature_map
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [
+        (LIVE[0][:-1], LIVE[1]),
+        (LIVE[1], LIVE[0]),
+        (torch.zeros(D_QUERY, dtype=torch.bool), LIVE[1]),
+        (LIVE[0], torch.zeros(D_KEY, dtype=torch.bool)),
+    ],
+    ids=["short", "swapped", "no query feature", "no key feature"],
+)
+def test_bad_masks_are_refused(dictionary, masks, monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # what users meet outside pytest
+    with pytest.raises(ValueError, match=r"compact needs masks of lengths \(307, 311\) that keep a feature a side"):
+        dictionary.compact(*masks)
 
 
 def test_decoders_end_with_the_biases(dictionary):

@@ -122,6 +122,27 @@ def test_given_weights_replace_the_maps_own(rotary):
     assert not torch.equal(given, some.scores(*case, spec))
 
 
+@pytest.mark.parametrize("rotary", ROTARY)
+def test_gradients_with_the_constants_equal_autograd_of_the_dense_mask(rotary):
+    """Of weights and decoders; constant x constant has no weight, but its decoder rows have a gradient."""
+    spec = make_spec(rotary)
+    query_acts, key_acts, decoders = random_case(spec)
+    some = random_map()
+    towards = torch.randn(BATCH, 6, N_POS, N_POS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def gradients(make_scores, weights):
+        leaves = [tensor.clone().requires_grad_() for tensor in (weights, *decoders)]
+        (make_scores(leaves[0], Decoders(*leaves[1:])) * towards).sin().sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    found = gradients(lambda w, d: some.scores(query_acts, key_acts, d, spec, weights=w), some.weights)
+    expected = gradients(lambda m, d: dense_scores(m, query_acts, key_acts, d, spec), some.to_dense())
+    expected[0] = expected[0][tuple(some.indices.T)]
+    for gradient, exact in zip(found, expected, strict=True):
+        assert exact.abs().max() > 0.1
+        torch.testing.assert_close(gradient, exact, rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("rotary", ["none", "partial"])
 def test_gradient_of_the_weights_equals_finite_differences(rotary):
     spec = make_spec(rotary)
@@ -200,6 +221,32 @@ def test_find_does_not_take_pairs_out_of_range_for_others():
     assert some.find([(5, 2, 6), (5, D_KEY + 1, 2), (6, 1, -4), (4, D_KEY + 1 + 3, 0), (7, -D_KEY - 1, 2)]).eq(-1).all()
 
 
+def as_dict(some: SparseFeatureMap) -> dict[tuple, tuple]:
+    """Weight and statistics by pair."""
+    values = torch.cat([some.weights[:, None], some.statistics], dim=1).tolist()
+    return {tuple(pair): tuple(row) for pair, row in zip(some.indices.tolist(), values, strict=True)}
+
+
+def is_sorted(some: SparseFeatureMap) -> bool:
+    pairs = [tuple(pair) for pair in some.indices.tolist()]
+    return pairs == sorted(pairs)
+
+
+def test_pairs_are_sorted_and_weights_and_statistics_follow():
+    some = random_map()
+    assert is_sorted(some)
+    shuffle = torch.randperm(len(some), generator=torch.Generator().manual_seed(4))
+    again = SparseFeatureMap(some.indices[shuffle], some.weights[shuffle], *SIZES, some.statistics[shuffle])
+    assert as_dict(again) == as_dict(some)
+    assert again.equals(some)
+    assert torch.equal(again.statistics, some.statistics)
+    listed = some.indices[shuffle].tolist()
+    assert [tuple(pair) for pair in listed] != list(as_dict(again)), "the order given was sorted already"
+    bare = SparseFeatureMap(listed, some.weights[shuffle], *SIZES)
+    assert bare.statistics.eq(0).all()
+    assert bare.statistics.shape == (len(some), 3)
+
+
 def test_select_by_mask_or_rows_and_reweighted():
     some = random_map()
     heavy = some.weights > 0.5
@@ -207,11 +254,136 @@ def test_select_by_mask_or_rows_and_reweighted():
     for kept in (some.select(heavy), some.select(heavy.nonzero()[:, 0])):
         assert torch.equal(kept.indices, some.indices[heavy])
         assert torch.equal(kept.weights, some.weights[heavy])
+        assert torch.equal(kept.statistics, some.statistics[heavy])
         assert (kept.d_query, kept.d_key, kept.n_heads) == (D_QUERY, D_KEY, 6)
+    backwards = torch.arange(len(some) - 1, -1, -1)
+    assert as_dict(some.select(backwards)) == as_dict(some)
     halved = some.reweighted(some.weights / 2)
     assert torch.equal(halved.indices, some.indices)
+    assert torch.equal(halved.statistics, some.statistics)
     assert torch.equal(halved.to_dense()[:D_QUERY], some.to_dense()[:D_QUERY] / 2)
     assert some.weights.max() == 1, "the original is left alone"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "keeps"),
+    [
+        ({}, lambda a, b, h: True),
+        ({"heads": 4}, lambda a, b, h: h == 4),
+        ({"heads": [0, 5], "query_features": range(3, 11)}, lambda a, b, h: h in (0, 5) and 3 <= a < 11),
+        ({"key_features": {D_KEY}}, lambda a, b, h: b == D_KEY),
+        ({"query_features": 7, "key_features": (1, 2, 18, 3)}, lambda a, b, h: a == 7 and b in (1, 2, 18, 3)),
+        ({"heads": range(1, 3), "key_features": 0}, lambda a, b, h: h in (1, 2) and b == 0),
+        ({"heads": []}, lambda a, b, h: False),
+        ({"heads": 99}, lambda a, b, h: False),
+    ],
+)
+def test_restrict_equals_a_filter(wanted, keeps):
+    some = random_map(n_pairs=1009)
+    expected = {pair: values for pair, values in as_dict(some).items() if keeps(*pair)}
+    assert 0 < len(expected) < 1009 or wanted in ({}, {"heads": []}, {"heads": 99})
+    assert as_dict(some.restrict(**wanted)) == expected
+
+
+def test_union_is_that_of_dicts():
+    one, other = random_map(seed=0), random_map(n_pairs=1009, seed=1)
+    both = set(as_dict(one)) & set(as_dict(other))
+    assert both
+    assert any(as_dict(one)[pair] != as_dict(other)[pair] for pair in both)
+    for left, right in ((one, other), (other, one)):
+        merged = left | right
+        assert as_dict(merged) == as_dict(left) | as_dict(right)
+        assert is_sorted(merged)
+    empty = one.restrict(heads=[])
+    assert as_dict(one | empty) == as_dict(empty | one) == as_dict(one)
+    for sizes in ((D_QUERY + 1, D_KEY, 6), (D_QUERY, D_KEY - 1, 6), (D_QUERY, D_KEY, 3)):
+        with pytest.raises(ValueError, match=r"\(17, 19, 6\) and .* cannot be merged"):
+            one | SparseFeatureMap([], torch.ones(0), *sizes)
+
+
+def test_equals_is_bit_for_bit():
+    some = random_map()
+    assert some.equals(random_map())
+    lighter = some.weights.clone()
+    lighter[7] = torch.nextafter(lighter[7], torch.tensor(0.0, dtype=torch.float64))
+    others = [
+        some.reweighted(lighter), some.select(torch.arange(210)), some | random_map(seed=1),
+        SparseFeatureMap(some.indices, some.weights, D_QUERY, D_KEY, 7),
+        SparseFeatureMap(some.indices, some.weights, D_QUERY + 1, D_KEY, 6).restrict(),
+    ]  # fmt: skip
+    for other in others:
+        assert not some.equals(other)
+        assert not other.equals(some)
+    unmeasured = SparseFeatureMap(some.indices, some.weights, *SIZES)
+    assert some.equals(unmeasured), "statistics do not count"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_saved_map_comes_back(dtype, tmp_path):
+    some = random_map(dtype=dtype)
+    for kept in (some, some.restrict(heads=[])):
+        kept.save(tmp_path / "map.safetensors")
+        loaded = SparseFeatureMap.load(tmp_path / "map.safetensors")
+        assert loaded.equals(kept)
+        assert torch.equal(loaded.statistics, kept.statistics)
+        assert loaded.weights.dtype == loaded.statistics.dtype == dtype
+
+
+def changed(name: str, at: tuple[int, ...], value: float):
+    def change(tensors):
+        tensors[name][at] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed("indices", (5, 0), D_QUERY + 1), "the map belongs to another dictionary"),
+        (changed("indices", (5, 2), -1), "the map belongs to another dictionary"),
+        (changed("weights", (3,), torch.nan), "Pair weights must be finite numbers"),
+        (changed("weights", (3,), 1.5), "Pair weights must be finite numbers"),
+        (lambda tensors: tensors["indices"][5].copy_(tensors["indices"][4]), "twice: merge duplicates first"),
+        (lambda tensors: tensors.update(weights=torch.ones(210)), "A feature map needs indices"),
+        (lambda tensors: tensors.update(statistics=torch.ones(211, 2)), "A feature map needs indices"),
+    ],
+)
+def test_a_damaged_file_is_refused(change, message, tmp_path):
+    path = tmp_path / "map.safetensors"
+    random_map().save(path)
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"sizes": json.dumps(SIZES)})
+    with pytest.raises(ValueError, match=message):
+        SparseFeatureMap.load(path)
+
+
+def test_a_large_map_is_not_made_dense():
+    fits = SparseFeatureMap([(1, 2, 0)], torch.ones(1), 99, 99, 1)
+    assert fits.to_dense().shape == (100, 100, 1)
+    with pytest.raises(MemoryError, match=r"dense mask of \(24577, 24577, 12\) entries is too large"):
+        SparseFeatureMap([(1, 2, 0)], torch.ones(1), 24_576, 24_576, 12).to_dense()
+    with pytest.raises(MemoryError, match="too large"):
+        SparseFeatureMap([], torch.ones(0), (1 << 14) - 1, 1 << 14, 1).to_dense()  # just above 2^28
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_packed_statistics_keep_their_range(dtype):
+    """Importance spans 1e-9 to 1 nats; as it is, float16 would turn most of it into 0."""
+    importance = torch.logspace(-9, 0, 41, dtype=torch.float64)
+    co_occurrence, effect = importance.flip(0), torch.linspace(-9, 9, 41, dtype=torch.float64)
+    statistics = torch.stack([importance, effect, co_occurrence], dim=1)
+    packed = pack_statistics(statistics).to(dtype)
+    assert packed.isfinite().all()
+    back = unpack_statistics(packed.double())
+    tolerance = {torch.float16: 0.01, torch.bfloat16: 0.07, torch.float32: 2e-6, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(back[:, [0, 2]], statistics[:, [0, 2]], rtol=tolerance, atol=0)
+    torch.testing.assert_close(back[:, 1], effect, rtol=tolerance, atol=1e-12)
+    if dtype == torch.float16:
+        assert ((statistics.half().double() / statistics)[:, 0] - 1).abs().max() > 0.02, "packing would not be needed"
+    unmeasured = torch.zeros(2, 3, dtype=torch.float64)
+    assert torch.equal(unpack_statistics(pack_statistics(unmeasured).to(dtype).double()), unmeasured), "zero stays zero"
+    assert torch.equal(unpack_statistics(pack_statistics(unmeasured.to(dtype))), unmeasured.to(dtype))
 
 
 def test_count_active_equals_the_loop():
@@ -274,13 +446,17 @@ def test_unset_map_has_the_asked_size_and_fits_on_meta():
 @pytest.mark.parametrize(
     ("indices", "weights", "message"),
     [
-        ([(0, 0, 0)], torch.ones(2), r"indices \[n_pairs, 3\] and weights \[n_pairs\], got \[1, 3\] and \[2\]"),
-        ([(0, 0, 0)], torch.ones(1, 1), r"got \[1, 3\] and \[1, 1\]"),
+        (
+            [(0, 0, 0)],
+            torch.ones(2),
+            r"indices \[n_pairs, 3\], weights \[n_pairs\] and .*, got \[1, 3\], \[2\] and \[1, 3\]",
+        ),
+        ([(0, 0, 0)], torch.ones(1, 1), r"got \[1, 3\], \[1, 1\] and"),
         ([(D_QUERY + 1, 0, 0)], torch.ones(1), rf"lie in \[0, {D_QUERY}\] x \[0, {D_KEY}\] x \[0, 5\].*got \[18, 0, 0\]"),
         ([(0, D_KEY + 1, 0)], torch.ones(1), r"got \[0, 20, 0\].*another dictionary"),
         ([(0, 0, 6)], torch.ones(1), r"got \[0, 0, 6\]"),
         ([(3, 4, 5), (0, -1, 0)], torch.ones(2), r"got \[0, -1, 0\] to \[3, 4, 5\]"),
-        ([(1, 2, 3), (4, 5, 1), (1, 2, 3)], torch.ones(3), "lists a pair twice"),
+        ([(1, 2, 3), (4, 5, 1), (1, 2, 3)], torch.ones(3), r"lists the pair \(1, 2, 3\) twice: merge duplicates first"),
         ([(D_QUERY, D_KEY, 2)], torch.ones(1), "constant x constant pair is part of every map"),
         ([(0, 0, 0)], torch.tensor([torch.nan]), r"finite numbers in \[0, 1\]"),
         ([(0, 0, 0)], torch.tensor([torch.inf]), r"finite numbers in \[0, 1\]"),
@@ -291,6 +467,12 @@ def test_unset_map_has_the_asked_size_and_fits_on_meta():
 def test_bad_maps_are_refused(indices, weights, message):
     with pytest.raises(ValueError, match=message):
         SparseFeatureMap(indices, weights, D_QUERY, D_KEY, 6)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2, 2), (2,), (2, 3, 1)])
+def test_statistics_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"statistics \[n_pairs, 3\], got \[2, 3\], \[2\] and \["):
+        SparseFeatureMap([(0, 1, 2), (3, 4, 5)], torch.ones(2), *SIZES, torch.zeros(shape))
 
 
 def test_bad_weights_are_refused_when_reweighting():

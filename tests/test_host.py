@@ -15,6 +15,7 @@ from sae_lens_qk.attention import allowed_keys, attention_scores
 from sae_lens_qk.host import (
     FingerprintError,
     HostMismatchError,
+    LayerReplay,
     UnsupportedModelError,
     attention_spec,
     check_allowed_keys,
@@ -374,3 +375,24 @@ def test_a_dictionary_meets_only_its_own_model():
         d.fwd_hooks(tiny_model("llama", seed=1), "transcoders")
     with pytest.raises(FingerprintError, match=r"\(bridge_compatibility\) has other weights"):
         d.fwd_hooks(tiny_model("llama", "bridge_compatibility"), "transcoders")
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_replay_from_a_layer_equals_the_whole_pass(any_model, layer, tokens):
+    replay, name = LayerReplay(any_model, layer), hook_names(any_model, layer).pattern
+    for batch in (tokens, tokens[:2, :11]):
+        logits, seen = replay.record(batch, [name])
+        uniform = [(name, lambda pattern, hook: torch.full_like(pattern, 0.1))]
+        assert replay.exact
+        assert seen[name].shape[0] == len(batch)
+        torch.testing.assert_close(replay.run([]), logits, rtol=0, atol=1e-5)
+        expected = any_model.run_with_hooks(batch, fwd_hooks=uniform, prepend_bos=False)
+        assert (expected - logits).abs().max() > 1e-3
+        torch.testing.assert_close(replay.run(uniform), expected, rtol=0, atol=1e-5)
+
+
+def test_replay_falls_back_to_whole_passes(llama_bridge, tokens):
+    replay, name = LayerReplay(llama_bridge, 1), hook_names(llama_bridge, 1).pattern
+    logits, _ = replay.record(tokens, [name])
+    replay.exact, replay._call = False, ((), {})
+    torch.testing.assert_close(replay.run([]), logits, rtol=0, atol=1e-5)

@@ -1,6 +1,7 @@
 """Both training steps end to end on tiny models: they learn, resume exactly, and refuse what cannot work."""
 
 import json
+import logging
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -10,26 +11,28 @@ import torch
 from datasets import Dataset
 from sae_lens import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainStepInput
-from tiny_models import tiny_model
+from safetensors.torch import load_file
+from tiny_models import KINDS, tiny_model
+from torch import Tensor
 
 import sae_lens_qk as qk
 from sae_lens_qk.attention import attention_scores, log_pattern, pattern_from_scores, pattern_kl
-from sae_lens_qk.feature_map import SparseFeatureMap
-from sae_lens_qk.host import qk_weights
-from sae_lens_qk.pair_scores import pair_kernel, with_constant
-from sae_lens_qk.training.candidates import rank_pairs
+from sae_lens_qk.host import FingerprintError, qk_weights
 from sae_lens_qk.training.losses import dead_feature_loss, pattern_losses, sqrt_penalty
+from sae_lens_qk.training.mask import MaskTrainingSAE
 from sae_lens_qk.training.transcoders import NonFiniteLossError, TranscodersTrainingSAE
+
+BATCH = 23 * 8
+"""Tokens."""
 
 
 def tiny_config(tmp_path: Path, **changes) -> qk.BilinearQKRunnerConfig:
     sae = qk.TranscodersTrainingConfig(d_in=1, d_query=29, d_key=31, k=4.0, **changes.pop("sae", {}))
-    mask = qk.MaskStepConfig(
-        training_tokens=23 * 8 * 12, n_pairs=400, n_candidates=1500, ranking_tokens=23 * 16, **changes.pop("mask", {})
-    )
+    mask_defaults = dict(training_tokens=BATCH * 12, n_pairs=400, n_candidates=1500, ranking_tokens=BATCH * 2)
+    mask = qk.MaskStepConfig(**{**mask_defaults, **changes.pop("mask", {})})
     values = dict(
-        sae=sae, mask=mask, layer=1, model_name="tiny", context_size=23, train_batch_size_tokens=23 * 8,
-        store_batch_size_prompts=8, n_batches_in_buffer=8, training_tokens=23 * 8 * 40, lr=3e-3, lr_warm_up_steps=0,
+        sae=sae, mask=mask, layer=1, model_name="tiny", context_size=23, train_batch_size_tokens=BATCH,
+        store_batch_size_prompts=8, n_batches_in_buffer=8, training_tokens=BATCH * 40, lr=3e-3, lr_warm_up_steps=0,
         dead_feature_window=10, n_checkpoints=3, checkpoint_path=str(tmp_path / "checkpoints"),
         output_path=str(tmp_path / "output"),
     )  # fmt: skip
@@ -62,8 +65,8 @@ def test_both_steps_learn_the_pattern(kind, tmp_path, text_dataset):
 
 @pytest.mark.parametrize("activation", ["batchtopk", "topk", "relu"])
 def test_published_form_equals_training_form_with_its_threshold(activation, tmp_path, text_dataset):
-    cfg = tiny_config(tmp_path, sae={"activation": activation}, mask={}, output_path=None, checkpoint_path=None)
-    cfg.mask.training_tokens = 0
+    no_map = {"mask": {"training_tokens": 0}, "output_path": None, "checkpoint_path": None}
+    cfg = tiny_config(tmp_path, sae={"activation": activation}, **no_map)
     runner = qk.BilinearQKTrainingRunner(cfg, tiny_model("llama"), text_dataset)
     sae = TranscodersTrainingSAE(runner.cfg.sae)
     rows = torch.cat(list(runner._some_rows(None, 64)))
@@ -96,8 +99,8 @@ def test_resume_continues_to_the_same_weights(cached, tmp_path, text_dataset):
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
-def _stop_at_step(run, step: int, folder: Path):
-    forward = TranscodersTrainingSAE.training_forward_pass
+def _stop_at_step(run, step: int, folder: Path, sae_class=TranscodersTrainingSAE):
+    forward = sae_class.training_forward_pass
 
     def poisoned(self, step_input: TrainStepInput):
         if step_input.n_training_steps == step:
@@ -105,7 +108,7 @@ def _stop_at_step(run, step: int, folder: Path):
         return forward(self, step_input)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TranscodersTrainingSAE, "training_forward_pass", poisoned)
+        patch.setattr(sae_class, "training_forward_pass", poisoned)
         run(folder)
 
 
@@ -128,12 +131,200 @@ def test_nan_activations_stop_training_and_keep_the_last_checkpoint(tmp_path, te
         ({"seqpos_slice": (1, None)}, "seqpos_slice must be"),
         ({"training_tokens": 10}, "must cover one batch"),
         ({"autocast": True}, "autocast must be False"),
+        ({"mask": {"n_candidates": 10**12}}, "GiB are free: ask for fewer"),
+        ({"mask": {"fine_tune_lr": 1e-3}, "sae": {"activation": "relu"}}, "mask.fine_tune_lr needs batchtopk or topk"),
+        ({"from_pretrained_path": "nowhere"}, "There is no dictionary 'nowhere'"),
     ],
 )
 def test_bad_configs_are_refused_before_anything_is_written(changes, message, tmp_path, text_dataset):
     with pytest.raises(ValueError, match=message):
         qk.BilinearQKTrainingRunner(tiny_config(tmp_path, **changes), tiny_model("gpt2"), text_dataset)
     assert not list(tmp_path.iterdir())
+
+
+# Step 2 on finished transcoders
+
+
+@pytest.fixture(scope="module")
+def step_1(tmp_path_factory, text_dataset):
+    """Kind of model -> folder of its transcoders, trained once; shared and not to be changed. Some features are dead."""
+    folders: dict[str, Path] = {}
+
+    def folder(kind: str) -> Path:
+        if kind not in folders:
+            made = tmp_path_factory.mktemp("step_1")
+            cfg = tiny_config(made, mask={"training_tokens": 0}, checkpoint_path=None, output_path=None)
+            dictionary = qk.BilinearQKTrainingRunner(cfg, tiny_model(kind), text_dataset).run()
+            for half, n_dead in ((dictionary.query, 3), (dictionary.key, 5)):
+                half.b_enc.data[2 : 2 + n_dead] = -100.0
+            dictionary.save_model(made / "output")
+            folders[kind] = made / "output"
+        return folders[kind]
+
+    return folder
+
+
+def mask_runner(start: Path, folder: Path, text_dataset, kind: str = "llama", **changes) -> qk.BilinearQKTrainingRunner:
+    """A run of step 2 alone, 30 steps; pairs are pruned during the first 18."""
+    mask = {"training_tokens": BATCH * 30, "n_checkpoints": 3, **changes.pop("mask", {})}
+    cfg = tiny_config(folder, mask=mask, from_pretrained_path=str(start), **changes)
+    return qk.BilinearQKTrainingRunner(cfg, tiny_model(kind), text_dataset)
+
+
+def training_rows(runner: qk.BilinearQKTrainingRunner, n_rows: int = 160) -> Tensor:
+    return torch.cat(list(runner._some_rows(None, n_rows)))
+
+
+@torch.no_grad()
+def mean_kl(d: qk.BilinearQKDictionary, runner: qk.BilinearQKTrainingRunner, source: str) -> float:
+    x, weights = training_rows(runner), runner.weights
+    true = log_pattern(attention_scores(weights.queries(x), weights.keys(x), d.spec))
+    return float(pattern_kl(true, log_pattern(d.scores(x, source))).mean())
+
+
+def mean_l0(d: qk.BilinearQKDictionary, x: Tensor) -> list[float]:
+    return [float((encode(x) > 0).sum(dim=-1).float().mean()) for encode in (d.encode_query, d.encode_key)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tuning_the_transcoders_along_improves_the_map(kind, step_1, tmp_path, text_dataset):
+    """Against a run that leaves them frozen, on the same tokens with the same candidates."""
+    start = qk.BilinearQKDictionary.load_from_disk(step_1(kind))
+    made = {}
+    for name, lr in (("frozen", 0.0), ("tuned", 3e-3)):
+        runner = mask_runner(step_1(kind), tmp_path / name, text_dataset, kind, mask={"fine_tune_lr": lr})
+        made[name] = runner.run()
+        saved = load_file(tmp_path / name / "output" / "sae_weights.safetensors")["feature_map.weights"]
+        assert len(saved) == 400
+        assert ((saved > 0) & (saved <= 1)).all()
+        assert (saved < 1).any()
+    frozen, tuned = made["frozen"], made["tuned"]
+    for name, tensor in start.query.state_dict().items():
+        assert torch.equal(frozen.query.state_dict()[name], tensor), name
+        assert not torch.equal(tuned.query.state_dict()[name], tensor), name
+    assert mean_kl(tuned, runner, "feature_map") < 0.95 * mean_kl(frozen, runner, "feature_map")
+    assert mean_kl(tuned, runner, "transcoders") < mean_kl(start, runner, "transcoders")
+    before, after = mean_l0(start, training_rows(runner)), mean_l0(tuned, training_rows(runner))
+    assert after == pytest.approx(before, rel=0.2)
+    assert min(before) > 3
+
+
+@pytest.mark.parametrize("polish", [True, False])
+@pytest.mark.parametrize("lr", [0.0, 1e-3], ids=["frozen", "tuned"])
+def test_pairs_fall_geometrically_and_polish_ends_the_penalty(lr, polish, step_1, tmp_path, text_dataset, monkeypatch):
+    forward, seen = MaskTrainingSAE.training_forward_pass, []
+
+    def recording(self, step_input: TrainStepInput):
+        output = forward(self, step_input)
+        seen.append((step_input.n_training_steps, set(output.losses), output.metrics["n_pairs"]))
+        assert float(output.loss) == pytest.approx(sum(map(float, output.losses.values())), rel=1e-6)
+        return output
+
+    monkeypatch.setattr(MaskTrainingSAE, "training_forward_pass", recording)
+    mask = {"fine_tune_lr": lr, "polish": polish, "n_pairs": 211}
+    dictionary = mask_runner(step_1("llama"), tmp_path, text_dataset, mask=mask).run()
+    assert len(dictionary.feature_map) == 211
+    always = {"kl", "kl_unmasked"} if lr else {"kl"}
+    assert [step for step, _, _ in seen] == list(range(30))
+    for step, losses, n_pairs in seen:
+        assert losses - {"mask_sparsity"} == always
+        assert ("mask_sparsity" in losses) == (not polish or step < 18)
+        pruned_at = 18 if step >= 18 else step // 10 * 10
+        assert n_pairs == round(1500 * (211 / 1500) ** (pruned_at / 18))
+
+
+def test_pairs_driven_to_zero_are_dropped(step_1, tmp_path, text_dataset):
+    mask = {"sparsity_coefficient": 5e-4, "lr": 0.1, "polish": False}
+    dictionary = mask_runner(step_1("llama"), tmp_path, text_dataset, mask=mask).run()
+    assert 0 < len(dictionary.feature_map) < 300
+    saved = load_file(tmp_path / "output" / "sae_weights.safetensors")["feature_map.weights"]
+    assert len(saved) == len(dictionary.feature_map)
+    assert ((saved > 0) & (saved <= 1)).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "cached"),
+    [({}, False), ({"fine_tune_lr": 3e-3}, False), ({"fine_tune_lr": 3e-3, "compact": True}, True)],
+    ids=["frozen", "tuned", "tuned, compacted, cached"],
+)
+def test_step_2_resumes_to_the_same_weights(mask, cached, step_1, tmp_path, text_dataset, caplog):
+    def run(folder: Path, **changes):
+        cache = {"input_cache_path": str(folder / "cache")} if cached else {}
+        return mask_runner(step_1("llama"), folder, text_dataset, mask=mask, **cache, **changes).run()
+
+    whole = run(tmp_path / "whole")
+    interrupted = tmp_path / "interrupted"
+    with pytest.raises(NonFiniteLossError, match="mask loss is nan at step 25: training stopped before the update"):
+        _stop_at_step(run, 25, interrupted, MaskTrainingSAE)
+    with caplog.at_level(logging.INFO, logger="sae_lens_qk"):
+        resumed = run(interrupted, resume_from_checkpoint=str(interrupted / "checkpoints"))
+    assert any("resuming mask from" in message for message in caplog.messages)
+    assert resumed.cfg.to_dict() == whole.cfg.to_dict()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_given_transcoders_skip_step_1(step_1, tmp_path, text_dataset, monkeypatch):
+    def refused(*args):
+        raise AssertionError("step 1 ran")
+
+    monkeypatch.setattr(TranscodersTrainingSAE, "training_forward_pass", refused)
+    dictionary = mask_runner(step_1("llama"), tmp_path, text_dataset).run()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["mask"]
+    start = qk.BilinearQKDictionary.load_from_disk(step_1("llama"))
+    x = torch.randn(2, 23, start.cfg.d_in, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(dictionary.encode(x), start.encode(x))
+    calibration = json.loads((step_1("llama") / "cfg.json").read_text())["metadata"]["calibration"]
+    assert set(calibration) == {f"{name}{when}" for name in ("l0_query", "l0_key", "pattern_kl") for when in ("", "_before")}
+    finished = json.loads((tmp_path / "output" / "cfg.json").read_text())["metadata"]
+    assert finished["calibration"] == dictionary.cfg.metadata.calibration == calibration
+    assert finished["training_architecture"] == "bilinear_qk_mask"
+
+
+@pytest.mark.parametrize(
+    ("model", "layer", "error", "message"),
+    [
+        (("llama", 0), 0, ValueError, "is of layer 1, the run of 0"),
+        (("llama", 1), 1, FingerprintError, "has other weights"),
+        (("gpt2", 0), 1, FingerprintError, "has other weights"),
+    ],
+)
+def test_transcoders_of_another_layer_or_model_are_refused(model, layer, error, message, step_1, tmp_path, text_dataset):
+    kind, seed = model
+    cfg = tiny_config(tmp_path, from_pretrained_path=str(step_1("llama")), layer=layer)
+    with pytest.raises(error, match=message):
+        qk.BilinearQKTrainingRunner(cfg, tiny_model(kind, seed=seed), text_dataset)
+    assert not list(tmp_path.iterdir())
+
+
+def test_relu_transcoders_cannot_be_tuned(tmp_path, text_dataset):
+    changes = {"sae": {"activation": "relu"}, "mask": {"training_tokens": 0}, "checkpoint_path": None}
+    runner = qk.BilinearQKTrainingRunner(tiny_config(tmp_path, **changes), tiny_model("llama"), text_dataset)
+    runner.run()
+    with pytest.raises(ValueError, match=r"mask.fine_tune_lr needs batchtopk or topk transcoders"):
+        mask_runner(tmp_path / "output", tmp_path / "tuned", text_dataset, mask={"fine_tune_lr": 1e-3})
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_a_run_drops_dead_features(step_1, tmp_path, text_dataset):
+    """Those that never fire on the ranking tokens; there the frozen transcoders attend as before."""
+    start = qk.BilinearQKDictionary.load_from_disk(step_1("llama"))
+    runner = mask_runner(step_1("llama"), tmp_path, text_dataset, mask={"compact": True})
+    dictionary = runner.run()
+    x = training_rows(runner, n_rows=16)  # ranking_tokens
+    sides = (start.encode_query, dictionary.encode_query, "query"), (start.encode_key, dictionary.encode_key, "key")
+    for before, after, side in sides:
+        acts = before(x)
+        live = (acts > 0).flatten(0, 1).any(dim=0)
+        numbers = getattr(dictionary.cfg, f"{side}_numbers")
+        assert numbers == live.nonzero()[:, 0].tolist()
+        assert getattr(dictionary.cfg, f"d_{side}") == len(numbers) < acts.shape[-1]
+        assert torch.equal(after(x), acts[..., numbers])
+    torch.testing.assert_close(dictionary.pattern(x), start.pattern(x), rtol=0, atol=1e-6)
+    assert dictionary.cfg.original_sizes == (29, 31)
+    loaded = qk.BilinearQKDictionary.load_from_disk(tmp_path / "output")
+    assert loaded.cfg.query_numbers == dictionary.cfg.query_numbers
+    assert torch.equal(loaded.pattern(x, "feature_map"), dictionary.pattern(x, "feature_map"))
 
 
 def test_short_dataset_is_refused(tmp_path):
@@ -161,16 +352,8 @@ def test_training_without_attach_says_what_to_do(tmp_path, text_dataset):
 def test_cache_of_other_inputs_is_refused(tmp_path, text_dataset):
     cache = str(tmp_path / "cache")
     run = {"input_cache_path": cache, "output_path": None, "checkpoint_path": None}
-    small = {"mask": {}, **run}
-    qk.BilinearQKTrainingRunner(tiny_config(tmp_path, **small), tiny_model("llama"), text_dataset)._fill_cache()
-    other = qk.BilinearQKTrainingRunner(
-        tiny_config(
-            tmp_path,
-            **small,
-        ),
-        tiny_model("llama", seed=1),
-        text_dataset,
-    )
+    qk.BilinearQKTrainingRunner(tiny_config(tmp_path, **run), tiny_model("llama"), text_dataset)._fill_cache()
+    other = qk.BilinearQKTrainingRunner(tiny_config(tmp_path, **run), tiny_model("llama", seed=1), text_dataset)
     with pytest.raises(ValueError, match="caches other inputs"):
         other._fill_cache()
 
@@ -223,35 +406,3 @@ def test_dead_feature_loss_wakes_only_dead_features():
     assert W_dec.grad is not None
     assert (W_dec.grad[~dead] == 0).all()
     assert (W_dec.grad[dead] != 0).any()
-
-
-def test_importance_against_a_loop_and_as_a_prediction(tmp_path, text_dataset):
-    model = tiny_model("llama")
-    cfg = tiny_config(tmp_path, output_path=None, checkpoint_path=None)
-    cfg.mask.training_tokens = 0
-    runner = qk.BilinearQKTrainingRunner(cfg, model, text_dataset)
-    d, weights = runner.run(), qk_weights(model, 1)
-    x = torch.cat(list(runner._some_rows(None, 8)))[:2]
-    importance = pair_importance(d, weights, [x])
-
-    P = pattern_from_scores(attention_scores(weights.queries(x), weights.keys(x), d.spec)).double()
-    query_acts, key_acts = with_constant(d.encode_query(x)).double(), with_constant(d.encode_key(x)).double()
-    candidates = choose_candidates(importance, 12)
-    kernel = pair_kernel(candidates.indices, d.decoders, d.spec, torch.arange(23)).double()
-    for (a, b, h), M in zip(candidates.indices.tolist(), kernel, strict=True):
-        expected = 0.0
-        for row in range(2):
-            for i in range(23):
-                c = torch.stack([query_acts[row, i, a] * key_acts[row, j, b] * M[i - j] for j in range(i + 1)])
-                p = P[row, h, i, : i + 1]
-                expected += 0.5 * float(((p * c**2).sum() - (p * c).sum() ** 2).detach())
-        assert float(importance[h, a, b]) == pytest.approx(expected, rel=1e-3)
-    assert importance[:, -1, -1].abs().max() == 0
-
-    true = log_pattern(attention_scores(weights.queries(x), weights.keys(x), d.spec))
-    for triple in candidates.indices[:3].tolist():  # dropping a weak pair from the true scores costs what was predicted
-        small = SparseFeatureMap([triple], torch.ones(1), 29, 31, 4)
-        step = 0.05  # in the range where the leading order holds
-        change = small.scores(d.encode_query(x), d.encode_key(x), d.decoders, d.spec, include_constant=False) * step
-        cost = pattern_kl(true, log_pattern(attention_scores(weights.queries(x), weights.keys(x), d.spec) - change)).sum()
-        assert float(cost) == pytest.approx(step**2 * float(importance[triple[2], triple[0], triple[1]]), rel=0.1, abs=2e-6)

@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lens_qk import kernels
-from sae_lens_qk.attention import attention_scores, pattern_from_scores, rotate
+from sae_lens_qk.attention import AttentionSpec, attention_scores, pattern_from_scores, rotate
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.feature_map import SparseFeatureMap
 from sae_lens_qk.host import QKWeights
-from sae_lens_qk.pair_scores import ActiveEntries, active_entries
+from sae_lens_qk.pair_scores import ActiveEntries, Decoders, active_entries
 
 logger = logging.getLogger("sae_lens_qk")
 
@@ -24,12 +24,35 @@ _ROWS_AT_ONCE = 1024
 _BYTES_PER_SLOT = 8 + 3 * 4
 
 
+class FeatureBatch(NamedTuple):
+    """Features of both sides and the model's own pattern for some sequences."""
+
+    query_acts: Float[Tensor, "batch pos_q d_query"]
+    key_acts: Float[Tensor, "batch pos_k d_key"]
+    pattern: Float[Tensor, "batch head pos_q pos_k"]
+
+
 @torch.no_grad()
 def rank_pairs(
     dictionary: BilinearQKDictionary,
     weights: QKWeights,
     rows: Iterable[Float[Tensor, "batch pos d_model"]],
     n_candidates: int,
+) -> SparseFeatureMap:
+    """The most important pairs of a dictionary on the given layer inputs (whole sequences); see `rank_features`."""
+    spec, weights = dictionary.spec, weights.to(dictionary.device)
+
+    def features(x: Tensor) -> FeatureBatch:
+        x = x.to(dictionary.device)
+        pattern = pattern_from_scores(attention_scores(weights.queries(x), weights.keys(x), spec))
+        return FeatureBatch(dictionary.encode_query(x), dictionary.encode_key(x), pattern)
+
+    return rank_features(map(features, rows), dictionary.decoders, spec, n_candidates)
+
+
+@torch.no_grad()
+def rank_features(
+    batches: Iterable[FeatureBatch], decoders: Decoders, spec: AttentionSpec, n_candidates: int
 ) -> SparseFeatureMap:
     """The n most important pairs that ever fired together, constants included, with weight 1 and their statistics.
 
@@ -41,27 +64,23 @@ def rank_pairs(
     The second term matters: contributions constant over keys cancel in the softmax. Where more pairs fire together than
     four times `n_candidates`, the least important half is forgotten whenever the table is full.
 
-    Args:
-        rows: layer inputs, whole sequences.
     Returns:
         A map with weights 1 and `statistics`: importance in nats a query, mean c, share of (query, key) positions.
     Raises:
-        ValueError: fewer than one candidate, more than fit in memory (before any row is read), or no pair ever fired.
+        ValueError: fewer than one candidate, more than fit in memory (before any batch is read), or no pair ever fired.
     """
-    spec, (W_Q, W_K) = dictionary.spec, dictionary.decoders.to("cpu", torch.float32)
+    W_Q, W_K = decoders.to("cpu", torch.float32)
     table = PairTable(n_candidates, len(W_Q), len(W_K), spec.n_heads)
     n_queries, n_positions = 0, 0
-    for batch in rows:
-        pattern = pattern_from_scores(attention_scores(weights.queries(batch), weights.keys(batch), spec)).cpu()
-        query_acts, key_acts = dictionary.encode_query(batch).float().cpu(), dictionary.encode_key(batch).float().cpu()
-        n_pos = batch.shape[1]
-        n_queries, n_positions = n_queries + len(batch) * n_pos, n_positions + len(batch) * n_pos * (n_pos + 1) // 2
-        for row in range(len(batch)):
+    for batch in batches:
+        query_acts, key_acts, pattern = (tensor.float().cpu() for tensor in batch)
+        n_rows, n_pos = query_acts.shape[:2]
+        n_queries, n_positions = n_queries + n_rows * n_pos, n_positions + n_rows * n_pos * (n_pos + 1) // 2
+        for row in range(n_rows):
             queries, keys = active_entries(query_acts[row : row + 1]), active_entries(key_acts[row : row + 1])
             by_feature = np.argsort(queries.feature, kind="stable")
-            q_pos, k_pos = _positions(queries)[by_feature], _positions(keys)
+            features, q_pos, k_pos = queries.feature[by_feature], _positions(queries)[by_feature], _positions(keys)
             q_values = torch.from_numpy(queries.value[by_feature]) * spec.scale
-            features = queries.feature[by_feature]
             q_vectors = _rotated(W_Q, features, q_values, q_pos, spec)
             k_vectors = _rotated(W_K, keys.feature, torch.from_numpy(keys.value), k_pos, spec)
             for head in range(spec.n_heads):
@@ -83,8 +102,9 @@ class FiringRates(NamedTuple):
 def firing_rates(dictionary: BilinearQKDictionary, rows: Iterable[Float[Tensor, "batch pos d_model"]]) -> FiringRates:
     """Firing rates over the given layer inputs."""
     n_tokens, fired = 0, [torch.zeros(d, device=dictionary.device) for d in (dictionary.cfg.d_query, dictionary.cfg.d_key)]
-    for batch in rows:
-        n_tokens += batch[..., 0].numel()
+    for x in rows:
+        n_tokens += x[..., 0].numel()
+        batch = x.to(dictionary.device)
         for total, acts in zip(fired, (dictionary.encode_query(batch), dictionary.encode_key(batch)), strict=True):
             total += (acts > 0).flatten(0, -2).sum(dim=0)
     return FiringRates(*(total / n_tokens for total in fired))

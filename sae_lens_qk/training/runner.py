@@ -74,7 +74,10 @@ class BilinearQKTrainingRunner:
         )
         self._start = self._given_transcoders()
         if cfg.mask.training_tokens:
-            PairTable.check_memory(cfg.mask.n_candidates, (self._start.cfg if self._start else cfg.sae).d_key + 1)
+            start = self._start.cfg if self._start else cfg.sae
+            PairTable.check_memory(cfg.mask.n_candidates, start.d_key + 1)
+            if cfg.mask.fine_tune_lr and start.half_architecture != "jumprelu_transcoder":
+                raise ValueError("mask.fine_tune_lr needs batchtopk or topk transcoders: nothing would hold the L0 of relu.")
         self._check_data()
 
     def run(self) -> BilinearQKDictionary:
@@ -134,9 +137,13 @@ class BilinearQKTrainingRunner:
         sae = MaskTrainingSAE(mask_cfg)
         sae.attach(self.weights, self.cfg.context_size, dictionary, candidates)
         self._fit(sae, self.cfg.mask_step(), _MASK, cache, checkpoint, seed=self.cfg.seed + 1)
-        if fine_tune:
-            sae.calibrate(batch.flatten(0, 1) for batch in self._some_rows(cache, _CALIBRATION_ROWS))
-        return sae.to_dictionary()
+        if not fine_tune:
+            return sae.to_dictionary()
+        sae.calibrate(batch.flatten(0, 1) for batch in self._some_rows(cache, _CALIBRATION_ROWS))
+        tuned = sae.to_dictionary()
+        measured = rank_pairs(tuned, self.weights, self._some_rows(cache, n_rows), settings.n_candidates)
+        tuned.set_feature_map(tuned.feature_map.measured_as(measured))
+        return tuned
 
     def _fit(
         self, sae: TrainingSAE[Any], cfg: BilinearQKRunnerConfig, step: str, cache: InputCache | None,
