@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from measure import time_of
-from sae_lens.saes.sae import TrainingSAE, TrainStepInput
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainingSAE, TrainStepInput
 from sizes import Sizes
 from torch import Tensor
 
@@ -126,7 +126,9 @@ def _step_seconds(sae: TrainingSAE[Any], x: Tensor, lr: float, sizes: Sizes) -> 
     """Median of forward, backward and Adam, as SAETrainer calls them; two steps go before."""
     sae.train()
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
-    coefficients = {name: c if isinstance(c, float) else c.value for name, c in sae.get_coefficients().items()}
+    coefficients = {
+        name: c.value if isinstance(c, TrainCoefficientConfig) else c for name, c in sae.get_coefficients().items()
+    }
     none_dead = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
 
     def step() -> None:

@@ -140,7 +140,7 @@ def smollm2(results: Results, sizes: Sizes) -> list[str]:
         *_table(["", "against the forward pass", "time", "tokens a second"], rows), "",
         f"A forward pass that attends as the feature map says ({_count(patched.get('pairs'))} pairs):", "",
         *_table(["tokens", "patched against plain", "target", "plain", "patched"], runs), "",
-        f"`from_pretrained` takes {_seconds(load.get('seconds'))} after imports; the folder holds {_bytes(load.get('bytes'))}.",
+        f"`from_pretrained` takes {_seconds(load.get('seconds'))} after imports, from {_bytes(load.get('bytes'))} on disk.",
     ]  # fmt: skip
 
 

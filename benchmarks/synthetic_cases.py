@@ -15,6 +15,7 @@ from torch import Tensor
 from sae_lens_qk.attention import AttentionSpec
 from sae_lens_qk.feature_map import SparseFeatureMap
 from sae_lens_qk.pair_scores import PairScorer, with_constant
+from sae_lens_qk.training.losses import TruePattern
 
 Result = dict[str, Any]
 KINDS = ("random", "clustered", "live")
@@ -150,9 +151,9 @@ def _relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def _dense_problem(case: Case) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+def _dense_problem(case: Case) -> tuple[Tensor, Tensor, Tensor, TruePattern]:
     M = full_map(*case.decoders, case.spec.scale)
-    return M, with_constant(case.query_acts), with_constant(case.key_acts), tuple(case.true)
+    return M, with_constant(case.query_acts), with_constant(case.key_acts), case.true
 
 
 def _dense_step_of(case: Case) -> Callable[[], float]:

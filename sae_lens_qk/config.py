@@ -232,6 +232,8 @@ class MaskStepConfig:
             raise ValueError(f"mask.prune_until must lie in [0, 1], got {self.prune_until}.")
         if self.fine_tune_lr < 0:
             raise ValueError(f"mask.fine_tune_lr must not be negative, got {self.fine_tune_lr}.")
+        if self.fine_tune_lr and self.lr <= 0:
+            raise ValueError(f"mask.lr must be positive when the transcoders are tuned, got {self.lr}.")
 
 
 @dataclass

@@ -147,12 +147,15 @@ def test_fewer_candidates_are_the_most_important(ranked, n):
     assert left_out.max() <= exact.importance[tuple(best.indices.T)].min() * 1.001
 
 
-def test_rows_may_come_in_any_batches():
+def test_rows_may_come_in_any_batches_and_features_in_any_parts(monkeypatch):
     p = problem("llama")
-    whole = rank_pairs(p.dictionary, p.weights, [p.x], 100)
-    by_row = rank_pairs(p.dictionary, p.weights, iter(p.x[:, None]), 100)
-    assert torch.equal(whole.indices, by_row.indices)
-    torch.testing.assert_close(whole.statistics, by_row.statistics, rtol=1e-5, atol=1e-7)
+    whole = rank_pairs(p.dictionary, p.weights, [p.x], 1500)
+    by_row = rank_pairs(p.dictionary, p.weights, iter(p.x[:, None]), 1500)
+    monkeypatch.setattr("sae_lens_qk.training.candidates._ROWS_AT_ONCE", 7)
+    in_parts = rank_pairs(p.dictionary, p.weights, [p.x], 1500)
+    for made in (by_row, in_parts):
+        assert torch.equal(whole.indices, made.indices)
+        torch.testing.assert_close(whole.statistics, made.statistics, rtol=1e-5, atol=1e-7)
 
 
 def random_features(d_query: int, d_key: int, n_rows: int) -> tuple[list[FeatureBatch], Decoders, AttentionSpec]:

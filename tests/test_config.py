@@ -124,6 +124,7 @@ def test_numbers_in_scientific_notation_are_numbers(text, tmp_path):
         (lambda: qk.MaskStepConfig(prune_until=1.5), r"prune_until must lie in \[0, 1\], got 1.5"),
         (lambda: qk.MaskStepConfig(n_pairs=0, n_candidates=0), "mask.n_pairs must be at least 1, got 0"),
         (lambda: qk.MaskStepConfig(fine_tune_lr=-1e-3), "mask.fine_tune_lr must not be negative, got -0.001"),
+        (lambda: qk.MaskStepConfig(fine_tune_lr=1e-3, lr=0.0), "mask.lr must be positive when .* tuned, got 0.0"),
         (lambda: qk.MaskTrainingConfig(d_in=4, max_pairs=0), "max_pairs must be at least 1, got 0"),
         (
             lambda: qk.MaskTrainingConfig(d_in=4, fine_tune=True, half_architecture="transcoder"),

@@ -301,6 +301,17 @@ def test_union_is_that_of_dicts():
             one | SparseFeatureMap([], torch.ones(0), *sizes)
 
 
+def test_statistics_measured_elsewhere():
+    """Pairs and weights stay; statistics come from the other map, zeros for pairs that it does not list."""
+    one, other = random_map(seed=0), random_map(n_pairs=1009, seed=1)
+    made = one.measured_as(other)
+    assert made.equals(one)
+    expected = {pair: (row[0], *as_dict(other).get(pair, (0.0,) * 4)[1:]) for pair, row in as_dict(one).items()}
+    assert as_dict(made) == expected
+    found = made.statistics.any(dim=1)
+    assert 0 < int(found.sum()) < len(one)
+
+
 def test_equals_is_bit_for_bit():
     some = random_map()
     assert some.equals(random_map())

@@ -18,6 +18,7 @@ from torch import Tensor
 import sae_lens_qk as qk
 from sae_lens_qk.attention import attention_scores, log_pattern, pattern_from_scores, pattern_kl
 from sae_lens_qk.host import FingerprintError, qk_weights
+from sae_lens_qk.training.candidates import rank_pairs
 from sae_lens_qk.training.losses import dead_feature_loss, pattern_losses, sqrt_penalty
 from sae_lens_qk.training.mask import MaskTrainingSAE
 from sae_lens_qk.training.transcoders import NonFiniteLossError, TranscodersTrainingSAE
@@ -47,10 +48,11 @@ def layer_inputs(model, layer: int, tokens: torch.Tensor) -> torch.Tensor:
     return seen["x"]
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "neox", "llama"])
-def test_both_steps_learn_the_pattern(kind, tmp_path, text_dataset):
+@pytest.mark.parametrize(("kind", "fine_tune_lr"), [("gpt2", 0.0), ("neox", 0.0), ("llama", 0.0), ("llama", 3e-3)])
+def test_both_steps_learn_the_pattern(kind, fine_tune_lr, tmp_path, text_dataset):
     model = tiny_model(kind)
-    dictionary = qk.BilinearQKTrainingRunner(tiny_config(tmp_path), model, text_dataset).run()
+    cfg = tiny_config(tmp_path, mask={"fine_tune_lr": fine_tune_lr})
+    dictionary = qk.BilinearQKTrainingRunner(cfg, model, text_dataset).run()
     assert 0 < len(dictionary.feature_map) <= 400
     x = layer_inputs(model, 1, model.tokenizer(text_dataset[5]["text"], return_tensors="pt").input_ids[:, :23])
     weights = qk_weights(model, 1)
@@ -60,7 +62,9 @@ def test_both_steps_learn_the_pattern(kind, tmp_path, text_dataset):
         assert pattern_kl(true, dictionary.pattern(x, source).log()).mean() < share * uniform
     reloaded = qk.BilinearQKDictionary.load_from_disk(tmp_path / "output")
     assert torch.equal(reloaded.pattern(x, "feature_map"), dictionary.pattern(x, "feature_map"))
-    assert json.loads((tmp_path / "output" / "cfg.json").read_text())["architecture"] == "bilinear_qk"
+    saved = json.loads((tmp_path / "output" / "cfg.json").read_text())
+    assert saved["architecture"] == "bilinear_qk"
+    assert saved["metadata"]["calibration"]["l0_query"] == pytest.approx(4, rel=0.1)
 
 
 @pytest.mark.parametrize("activation", ["batchtopk", "topk", "relu"])
@@ -186,6 +190,17 @@ def mean_l0(d: qk.BilinearQKDictionary, x: Tensor) -> list[float]:
     return [float((encode(x) > 0).sum(dim=-1).float().mean()) for encode in (d.encode_query, d.encode_key)]
 
 
+def assert_measured(d: qk.BilinearQKDictionary, runner: qk.BilinearQKTrainingRunner) -> None:
+    """Its statistics are those of the finished dictionary, on the ranking tokens."""
+    x, kept = training_rows(runner, n_rows=16), d.feature_map
+    exact = rank_pairs(d, runner.weights, [x], 10_000)
+    at = exact.find(kept.indices)
+    measured = kept.statistics[:, 2] > 0
+    assert measured.double().mean() > 0.9
+    assert (at[measured] >= 0).all()
+    torch.testing.assert_close(kept.statistics[measured], exact.statistics[at[measured]], rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tuning_the_transcoders_along_improves_the_map(kind, step_1, tmp_path, text_dataset):
     """Against a run that leaves them frozen, on the same tokens with the same candidates."""
@@ -198,6 +213,7 @@ def test_tuning_the_transcoders_along_improves_the_map(kind, step_1, tmp_path, t
         assert len(saved) == 400
         assert ((saved > 0) & (saved <= 1)).all()
         assert (saved < 1).any()
+        assert_measured(made[name], runner)
     frozen, tuned = made["frozen"], made["tuned"]
     for name, tensor in start.query.state_dict().items():
         assert torch.equal(frozen.query.state_dict()[name], tensor), name
@@ -217,7 +233,8 @@ def test_pairs_fall_geometrically_and_polish_ends_the_penalty(lr, polish, step_1
     def recording(self, step_input: TrainStepInput):
         output = forward(self, step_input)
         seen.append((step_input.n_training_steps, set(output.losses), output.metrics["n_pairs"]))
-        assert float(output.loss) == pytest.approx(sum(map(float, output.losses.values())), rel=1e-6)
+        total = sum(value.item() for value in output.losses.values())
+        assert output.loss.item() == pytest.approx(total, rel=1e-6)
         return output
 
     monkeypatch.setattr(MaskTrainingSAE, "training_forward_pass", recording)

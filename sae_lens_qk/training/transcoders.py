@@ -1,6 +1,6 @@
 """Step 1: two transcoders trained on the attention pattern, as a SAELens TrainingSAE."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -309,15 +309,14 @@ def batch_top_k(strength: Float[Tensor, "tokens d"], k: float) -> Bool[Tensor, "
 
 
 @torch.no_grad()
-def strength_threshold(half: Transcoder, batches: Iterable[Float[Tensor, "tokens d_model"]], k: float) -> Float[Tensor, ""]:
+def strength_threshold(half: Transcoder, batches: Sequence[Float[Tensor, "tokens d_model"]], k: float) -> Float[Tensor, ""]:
     """The activation times decoder norm that k features a token exceed, on average over the batches."""
-    strongest, keep = half.W_dec.new_empty(0), 0.0
+    strongest, keep = half.W_dec.new_empty(0), int(k * sum(len(x) for x in batches))
     for x in batches:
         strength = (half.process_sae_in(x) @ half.W_enc + half.b_enc).relu() * half.W_dec.norm(dim=1)
-        keep += k * len(x)
         strongest = torch.cat([strongest, strength[strength > 0]])
-        strongest = strongest.topk(min(int(keep) + 1, len(strongest))).values
-    return strongest[-1] if len(strongest) > int(keep) else torch.zeros(())
+        strongest = strongest.topk(min(keep + 1, len(strongest))).values
+    return strongest[-1] if len(strongest) > keep else torch.zeros(())
 
 
 def _l0(acts: Tensor) -> float:
