@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -25,6 +25,9 @@ from sae_lens_qk.pair_scores import Decoders, PairScorer, constant_scores
 
 Pairs = Int[Tensor, "pair 3"] | np.ndarray | Sequence[Sequence[int]]
 """Triples (query feature, key feature, head)."""
+
+Wanted = int | np.integer | Iterable[int] | np.ndarray | None
+"""One number, several, or (None) all."""
 
 _DIGITS = 4  # base 256: bfloat16 holds integers up to 256 exactly
 _DENSE_LIMIT = 1 << 28
@@ -112,6 +115,8 @@ class SparseFeatureMap(nn.Module):
         if len(repeated):
             raise ValueError(f"The map lists the pair {tuple(indices[repeated[0]].tolist())} twice: merge duplicates first.")
         self._check_weights(weights)
+        if not statistics.isfinite().all():
+            raise ValueError("Pair statistics must be finite: give zeros where nothing was measured.")
 
     def _check_weights(self, weights: Tensor) -> None:
         if not (weights.isfinite() & (weights >= 0) & (weights <= 1)).all():
@@ -138,15 +143,15 @@ class SparseFeatureMap(nn.Module):
 
     def restrict(
         self,
-        heads: int | Iterable[int] | None = None,
-        query_features: int | Iterable[int] | None = None,
-        key_features: int | Iterable[int] | None = None,
+        heads: Wanted = None,
+        query_features: Wanted = None,
+        key_features: Wanted = None,
     ) -> "SparseFeatureMap":
         """The pairs of the given heads, query features and key features; None: of all."""
         keep = torch.ones(len(self), dtype=torch.bool, device=self.indices.device)
         for column, wanted in enumerate((query_features, key_features, heads)):
             if wanted is not None:
-                values = [wanted] if isinstance(wanted, int) else list(wanted)
+                values = list(wanted) if isinstance(wanted, Iterable) else [wanted]
                 keep &= torch.isin(self.indices[:, column], self.indices.new_tensor(values))
         return self.select(keep)
 
@@ -156,7 +161,8 @@ class SparseFeatureMap(nn.Module):
     def measured_as(self, other: "SparseFeatureMap") -> "SparseFeatureMap":
         """These pairs and weights with the statistics that `other` has of them, zeros where it does not list them."""
         at = other.find(self.indices)
-        statistics = torch.where(at[:, None] >= 0, other.statistics[at], 0.0).to(self.weights.dtype)
+        statistics = torch.zeros_like(self.statistics)
+        statistics[at >= 0] = other.statistics[at[at >= 0]].to(statistics.dtype)
         return type(self)(self.indices, self.weights, *self._sizes, statistics)
 
     def __or__(self, other: "SparseFeatureMap") -> "SparseFeatureMap":
@@ -187,10 +193,17 @@ class SparseFeatureMap(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> "SparseFeatureMap":
-        """Read what `save` wrote; the same checks as on construction."""
-        with safe_open(path, framework="pt", device=device) as file:
-            d_query, d_key, n_heads = json.loads(file.metadata()["sizes"])
-            indices, weights, statistics = (file.get_tensor(name) for name in ("indices", "weights", "statistics"))
+        """Read what `save` wrote; the same checks as on construction.
+
+        Raises:
+            ValueError: the file is damaged, or holds something else.
+        """
+        try:
+            with safe_open(path, framework="pt", device=device) as file:
+                d_query, d_key, n_heads = json.loads((file.metadata() or {})["sizes"])
+                indices, weights, statistics = (file.get_tensor(name) for name in ("indices", "weights", "statistics"))
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{path} is not a feature map, or is damaged ({error}).") from error
         return cls(indices, weights, d_query, d_key, n_heads, statistics)
 
     def to_dense(self) -> Float[Tensor, "d_query_1 d_key_1 head"]:

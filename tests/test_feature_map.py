@@ -506,3 +506,21 @@ def test_pairs_may_come_as_lists_arrays_or_tensors():
         assert made.dtype == torch.int64
         assert made.tolist() == [list(triple) for triple in triples]
     assert as_pairs([]).shape == (0, 3)
+
+
+def test_restrict_takes_numbers_from_a_frame_and_measured_as_an_empty_map():
+    some = random_map()
+    assert some.restrict(heads=np.int64(2)).equals(some.restrict(heads=[2]))
+    assert some.restrict(heads=np.array([1, 2])).equals(some.restrict(heads=[1, 2]))
+    empty = SparseFeatureMap([], torch.empty(0), some.d_query, some.d_key, some.n_heads)
+    assert not some.measured_as(empty).statistics.any()
+
+
+def test_foreign_and_damaged_files_are_refused(tmp_path):
+    (tmp_path / "junk").write_bytes(b"x" * 50)
+    save_file({"indices": torch.zeros(1)}, tmp_path / "foreign")
+    for name in ("junk", "foreign"):
+        with pytest.raises(ValueError, match="is not a feature map, or is damaged"):
+            SparseFeatureMap.load(tmp_path / name)
+    with pytest.raises(ValueError, match="Pair statistics must be finite"):
+        SparseFeatureMap([(1, 2, 0)], torch.ones(1), 5, 5, 1, torch.full((1, 3), torch.nan))

@@ -235,6 +235,11 @@ def test_pairs_fall_geometrically_and_polish_ends_the_penalty(lr, polish, step_1
         seen.append((step_input.n_training_steps, set(output.losses), output.metrics["n_pairs"]))
         total = sum(value.item() for value in output.losses.values())
         assert output.loss.item() == pytest.approx(total, rel=1e-6)
+        if lr:  # k features a token whatever the thresholds say
+            for side, k in zip(output.feature_acts.split([29, 31], dim=1), (self.cfg.k_query, self.cfg.k_key), strict=True):
+                assert int((side > 0).sum()) == int(k * BATCH)
+        else:
+            assert torch.equal(output.feature_acts, self.dictionary.encode(step_input.sae_in))
         return output
 
     monkeypatch.setattr(MaskTrainingSAE, "training_forward_pass", recording)

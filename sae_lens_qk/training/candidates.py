@@ -22,6 +22,8 @@ logger = logging.getLogger("sae_lens_qk")
 _TABLES = 16
 _ROWS_AT_ONCE = 1024
 _BYTES_PER_SLOT = 8 + 3 * 4
+_FULL = 0.75
+"""Share of a table's slots that may be taken."""
 
 
 class FeatureBatch(NamedTuple):
@@ -62,12 +64,13 @@ def rank_features(
         c[i,j] = query_acts[i,a] key_acts[j,b] M[a,b,h](i-j)
 
     The second term matters: contributions constant over keys cancel in the softmax. Where more pairs fire together than
-    four times `n_candidates`, the least important half is forgotten whenever the table is full.
+    six times `n_candidates`, the less important half is forgotten whenever a table is full.
 
     Returns:
         A map with weights 1 and `statistics`: importance in nats a query, mean c, share of (query, key) positions.
     Raises:
-        ValueError: fewer than one candidate, more than fit in memory (before any batch is read), or no pair ever fired.
+        ValueError: fewer than one candidate, more than fit in memory (before any batch is read), no pair ever fired, or
+            features that are not finite.
     """
     W_Q, W_K = decoders.to("cpu", torch.float32)
     table = PairTable(n_candidates, len(W_Q), len(W_K), spec.n_heads)
@@ -154,7 +157,7 @@ class PairTable:
         local = kernels.numbers(firing, n_keys)[keys.feature]
         present, first_row = np.unique(features, return_index=True)
         first_row = np.append(first_row, len(features))
-        done, limit = np.zeros(_TABLES, np.int64), int(0.75 * self._keys.shape[1])
+        done, limit = np.zeros(_TABLES, np.int64), int(_FULL * self._keys.shape[1])
         while True:
             kernels.add_statistics(
                 self._keys, self._sums, self._filled, done, self._floor, limit, contributions.numpy(), pattern.numpy(),
@@ -167,7 +170,7 @@ class PairTable:
     def _forget(self) -> None:
         """Keep the strongest half of what the tables may hold."""
         codes, sums = self._listed()
-        order = np.argsort(-sums[:, 0], kind="stable")[: 2 * self.n_candidates]
+        order = np.argsort(-sums[:, 0], kind="stable")[: int(_FULL * self._keys.size / 2)]
         self._floor = np.float32(sums[order[-1], 0] / 8)
         table_of = codes // (self.sizes[1] * self.sizes[2]) % _TABLES
         self._keys.fill(-1)
@@ -188,6 +191,8 @@ class PairTable:
         n_queries_1, n_keys_1, n_heads = self.sizes
         indices = np.stack(np.unravel_index(codes, (n_queries_1, n_keys_1, n_heads)), axis=1)
         between_constants = (indices[:, 0] == n_queries_1 - 1) & (indices[:, 1] == n_keys_1 - 1)
+        if not np.isfinite(sums).all():
+            raise ValueError("Features or patterns are not finite: check the layer inputs and the dictionary's weights.")
         usable = np.flatnonzero((sums[:, 0] > 0) & ~between_constants)
         if not len(usable):
             raise ValueError("No pair of features ever fired together: train step 1 longer, or rank on more tokens.")

@@ -93,6 +93,8 @@ class BilinearQKTrainingRunner:
         dictionary = self._start or self._finished_step_1() or self._run_transcoders(cache)
         if self.cfg.mask.training_tokens:
             dictionary = self._run_mask(dictionary, cache)
+            if not dictionary.has_feature_map:
+                logger.warning("step 2 dropped every pair: lower mask.sparsity_coefficient")
         if self.cfg.output_path is not None:
             self._save(dictionary, Path(self.cfg.output_path))
         return dictionary
