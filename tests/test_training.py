@@ -12,6 +12,7 @@ from datasets import Dataset
 from sae_lens import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainStepInput
 from safetensors.torch import load_file
+from tiny_dictionaries import tiny_dictionary
 from tiny_models import KINDS, tiny_model
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from sae_lens_qk.host import FingerprintError, qk_weights
 from sae_lens_qk.training.candidates import rank_pairs
 from sae_lens_qk.training.losses import dead_feature_loss, pattern_losses, sqrt_penalty
 from sae_lens_qk.training.mask import MaskTrainingSAE
-from sae_lens_qk.training.transcoders import NonFiniteLossError, TranscodersTrainingSAE
+from sae_lens_qk.training.transcoders import NonFiniteLossError, TranscodersTrainingSAE, strength_threshold
 
 BATCH = 23 * 8
 """Tokens."""
@@ -428,3 +429,16 @@ def test_dead_feature_loss_wakes_only_dead_features():
     assert W_dec.grad is not None
     assert (W_dec.grad[~dead] == 0).all()
     assert (W_dec.grad[dead] != 0).any()
+
+
+@pytest.mark.parametrize("k", [1.5, 4.0])
+def test_threshold_over_several_batches_is_that_of_all_tokens_at_once(k):
+    """Batches differ in strength, so that cutting each of them to its share would lower the threshold."""
+    half = tiny_dictionary(tiny_model("llama")).query
+    generator = torch.Generator().manual_seed(0)
+    batches = [factor * torch.randn(53, half.cfg.d_in, generator=generator) for factor in (3.0, 1.0, 0.3)]
+    whole = strength_threshold(half, [torch.cat(batches)], k)
+    assert torch.equal(strength_threshold(half, batches, k), whole)
+    x = torch.cat(batches)
+    strength = (half.process_sae_in(x) @ half.W_enc + half.b_enc).relu() * half.W_dec.norm(dim=1)
+    assert int((strength > whole).sum()) == int(k * len(x))
