@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -237,50 +236,6 @@ class BilinearQKDictionary(SAE[BilinearQKConfig]):
         self.feature_map = SparseFeatureMap(feature_map.indices, feature_map.weights, *expected, feature_map.statistics)
         self.cfg.n_pairs = len(feature_map)
 
-    @torch.no_grad()
-    def compact(self, live_query: Bool[Tensor, " d_query"], live_key: Bool[Tensor, " d_key"]) -> "BilinearQKDictionary":
-        """A dictionary of the live features alone; pairs of dropped features go with them.
-
-        Its `cfg.query_numbers` and `cfg.key_numbers` hold the number each feature had at first, `cfg.original_sizes` how
-        many there were.
-
-        Args:
-            live_query, live_key: True for features to keep; a feature that never fires can go without changing anything.
-        Raises:
-            ValueError: masks of the wrong length, or nothing left on a side.
-        """
-        lengths = (self.cfg.d_query, self.cfg.d_key)
-        if (len(live_query), len(live_key)) != lengths or not (live_query.any() and live_key.any()):
-            raise ValueError(f"compact needs masks of lengths {lengths} that keep a feature a side.")
-        kept = [live.nonzero()[:, 0].to(self.device) for live in (live_query, live_key)]
-        numbers = [
-            [before[i] for i in rows.tolist()] if before else rows.tolist()
-            for before, rows in zip((self.cfg.query_numbers, self.cfg.key_numbers), kept, strict=True)
-        ]
-        d_query_before, d_key_before = self.cfg.original_sizes
-        made = BilinearQKDictionary(
-            replace(
-                self.cfg, d_query=len(kept[0]), d_key=len(kept[1]), n_pairs=0, query_numbers=numbers[0],
-                key_numbers=numbers[1], d_query_before=d_query_before, d_key_before=d_key_before,
-            )
-        )  # fmt: skip
-        for half, new, rows in zip((self.query, self.key), (made.query, made.key), kept, strict=True):
-            for name, tensor in half.state_dict().items():
-                whole = {"W_enc": (slice(None), rows), "b_dec": (slice(None),)}.get(name, (rows,))
-                new.get_parameter(name).copy_(tensor[whole])
-        new_numbers = [torch.full((d + 1,), -1, device=self.device) for d in lengths]
-        for renumbered, rows in zip(new_numbers, kept, strict=True):
-            renumbered[rows] = torch.arange(len(rows), device=self.device)
-            renumbered[-1] = len(rows)  # the constant
-        old = self.feature_map
-        indices = torch.stack(
-            [new_numbers[0][old.indices[:, 0]], new_numbers[1][old.indices[:, 1]], old.indices[:, 2]], dim=1
-        )
-        stays = (indices >= 0).all(dim=1)
-        sizes = made.cfg.d_query, made.cfg.d_key, self.spec.n_heads
-        made.set_feature_map(SparseFeatureMap(indices[stays], old.weights[stays], *sizes, old.statistics[stays]))
-        return made.to(self.device)
-
     def require_feature_map(self) -> None:
         if not self.has_feature_map:
             raise ValueError(
@@ -313,6 +268,12 @@ class BilinearQKDictionary(SAE[BilinearQKConfig]):
         from sae_lens_qk.patching import patched
 
         return patched(self, model, **kwargs)
+
+    def compact(self, live_query: Bool[Tensor, " d_query"], live_key: Bool[Tensor, " d_key"]) -> "BilinearQKDictionary":
+        """A dictionary of the live features alone; see `sae_lens_qk.compaction.compact`."""
+        from sae_lens_qk.compaction import compact
+
+        return compact(self, live_query, live_key)
 
     @classmethod
     @override

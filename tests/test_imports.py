@@ -17,6 +17,7 @@ ORDER = (
     ("host",),
     ("text",),
     ("dictionary",),
+    ("compaction",),
     ("patching",),
     ("evals",),
     ("training.losses",),
@@ -34,6 +35,7 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 FACADES = ("__init__", "training.__init__")
 
 IMPORTED_IN_FUNCTIONS = {
+    ("dictionary", "compaction"),
     ("dictionary", "patching"),
     ("dictionary", "pretrained"),
     ("__main__", "config"),
