@@ -7,6 +7,7 @@ from sae_lens_qk.attention import AttentionSpec
 from sae_lens_qk.config import (
     BilinearQKConfig,
     BilinearQKRunnerConfig,
+    CardConfig,
     MaskStepConfig,
     MaskTrainingConfig,
     TranscodersTrainingConfig,
@@ -16,6 +17,8 @@ from sae_lens_qk.evals import evaluate
 from sae_lens_qk.feature_map import SparseFeatureMap
 from sae_lens_qk.host import check_host
 from sae_lens_qk.models import load_model
+from sae_lens_qk.pretrained.registry import pretrained_dictionaries
+from sae_lens_qk.storage import rounding_loss
 from sae_lens_qk.training.runner import BilinearQKTrainingRunner
 
 __all__ = [
@@ -24,6 +27,7 @@ __all__ = [
     "BilinearQKDictionary",
     "BilinearQKRunnerConfig",
     "BilinearQKTrainingRunner",
+    "CardConfig",
     "MaskStepConfig",
     "MaskTrainingConfig",
     "SparseFeatureMap",
@@ -31,5 +35,7 @@ __all__ = [
     "check_host",
     "evaluate",
     "load_model",
+    "pretrained_dictionaries",
+    "rounding_loss",
 ]
 __version__ = "0.1.0"

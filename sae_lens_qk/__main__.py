@@ -1,12 +1,13 @@
-"""Command line: `python -m sae_lens_qk train | evaluate`. Help is generated from the configs and argument classes."""
+"""Command line: `python -m sae_lens_qk train | evaluate | list | push`; help comes from configs and argument classes."""
 
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
+import pandas as pd
 import transformers
 from simple_parsing import ArgumentGenerationMode, ArgumentParser, NestedMode
 from simple_parsing.helpers import field
@@ -17,7 +18,7 @@ class EvaluateArguments:
     """Measure a dictionary: pattern, loss and logits with each source patched in, beside the baselines."""
 
     dictionary: str = field(positional=True)
-    """Shipped name or folder."""
+    """Name (see `list`) or folder."""
     dataset_path: str = ""
     """Text to evaluate on: Hub name, .parquet file or folder. Default: the sample that comes with the package."""
     text_column: str = "text"
@@ -31,6 +32,37 @@ class EvaluateArguments:
     """Patterns to compare with; zero is always measured."""
     output: str = ""
     """JSON file for all figures."""
+    save: bool = False
+    """Put the figures into the dictionary's folder: metrics.json, model card, SHA256SUMS."""
+
+
+@dataclass
+class ListArguments:
+    """Dictionaries that have a name, what is known of them, and the commands that train the unpublished ones."""
+
+    output: str = ""
+    """CSV file for the whole table."""
+
+
+@dataclass
+class PushArguments:
+    """Publish a dictionary on the Hugging Face Hub, in one commit; log in with `hf auth login` or set HF_TOKEN."""
+
+    dictionary: str = field(positional=True)
+    """Name (see `list`) or folder."""
+    repo_id: str = field(positional=True)
+    """org/repo, created if need be."""
+    folder: str = field(positional=True)
+    """Folder in the repository."""
+    dtype: Literal["stored", "float32", "float16", "bfloat16"] = "stored"
+    """Precision to store it in."""
+    private: bool = False
+    """Make a new repository private."""
+    revision: str = "main"
+    """Branch to commit to."""
+    commit_message: str = ""
+    create_pr: bool = False
+    """Open a pull request instead of committing."""
 
 
 @dataclass
@@ -38,7 +70,7 @@ class TrainArguments:
     """Train a dictionary, both steps, from a config file and overriding options."""
 
     config: str = ""
-    """YAML or JSON file with config fields; options on the command line override it."""
+    """YAML or JSON file with config fields, or a recipe's name (see `list`); options on the command line override it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,10 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = arguments[:1] == ["--debug"]
     if debug:
         arguments = arguments[1:]
-    commands = {"train": _train, "evaluate": _evaluate}
+    commands = {"train": _train, "evaluate": _evaluate, "list": _list, "push": _push}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(
-            "usage: python -m sae_lens_qk [--debug] {train,evaluate} ...   "
+            "usage: python -m sae_lens_qk [--debug] {train,evaluate,list,push} ...   "
             "(--help after a command explains it; --debug shows the traceback of an error)"
         )
         return 0 if arguments else 2
@@ -70,12 +102,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(arguments: list[str]) -> None:
     from sae_lens_qk.config import BilinearQKRunnerConfig
+    from sae_lens_qk.pretrained.registry import recipe_file
     from sae_lens_qk.training.runner import BilinearQKTrainingRunner
 
     first = _Parser("train", add_help=False)
     first.add_arguments(TrainArguments, dest="train")
     known, _ = first.parse_known_args(arguments)
-    base = BilinearQKRunnerConfig.from_file(known.train.config) if known.train.config else BilinearQKRunnerConfig()
+    base = (
+        BilinearQKRunnerConfig.from_file(recipe_file(known.train.config)) if known.train.config else BilinearQKRunnerConfig()
+    )
     parser = _Parser("train")
     parser.add_arguments(TrainArguments, dest="train")
     parser.add_arguments(BilinearQKRunnerConfig, dest="cfg", default=base)
@@ -90,11 +125,14 @@ def _evaluate(arguments: list[str]) -> None:
     from sae_lens_qk.dictionary import BilinearQKDictionary
     from sae_lens_qk.evals import evaluate
     from sae_lens_qk.models import load_model
+    from sae_lens_qk.pretrained.folder import write_documents
     from sae_lens_qk.text import token_rows
 
     parser = _Parser("evaluate")
     parser.add_arguments(EvaluateArguments, dest="evaluate")
     args: EvaluateArguments = parser.parse_args(arguments).evaluate
+    if args.save and not (Path(args.dictionary) / "cfg.json").is_file():
+        raise ValueError(f"--save needs a dictionary's folder, got {args.dictionary!r}.")
     dictionary = BilinearQKDictionary.from_pretrained(args.dictionary)
     model = load_model(dictionary)
     tokens = token_rows(model, args.dataset_path, args.text_column, args.n_tokens // args.context_size, args.context_size)
@@ -102,6 +140,51 @@ def _evaluate(arguments: list[str]) -> None:
     Console(width=None if sys.stdout.isatty() else 132).print(result)  # a file or pipe has no width of its own
     if args.output:
         Path(args.output).write_text(json.dumps(result.to_dict(), indent=2))
+    if args.save:
+        dictionary.metrics = result
+        write_documents(dictionary, args.dictionary)
+
+
+def _list(arguments: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from sae_lens_qk.pretrained.registry import pretrained_dictionaries
+
+    parser = _Parser("list")
+    parser.add_arguments(ListArguments, dest="list")
+    args: ListArguments = parser.parse_args(arguments).list
+    listed = pretrained_dictionaries()
+    if args.output:
+        listed.to_csv(args.output, index=False)
+    table = Table()
+    for column in ("name", "model", "layer", "features", "pairs", "pattern KL", "loss recovered", "status"):
+        table.add_column(column, no_wrap=True, justify="left" if column in ("name", "model", "status") else "right")
+    for row in listed.to_dict("records"):
+        measured = not pd.isna(row["pattern_kl"])
+        figures = (f"{row['pattern_kl']:.4f}", f"{row['ce_recovered']:.1%}") if measured else ("-", "-")
+        features = f"{row['d_query']:,} / {row['d_key']:,}"
+        table.add_row(row["name"], row["model"], str(row["layer"]), features, f"{row['n_pairs']:,}", *figures, row["status"])
+    console = Console(width=None if sys.stdout.isatty() else 132, soft_wrap=True)
+    console.print(table)
+    for name, command in listed.loc[listed["status"] == "unpublished", ["name", "command"]].to_numpy():
+        console.print(f"{name} is not published yet; this trains it: {command}", highlight=False)
+
+
+def _push(arguments: list[str]) -> None:
+    from sae_lens_qk.dictionary import BilinearQKDictionary
+    from sae_lens_qk.pretrained.push import registry_entry
+
+    parser = _Parser("push")
+    parser.add_arguments(PushArguments, dest="push")
+    args: PushArguments = parser.parse_args(arguments).push
+    dictionary = BilinearQKDictionary.from_pretrained(args.dictionary, dtype=None if args.dtype == "stored" else args.dtype)
+    commit = dictionary.push_to_hub(
+        args.repo_id, args.folder, private=args.private, revision=args.revision,
+        commit_message=args.commit_message or None, create_pr=args.create_pr,
+    )  # fmt: skip
+    print(commit.pr_url or commit.commit_url)
+    print(f"for a registry:\n{registry_entry(args.repo_id, args.folder, commit.oid)}")
 
 
 class _Parser(ArgumentParser):

@@ -237,6 +237,18 @@ class MaskStepConfig:
 
 
 @dataclass
+class CardConfig:
+    """What the model card says and no measurement can tell."""
+
+    license: str = ""
+    """Licence of the dictionary, as the Hub names it (apache-2.0, mit, ...)."""
+    datasets: list[str] = field(default_factory=list)
+    """Hub names of the training data. Default: `dataset_path`, where it is one."""
+    description: str = ""
+    """Markdown under the card's heading: training data, purpose, caveats."""
+
+
+@dataclass
 class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingConfig]):
     """SAELens's runner config for both training steps.
 
@@ -254,6 +266,7 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
     """Layer whose attention is decomposed."""
     sae: TranscodersTrainingConfig = field(default_factory=lambda: TranscodersTrainingConfig(d_in=1))
     mask: MaskStepConfig = field(default_factory=MaskStepConfig)
+    card: CardConfig = field(default_factory=CardConfig)
     text_column: str = "text"
     is_dataset_tokenized: bool = False
     streaming: bool = False
@@ -325,7 +338,8 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
         return self.train_batch_size_tokens // self.context_size
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "mask": asdict(self.mask), "seqpos_slice": list(self.seqpos_slice)}
+        blocks = {"mask": asdict(self.mask), "card": asdict(self.card)}
+        return {**super().to_dict(), **blocks, "seqpos_slice": list(self.seqpos_slice)}
 
     @classmethod
     def from_dict(cls, cfg_dict: dict[str, Any]) -> "BilinearQKRunnerConfig":
@@ -335,7 +349,7 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
             ValueError: an unknown key, at the top or in a block; text where a number belongs.
         """
         values = dict(cfg_dict)
-        for name in ("sae", "mask", "logger"):
+        for name in ("sae", "mask", "card", "logger"):
             if not isinstance(values.get(name, {}), dict):
                 raise ValueError(f"{name} must be a mapping of config fields, got {values[name]!r}.")
         sae = dict(values.pop("sae", {}))
@@ -345,7 +359,7 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
         metadata = SAEMetadata(**sae.pop("metadata", {}))
         _check_keys(sae, TranscodersTrainingConfig, "sae.")
         blocks: dict[str, Any] = {"sae": TranscodersTrainingConfig(**{"d_in": 1, **sae}, metadata=metadata)}
-        for name, block_class in (("mask", MaskStepConfig), ("logger", LoggingConfig)):
+        for name, block_class in (("mask", MaskStepConfig), ("card", CardConfig), ("logger", LoggingConfig)):
             if name in values:
                 block = values.pop(name)
                 _check_keys(block, block_class, f"{name}.")

@@ -56,6 +56,7 @@ class BilinearQKDictionary(SAE[BilinearQKConfig]):
     Attributes:
         query, key: stock SAELens transcoders. Hooks on `query.hook_sae_acts_post` act on every path.
         feature_map: `SparseFeatureMap`, empty until step 2 has run.
+        metrics, runner_cfg: figures and settings of the run that made it, saved beside the weights; None: not known.
     Source: Wynroe and Sharkey 2024, "Decomposing the QK circuit with Bilinear Sparse Dictionary Learning".
     """
 
@@ -70,6 +71,17 @@ class BilinearQKDictionary(SAE[BilinearQKConfig]):
         if not cfg.attention:
             raise ValueError("cfg.attention is empty: a dictionary needs the AttentionSpec of its layer.")
         super().__init__(cfg)
+        self.runner_cfg: dict[str, Any] | None = None
+        self._metrics: dict[str, Any] | None = None
+
+    @property
+    def metrics(self) -> dict[str, Any] | None:
+        """Figures that travel with the dictionary: what `evaluate` measured, as a dict. An `Evaluation` can be assigned."""
+        return self._metrics
+
+    @metrics.setter
+    def metrics(self, measured: Any) -> None:
+        self._metrics = measured.to_dict() if hasattr(measured, "to_dict") else measured
 
     @override
     def initialize_weights(self) -> None:
@@ -228,13 +240,14 @@ class BilinearQKDictionary(SAE[BilinearQKConfig]):
         return frame.sort_values("contribution", key=abs, ascending=False, ignore_index=True)
 
     def set_feature_map(self, feature_map: SparseFeatureMap) -> None:
-        """Replace the map (validated against this dictionary's sizes)."""
+        """Replace the map (validated against this dictionary's sizes); figures of the old one are forgotten."""
         expected = (self.cfg.d_query, self.cfg.d_key, self.spec.n_heads)
         found = (feature_map.d_query, feature_map.d_key, feature_map.n_heads)
         if expected != found:
             raise ValueError(f"The map must be for (d_query, d_key, n_heads) = {expected}, got one for {found}.")
         self.feature_map = SparseFeatureMap(feature_map.indices, feature_map.weights, *expected, feature_map.statistics)
         self.cfg.n_pairs = len(feature_map)
+        self.metrics = None
 
     def require_feature_map(self) -> None:
         if not self.has_feature_map:
@@ -270,27 +283,84 @@ class BilinearQKDictionary(SAE[BilinearQKConfig]):
         return patched(self, model, **kwargs)
 
     def compact(self, live_query: Bool[Tensor, " d_query"], live_key: Bool[Tensor, " d_key"]) -> "BilinearQKDictionary":
-        """A dictionary of the live features alone; see `sae_lens_qk.compaction.compact`."""
-        from sae_lens_qk.compaction import compact
+        """A dictionary of the live features alone; see `sae_lens_qk.storage.compact`."""
+        from sae_lens_qk.storage import compact
 
         return compact(self, live_query, live_key)
 
     @classmethod
     @override
     def from_pretrained(  # type: ignore[override]
-        cls, release: str, sae_id: str | None = None, device: str = "cpu", dtype: str = "float32", **kwargs: Any
+        cls,
+        release: str,
+        sae_id: str | None = None,
+        device: str = "cpu",
+        dtype: str | None = "float32",
+        force_download: bool = False,
+        converter: Any = None,
+        fold_W_dec_norm: bool = False,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        verify: bool | Literal["strict"] = True,
     ) -> "BilinearQKDictionary":
-        """Load a shipped dictionary by name, or a local folder; see `sae_lens_qk.pretrained.from_pretrained`."""
-        from sae_lens_qk.pretrained import from_pretrained
+        """Load a dictionary by name, from a folder or from the Hub, verified; see `sae_lens_qk.pretrained.loading`."""
+        return cls.from_pretrained_with_cfg_and_sparsity(
+            release, sae_id, device, dtype, force_download, converter, fold_W_dec_norm,
+            revision=revision, token=token, cache_dir=cache_dir, verify=verify,
+        )[0]  # fmt: skip
 
-        return from_pretrained(cls, release, sae_id, device, dtype, **kwargs)
+    @classmethod
+    @override
+    def from_pretrained_with_cfg_and_sparsity(  # type: ignore[override]
+        cls, release: str, sae_id: str | None = None, *args: Any, **kwargs: Any
+    ) -> tuple["BilinearQKDictionary", dict[str, Any], Tensor | None]:
+        """`from_pretrained`, with the config as a dict, and None for the sparsity."""
+        from sae_lens_qk.pretrained.loading import from_pretrained_with_cfg_and_sparsity
+
+        return from_pretrained_with_cfg_and_sparsity(cls, release, sae_id, *args, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        folder: str,
+        *,
+        private: bool = False,
+        revision: str = "main",
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> Any:
+        """Publish as `<repo_id>/<folder>` in one commit; see `sae_lens_qk.pretrained.push.push_to_hub`."""
+        from sae_lens_qk.pretrained.push import push_to_hub
+
+        return push_to_hub(
+            self, repo_id, folder, private=private, revision=revision, token=token, commit_message=commit_message,
+            create_pr=create_pr,
+        )  # fmt: skip
+
+    def export_transcoders(self, path: str | Path) -> tuple[Path, Path]:
+        """Both halves as stock SAELens folders, `<path>/query` and `<path>/key`; see `sae_lens_qk.pretrained.folder`."""
+        from sae_lens_qk.pretrained.folder import export_transcoders
+
+        return export_transcoders(self, path)
 
     # The host's protocol.
 
     @override
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Save weights, config, and beside them figures, run settings, model card and SHA256SUMS."""
+        from sae_lens_qk.pretrained.folder import write_documents
+
+        paths = super().save_model(path)
+        write_documents(self, path)
+        return paths
+
+    @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         indices = state_dict.pop("feature_map.indices")
-        state_dict["feature_map.digits"] = pack_indices(indices, self.query.W_dec.dtype)
+        state_dict["feature_map.digits"] = pack_indices(indices)
         state_dict["feature_map.weights"] = state_dict["feature_map.weights"].clamp(0, 1)
         statistics = state_dict.pop("feature_map.statistics")
         if statistics.any():  # measured
@@ -354,17 +424,21 @@ class BilinearQKDictionary(SAE[BilinearQKConfig]):
             FileNotFoundError: no cfg.json or sae_weights.safetensors there.
             ValueError: the file is truncated, corrupted or does not fit its config.
         """
+        from sae_lens_qk.pretrained.folder import METRICS, RUNNER_CONFIG, read_document
+
         for name in ("cfg.json", "sae_weights.safetensors"):
             if not (Path(path) / name).is_file():
                 raise FileNotFoundError(f"{path} is not a dictionary folder: {name} is missing.")
         try:
-            return super().load_from_disk(path, device=device, dtype=dtype, **kwargs)
+            dictionary = super().load_from_disk(path, device=device, dtype=dtype, **kwargs)
         except (KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}/cfg.json is not the config of a dictionary ({error!r}).") from error
         except Exception as error:
             if type(error).__name__ == "SafetensorError":
                 raise ValueError(f"{path}/sae_weights.safetensors is truncated or corrupted ({error}).") from error
             raise
+        dictionary.metrics, dictionary.runner_cfg = (read_document(path, name) for name in (METRICS, RUNNER_CONFIG))
+        return dictionary
 
     @override
     def fold_W_dec_norm(self) -> None:

@@ -268,10 +268,10 @@ def as_pairs(pairs: Pairs, device: torch.device | str = "cpu") -> Int[Tensor, "p
     return made.to(torch.int64)
 
 
-def pack_indices(indices: Int[Tensor, "pair 3"], dtype: torch.dtype) -> Tensor:
-    """Base-256 digits [n_pairs, 3, 4], least significant first: exact in every dtype, bfloat16 included."""
+def pack_indices(indices: Int[Tensor, "pair 3"]) -> Tensor:
+    """Base-256 digits [n_pairs, 3, 4] as bytes, least significant first: exact in every dtype a loader may cast them to."""
     shifts = torch.arange(_DIGITS, device=indices.device) * 8
-    return ((indices[..., None] >> shifts) & 255).to(dtype)
+    return ((indices[..., None] >> shifts) & 255).to(torch.uint8)
 
 
 def unpack_indices(digits: Tensor) -> Int[Tensor, "pair 3"]:

@@ -32,6 +32,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SAE_LENS_QK_CACHE", default)).expanduser()
 
 
+def hub_name(model_name: str) -> str | None:
+    """Repository on the Hub with the model's weights or, for the embedded model, with those it was quantised from."""
+    if model_name == EMBEDDED_MODEL:
+        return _EMBEDDED_ARCHITECTURE
+    name = _NAMES_OF_HUB_MODELS.get(model_name, model_name)
+    return None if not name or Path(name).is_absolute() or Path(name).is_dir() or name.count("/") > 1 else name
+
+
 def load_model(
     model: "BilinearQKDictionary | str" = EMBEDDED_MODEL, device: str = "cpu", compatibility_mode: bool | None = None
 ) -> TransformerBridge:

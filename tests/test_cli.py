@@ -73,9 +73,14 @@ def test_train_then_evaluate(config, tmp_path, gpt2_folder, capsys):
 def test_train_help_lists_every_field_with_its_doc(capsys):
     assert run("train", "--help") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    blocks = (("", qk.BilinearQKRunnerConfig), ("sae.", qk.TranscodersTrainingConfig), ("mask.", qk.MaskStepConfig))
+    blocks = (
+        ("", qk.BilinearQKRunnerConfig),
+        ("sae.", qk.TranscodersTrainingConfig),
+        ("mask.", qk.MaskStepConfig),
+        ("card.", qk.CardConfig),
+    )
     for prefix, config_class in blocks:
-        for name in (f.name for f in fields(config_class) if f.name not in ("sae", "mask", "logger")):
+        for name in (f.name for f in fields(config_class) if f.name not in ("sae", "mask", "card", "logger")):
             assert f" --{prefix}{name} " in shown or f"[--{prefix}{name} " in shown, f"--{prefix}{name}"
     for doc in (
         "--config str YAML or JSON file with config fields",
@@ -94,16 +99,16 @@ def test_help_shows_the_values_of_the_config_file(config, capsys):
 
 def test_other_help(capsys):
     assert run("--help") == 0
-    assert "{train,evaluate}" in capsys.readouterr().out
+    assert "{train,evaluate,list,push}" in capsys.readouterr().out
     assert run("evaluate", "--help") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Shipped name or folder." in shown
+    assert "Name (see `list`) or folder." in shown
     assert "--n_tokens int Tokens to evaluate on, whole rows. (default: 8192)" in shown
 
 
 def test_debug_shows_where_an_error_comes_from(capsys):
     assert run("--debug") == 2
-    assert "[--debug] {train,evaluate}" in capsys.readouterr().out
+    assert "[--debug] {train,evaluate,list,push}" in capsys.readouterr().out
     with pytest.raises(ValueError, match="There is no dictionary 'nowhere'"):
         run("--debug", "evaluate", "nowhere")
     assert run("evaluate", "nowhere") == 2
@@ -122,7 +127,7 @@ def one_line(capsys) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evalute"], "unknown command 'evalute': use one of train, evaluate"),
+        (["evalute"], "unknown command 'evalute': use one of train, evaluate, list, push"),
         (["train", "--laier", "3"], "unrecognized arguments: --laier 3"),
         (["train", "--layer", "three"], "invalid int value: 'three'"),
         (["train", "--sae.activation", "gelu"], "invalid choice: 'gelu'"),
@@ -181,4 +186,4 @@ def test_the_process_exits_with_2():
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=Path(__file__).parents[1])
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "sae_lens_qk: unknown command 'evalute': use one of train, evaluate\n"
+    assert done.stderr == "sae_lens_qk: unknown command 'evalute': use one of train, evaluate, list, push\n"

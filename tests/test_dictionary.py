@@ -191,7 +191,7 @@ def test_hooks_on_the_halves_act_on_both_sources(dictionary, side, source):
 
 
 def test_saved_folder_holds_json_and_safetensors_alone(dictionary, saved):
-    assert sorted(path.name for path in saved.iterdir()) == ["cfg.json", WEIGHTS]
+    assert sorted(path.name for path in saved.iterdir()) == ["README.md", "SHA256SUMS", "cfg.json", WEIGHTS]
     cfg = json.loads((saved / "cfg.json").read_text())
     assert cfg["architecture"] == "bilinear_qk"
     assert (cfg["d_query"], cfg["d_key"], cfg["d_sae"], cfg["n_pairs"]) == (307, 311, 618, 1009)
@@ -203,6 +203,7 @@ def test_saved_folder_holds_json_and_safetensors_alone(dictionary, saved):
         "feature_map.weights",
         "feature_map.statistics",
     }
+    assert tensors.pop("feature_map.digits").dtype == torch.uint8
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert "feature_map.indices" in dictionary.state_dict(), "saving changed the dictionary"
 
@@ -397,7 +398,9 @@ DAMAGES = {
         r"feature_map.statistics should have shape \(1009, 3\), the file has \(1000, 3\)",
     ),
     "NaN in a pair": (
-        lambda folder: edit_weights(folder, "feature_map.digits", with_value((17, 0, 3), torch.nan)),
+        lambda folder: edit_weights(
+            folder, "feature_map.digits", lambda digits: with_value((17, 0, 3), torch.nan)(digits.float())
+        ),
         "Packed pairs must be integers 0 to 255",
     ),
     "pairs of another format": (
@@ -443,24 +446,6 @@ def test_missing_files_are_named(missing, saved, tmp_path):
         qk.BilinearQKDictionary.load_from_disk(tmp_path)
     with pytest.raises(FileNotFoundError, match="is not a dictionary folder"):
         qk.BilinearQKDictionary.load_from_disk(tmp_path / "nowhere")
-
-
-def test_from_pretrained_takes_folders_and_shipped_names(dictionary, saved, monkeypatch):
-    assert torch.equal(qk.BilinearQKDictionary.from_pretrained(str(saved)).query.W_enc, dictionary.query.W_enc)
-    assert in_step(qk.BilinearQKDictionary.from_pretrained(str(saved), dtype="bfloat16"), torch.bfloat16)
-    monkeypatch.setattr("sae_lens_qk.pretrained.shipped_folder", lambda: saved.parent)
-    loaded = qk.BilinearQKDictionary.from_pretrained(saved.name)
-    assert torch.equal(loaded.pattern(random_x(), "feature_map"), dictionary.pattern(random_x(), "feature_map"))
-    with pytest.raises(
-        ValueError, match=f"no dictionary 'nope': shipped are .*{saved.name}.*a folder written by save_model"
-    ):
-        qk.BilinearQKDictionary.from_pretrained("nope")
-
-
-def test_unknown_names_say_when_nothing_is_shipped(monkeypatch, tmp_path):
-    monkeypatch.setattr("sae_lens_qk.pretrained.shipped_folder", lambda: tmp_path / "none")
-    with pytest.raises(ValueError, match="no dictionary 'nope': shipped are none"):
-        qk.BilinearQKDictionary.from_pretrained("nope")
 
 
 # What is refused

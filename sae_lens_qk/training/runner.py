@@ -95,8 +95,9 @@ class BilinearQKTrainingRunner:
             dictionary = self._run_mask(dictionary, cache)
             if not dictionary.has_feature_map:
                 logger.warning("step 2 dropped every pair: lower mask.sparsity_coefficient")
+        dictionary.runner_cfg = self.cfg.to_dict()
         if self.cfg.output_path is not None:
-            self._save(dictionary, Path(self.cfg.output_path))
+            dictionary.save_model(self.cfg.output_path)
         return dictionary
 
     def _run_transcoders(self, cache: InputCache | None) -> BilinearQKDictionary:
@@ -259,10 +260,6 @@ class BilinearQKTrainingRunner:
             raise FileNotFoundError(f"There is no run to resume at {folder}.")
         done = folder / _STEP_1_DONE
         return BilinearQKDictionary.load_from_disk(done, self.cfg.device) if done.is_dir() else None
-
-    def _save(self, dictionary: BilinearQKDictionary, folder: Path) -> None:
-        dictionary.save_model(folder)
-        self.cfg.save(folder / "runner_cfg.json")
 
 
 class ProgressTrainer(SAETrainer[Any, Any]):

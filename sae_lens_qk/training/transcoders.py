@@ -282,7 +282,7 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
             if self.cfg.half_architecture == "jumprelu_transcoder":
                 norms = half.get_W_dec_norm()
                 state_dict[f"{side}.threshold"] = (threshold / norms).to(norms.dtype)
-        state_dict["feature_map.digits"] = pack_indices(torch.zeros(0, 3, dtype=torch.int64), self.dtype)
+        state_dict["feature_map.digits"] = pack_indices(torch.zeros(0, 3, dtype=torch.int64))
         state_dict["feature_map.weights"] = torch.zeros(0, dtype=self.dtype)
 
     @override

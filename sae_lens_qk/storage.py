@@ -1,12 +1,15 @@
-"""Dropping features of a dictionary while keeping their old numbers."""
+"""Smaller dictionaries: fewer features, keeping their old numbers, and fewer bits."""
 
+import copy
 from dataclasses import replace
 
+import pandas as pd
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae_lens_qk.dictionary import BilinearQKDictionary
+from sae_lens_qk.attention import log_pattern, pattern_kl
+from sae_lens_qk.dictionary import BilinearQKDictionary, Source
 from sae_lens_qk.feature_map import SparseFeatureMap
 
 
@@ -17,7 +20,7 @@ def compact(
     """A dictionary of the live features alone; pairs of dropped features go with them.
 
     Its `cfg.query_numbers` and `cfg.key_numbers` hold the number each feature had at first, `cfg.original_sizes` how
-    many there were.
+    many there were. Figures (`metrics`) are not taken over: measure it anew.
 
     Args:
         live_query, live_key: True for features to keep; a feature that never fires can go without changing anything.
@@ -52,4 +55,33 @@ def compact(
     stays = (indices >= 0).all(dim=1)
     sizes = made.cfg.d_query, made.cfg.d_key, dictionary.spec.n_heads
     made.set_feature_map(SparseFeatureMap(indices[stays], old.weights[stays], *sizes, old.statistics[stays]))
+    made.runner_cfg = dictionary.runner_cfg
     return made.to(dictionary.device)
+
+
+@torch.no_grad()
+def rounding_loss(dictionary: BilinearQKDictionary, x: Float[Tensor, "batch pos d_model"]) -> pd.DataFrame:
+    """What storing in fewer bits costs: a dictionary saved in each dtype and loaded in float32, against this one.
+
+    Args:
+        x: the layer's input for full sequences.
+    Returns:
+        Index dtype (float32, bfloat16, float16) and source; megabytes of the weights, pattern_error, the largest absolute
+        difference of a pattern entry, and pattern_kl = KL(pattern || stored pattern) in nats, mean over heads and queries.
+    """
+    sources: list[Source] = ["transcoders", "feature_map"] if dictionary.has_feature_map else ["transcoders"]
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        stored = copy.deepcopy(dictionary).to(dtype)
+        saved = stored.state_dict()
+        stored.process_state_dict_for_saving(saved)
+        size = sum(tensor.nbytes for tensor in saved.values())
+        stored = stored.to(torch.float32)
+        for source in sources:
+            true, made = log_pattern(dictionary.scores(x, source)), log_pattern(stored.scores(x, source))
+            rows.append({
+                "dtype": str(dtype).removeprefix("torch."), "source": source, "megabytes": size / 1e6,
+                "pattern_error": float((true.exp() - made.exp()).abs().max()),
+                "pattern_kl": float(pattern_kl(true, made)[:, :, 1:].mean()),
+            })  # fmt: skip
+    return pd.DataFrame(rows).set_index(["dtype", "source"])

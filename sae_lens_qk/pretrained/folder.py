@@ -1,0 +1,65 @@
+"""A dictionary as a folder: weights and config as SAELens writes them, and the documents beside them."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sae_lens_qk.dictionary import BilinearQKDictionary
+from sae_lens_qk.pretrained.card import dictionary_card
+from sae_lens_qk.pretrained.checksums import CARD, METRICS, RUNNER_CONFIG, write_sums
+
+
+def write_documents(dictionary: BilinearQKDictionary, folder: str | Path, name: str = "", source: str = "") -> None:
+    """Write metrics.json, runner_cfg.json (each where known), the model card and SHA256SUMS beside saved weights.
+
+    Args:
+        name: the card's heading. Default: the folder's name.
+        source: arguments of `from_pretrained` in the card's snippet. Default: the folder's name as a path.
+    """
+    folder = Path(folder)
+    name = name or folder.resolve().name
+    for file, content in ((METRICS, dictionary.metrics), (RUNNER_CONFIG, dictionary.runner_cfg)):
+        if content is None:
+            (folder / file).unlink(missing_ok=True)  # of a dictionary saved here before
+        else:
+            (folder / file).write_text(json.dumps(content, indent=2) + "\n")
+    card = dictionary_card(dictionary.cfg, dictionary.metrics, dictionary.runner_cfg, name, source or f'"path/to/{name}"')
+    (folder / CARD).write_text(card)
+    write_sums(folder)
+
+
+def read_document(folder: str | Path, file: str) -> dict[str, Any] | None:
+    """metrics.json or runner_cfg.json of a folder, None where there is none.
+
+    Raises:
+        ValueError: not a JSON object.
+    """
+    path = Path(folder) / file
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: it is not JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
+    return content
+
+
+class Halves(NamedTuple):
+    """Folders of the two stock transcoders."""
+
+    query: Path
+    key: Path
+
+
+def export_transcoders(dictionary: BilinearQKDictionary, path: str | Path) -> Halves:
+    """Write both halves as stock SAELens folders, `<path>/query` and `<path>/key`, for people without this package.
+
+    `SAE.load_from_disk` reads them. On a `SAETransformerBridge`, `add_sae` attaches query and key together: they name
+    different hooks (`attn.q.hook_in` -> `attn.q.hook_out`, and `k`).
+    """
+    halves = Halves(Path(path) / "query", Path(path) / "key")
+    dictionary.query.save_model(halves.query)
+    dictionary.key.save_model(halves.key)
+    return halves
