@@ -4,12 +4,32 @@ The models are shared by the whole session. A test that changes a model (weights
 its own with `tiny_model`, in some 0.05 s; what it leaves behind in a shared one is an error when the fixture ends.
 """
 
+# ruff: noqa: E402
 import os
+import sys
+from tempfile import TemporaryDirectory
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from loopback_hub import LoopbackHub
+
+# The Hub client reads its environment when it is imported. From here on this process and those it starts can reach no other
+# Hub than an empty one on 127.0.0.1, and see no token, cache or offline switch (make sets one) of the machine.
+assert "huggingface_hub" not in sys.modules
+HUB, HF_HOME = LoopbackHub(), TemporaryDirectory(prefix="hf-home-")
+HUB.start()
+for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))]:
+    del os.environ[name]
+os.environ |= {
+    "HF_ENDPOINT": HUB.url,
+    "HF_HOME": HF_HOME.name,
+    "HF_HUB_OFFLINE": "0",
+    "HF_HUB_DISABLE_XET": "1",  # the loopback Hub has plain LFS only
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "no_proxy": "127.0.0.1",
+}
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +54,39 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))  # on busy co
 Model = TransformerBridge | HookedTransformer
 
 _UNSUPPORTED = [(name, "bridge") for name in UNSUPPORTED] + [(name, "hooked") for name in UNSUPPORTED_HOOKED]
+
+
+def pytest_unconfigure() -> None:
+    HUB.close()
+    HF_HOME.cleanup()
+
+
+@pytest.fixture
+def hub() -> Iterator[LoopbackHub]:
+    """The Hub of the session, empty, with `owner` (token hf_owner; writes in org too) and `stranger` (hf_stranger)."""
+    HUB.reset()
+    HUB.add_user("hf_owner", "owner", orgs=["org"])
+    HUB.add_user("hf_stranger", "stranger")
+    yield HUB
+    HUB.start()
+    HUB.reset()
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path) -> Path:
+    """An empty folder for `cache_dir`."""
+    path = tmp_path / "hub"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def hub_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The client's waits between its attempts, up to 23 s for one request, in seconds: noted here instead of slept."""
+    waits: list[float] = []
+    for module in ("utils._http", "file_download"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.time", SimpleNamespace(sleep=waits.append))
+    return waits
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,680 @@
+"""The loopback Hub as the real client sees it, and what the client itself does when the Hub or the line fails."""
+
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from hashlib import sha1, sha256
+from pathlib import Path, PosixPath
+
+import httpx2
+import pytest
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    constants,
+    get_token,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.errors import (
+    BadRequestError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from loopback_hub import REGULAR_LIMIT, LoopbackHub
+
+REPO = "org/repo"
+WEIGHTS = bytes(range(256)) * 40
+FILES = {"cfg.json": b'{"d_in": 7}', "half/sae_weights.safetensors": WEIGHTS, "half/deep/notes.txt": b"notes"}
+STEPS = [1, 2, 4, 8, 8]
+"""The client's waits between its six attempts."""
+
+owner, stranger, nobody = HfApi(token="hf_owner"), HfApi(token="hf_stranger"), HfApi(token=False)
+unknown = HfApi(token="hf_unknown")
+
+
+@pytest.fixture(autouse=True)
+def no_progress_bars() -> Iterator[None]:
+    """A bar that an error interrupts would be drawn again when the process ends."""
+    disable_progress_bars()
+    yield
+    enable_progress_bars()
+
+
+@pytest.fixture
+def repo(hub: LoopbackHub) -> LoopbackHub:
+    """The Hub with FILES in REPO."""
+    hub.create_repo(REPO)
+    hub.commit(REPO, FILES)
+    return hub
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """FILES on disk."""
+    for path, data in FILES.items():
+        (tmp_path / "folder" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / path).write_bytes(data)
+    return tmp_path / "folder"
+
+
+def served(hub: LoopbackHub) -> list[str]:
+    """The log since the last look, without the repository's name."""
+    lines = [f"{request.method} {request.path} {request.status}".replace(REPO, "R") for request in hub.requests]
+    hub.requests.clear()
+    return lines
+
+
+def add(path: str, data: bytes) -> CommitOperationAdd:
+    return CommitOperationAdd(path, data)
+
+
+def git_oid(data: bytes) -> str:
+    return sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+# --- the environment of the tests
+
+
+def test_the_client_knows_only_the_loopback_hub(hub):
+    assert hub.url == constants.ENDPOINT
+    assert not constants.is_offline_mode()
+    assert constants.HF_HUB_DISABLE_XET
+    assert constants.HF_HUB_CACHE.startswith(os.environ["HF_HOME"])
+    assert get_token() is None
+
+
+def test_so_does_a_process_started_by_a_test(hub):
+    code = "from huggingface_hub import HfApi; print(HfApi().whoami()['name'])"
+    environment = {**os.environ, "HF_TOKEN": "hf_stranger"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "stranger\n"
+
+
+# --- repositories and users
+
+
+def test_create_repo(hub):
+    assert owner.create_repo("org/new", private=True) == f"{hub.url}/org/new"
+    assert owner.create_repo("mine").repo_id == "owner/mine"
+    assert list(hub.files("org/new")) == [".gitattributes"]
+    assert [commit.message for commit in hub.commits("org/new")] == ["initial commit"]
+    assert owner.model_info("org/new").private
+    assert not owner.model_info("owner/mine").private
+
+    with pytest.raises(HfHubHTTPError, match="You already created this model repo") as error:
+        owner.create_repo("org/new")
+    assert error.value.response.status_code == 409
+    assert owner.create_repo("org/new", exist_ok=True).repo_id == "org/new"
+    assert len(hub.commits("org/new")) == 1
+
+
+@pytest.mark.parametrize(
+    ("api", "status", "message"),
+    [
+        (stranger, 403, 'namespace "org"'),
+        (nobody, 401, "Invalid username or password"),
+        (unknown, 401, "Invalid credentials"),
+    ],
+)
+def test_create_repo_refused(hub, api, status, message):
+    with pytest.raises(HfHubHTTPError, match=message) as error:
+        api.create_repo("org/new")
+    assert error.value.response.status_code == status
+    assert not isinstance(error.value, RepositoryNotFoundError)
+    with pytest.raises(RepositoryNotFoundError):
+        owner.model_info("org/new")
+
+
+def test_whoami(hub):
+    assert owner.whoami()["name"] == "owner"
+    assert [org["name"] for org in owner.whoami()["orgs"]] == ["org"]
+    with pytest.raises(HfHubHTTPError, match="Invalid user token"):
+        unknown.whoami()
+
+
+def test_a_model_without_a_namespace_is_read_only(hub, hub_cache):
+    hub.create_repo("gpt2")
+    hub.commit("gpt2", FILES)
+    assert Path(hf_hub_download("gpt2", "half/deep/notes.txt", cache_dir=hub_cache)).read_bytes() == b"notes"
+    assert Path(snapshot_download("gpt2", cache_dir=hub_cache), "cfg.json").read_bytes() == FILES["cfg.json"]
+    with pytest.raises(HfHubHTTPError, match="403"):
+        owner.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id="gpt2")
+
+
+def test_private_repositories_are_missing_to_others(hub, hub_cache):
+    hub.create_repo(REPO, private=True)
+    hub.commit(REPO, FILES)
+    assert Path(hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache, token="hf_owner")).read_bytes() == FILES["cfg.json"]
+    for api, status in ((stranger, 404), (nobody, 401)):
+        for call in (api.model_info, api.list_repo_files, api.list_repo_refs):
+            with pytest.raises(RepositoryNotFoundError) as error:
+                call(REPO)
+            assert error.value.response.status_code == status
+        with pytest.raises(RepositoryNotFoundError):
+            hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache / "other", token=api.token)
+        with pytest.raises(RepositoryNotFoundError):
+            api.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id=REPO)
+
+
+def test_gated_repositories_list_their_files_but_keep_them(hub, hub_cache):
+    hub.create_repo(REPO, gated=True)
+    hub.commit(REPO, FILES)
+    for api, status in ((stranger, 403), (nobody, 401)):
+        assert api.model_info(REPO).gated == "manual"
+        assert "cfg.json" in api.list_repo_files(REPO)
+        for filename in ("cfg.json", "missing.json"):
+            with pytest.raises(GatedRepoError) as error:
+                hf_hub_download(REPO, filename, cache_dir=hub_cache, token=api.token)
+            assert error.value.response.status_code == status
+        with pytest.raises(GatedRepoError):
+            snapshot_download(REPO, cache_dir=hub_cache, token=api.token)
+    assert Path(hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache, token="hf_owner")).is_file()
+
+
+def test_an_unknown_token_is_refused_where_none_is_needed(repo, hub_cache):
+    calls = [
+        lambda: unknown.model_info(REPO),
+        lambda: unknown.list_repo_files(REPO),
+        lambda: hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache, token="hf_unknown"),
+        lambda: unknown.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id=REPO),
+    ]
+    for call in calls:
+        with pytest.raises(HfHubHTTPError, match="Invalid credentials in Authorization header") as error:
+            call()
+        assert error.value.response.status_code == 401
+        assert not isinstance(error.value, RepositoryNotFoundError)
+    assert len(repo.commits(REPO)) == 2
+
+
+def test_writing_needs_a_token_of_the_namespace(repo, folder):
+    with pytest.raises(RepositoryNotFoundError) as error:  # the client's reading of a 401
+        nobody.upload_folder(repo_id=REPO, folder_path=folder)
+    assert error.value.response.status_code == 401
+    with pytest.raises(HfHubHTTPError, match="create_pr=1") as error:
+        stranger.upload_folder(repo_id=REPO, folder_path=folder)
+    assert error.value.response.status_code == 403
+    with pytest.raises(HfHubHTTPError, match="403"):
+        stranger.create_branch(REPO, branch="dev")
+    assert repo.files(REPO).keys() == {".gitattributes", *FILES}
+
+
+def test_the_token_of_the_environment_is_used(repo, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_owner")
+    HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id=REPO)
+    assert {request.token for request in repo.requests} == {"hf_owner"}
+
+
+# --- uploads
+
+
+def test_upload_folder(hub, folder):
+    owner.create_repo(REPO)
+    (folder / "empty.safetensors").touch()
+    served(hub)
+    info = owner.upload_folder(repo_id=REPO, folder_path=folder, commit_message="Summary", commit_description="More")
+    assert hub.files(REPO) == {**FILES, "empty.safetensors": b"", ".gitattributes": hub.files(REPO)[".gitattributes"]}
+    newest, first = hub.commits(REPO)
+    assert (newest.oid, newest.message, newest.parent, newest.author) == (info.oid, "Summary\n\nMore", first.oid, "owner")
+    assert info.commit_url == f"{hub.url}/org/repo/commit/{info.oid}"
+    assert served(hub) == [
+        "POST /api/models/R/preupload/main 200",
+        "POST /R.git/info/lfs/objects/batch 200",
+        f"PUT /lfs/R/{sha256(WEIGHTS).hexdigest()} 200",
+        "POST /R.git/info/lfs/objects/verify 200",
+        "POST /api/models/R/commit/main 200",
+    ]
+
+
+def test_the_storage_sees_no_token(repo):
+    owner.upload_file(path_or_fileobj=b"other", path_in_repo="other.safetensors", repo_id=REPO)
+    assert {request.token for request in repo.requests if request.method == "PUT"} == {None}
+    assert {request.token for request in repo.requests if request.method == "POST"} == {"hf_owner"}
+
+
+def test_a_repeated_upload_makes_no_second_commit(hub, folder):
+    owner.create_repo(REPO)
+    first = owner.upload_folder(repo_id=REPO, folder_path=folder)
+    served(hub)
+    assert owner.upload_folder(repo_id=REPO, folder_path=folder).oid == first.oid
+    assert len(hub.commits(REPO)) == 2
+    assert served(hub) == [
+        "POST /api/models/R/preupload/main 200",
+        "POST /R.git/info/lfs/objects/batch 200",  # nothing is sent: the object is there
+        "GET /api/models/R/revision/main 200",
+    ]
+
+
+def test_known_objects_are_not_sent_again(repo):
+    owner.upload_file(path_or_fileobj=WEIGHTS, path_in_repo="copy.safetensors", repo_id=REPO)
+    assert not any(line.startswith("PUT") for line in served(repo))
+    assert repo.files(REPO)["copy.safetensors"] == WEIGHTS
+
+
+def test_large_files_of_any_name_go_to_lfs(repo):
+    owner.upload_file(path_or_fileobj=bytes(REGULAR_LIMIT), path_in_repo="regular.bin", repo_id=REPO)
+    assert not any(line.startswith("PUT") for line in served(repo))
+    owner.upload_file(path_or_fileobj=bytes(REGULAR_LIMIT + 1), path_in_repo="large.bin", repo_id=REPO)
+    assert any(line.startswith("PUT") for line in served(repo))
+    regular, large = owner.get_paths_info(REPO, ["regular.bin", "large.bin"])
+    assert regular.lfs is None
+    assert large.lfs is not None
+    assert large.lfs.sha256 == sha256(bytes(REGULAR_LIMIT + 1)).hexdigest()
+
+
+def test_the_storage_checks_the_sum(repo, tmp_path):
+    """The client's own mistake: the file changes between the sum and the upload."""
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"before")
+    operation = CommitOperationAdd("weights.safetensors", path)
+    assert operation.upload_info.sha256
+    path.write_bytes(b"after!")
+    with pytest.raises(RuntimeError, match=r"Error while uploading 'weights.safetensors'") as error:
+        owner.create_commit(REPO, [operation], commit_message="m")
+    assert isinstance(error.value.__cause__, BadRequestError)
+    assert len(repo.commits(REPO)) == 2
+
+
+def test_verification_checks_the_size(repo):
+    operation = add("weights.safetensors", b"content")
+    operation.upload_info.size += 1
+    with pytest.raises(RuntimeError) as error:
+        owner.create_commit(REPO, [operation], commit_message="m")
+    assert "has 7 bytes, not 8" in str(error.value.__cause__)
+    assert len(repo.commits(REPO)) == 2
+
+
+def test_a_commit_needs_its_objects(repo):
+    operation = add("weights.safetensors", b"never sent")
+    operation._upload_mode, operation._is_uploaded = "lfs", True
+    with pytest.raises(BadRequestError, match="LFS pointer pointed to a file that does not exist"):
+        owner.create_commit(REPO, [operation], commit_message="m")
+    assert len(repo.commits(REPO)) == 2
+
+
+def test_deletion(repo):
+    operations = [CommitOperationDelete("cfg.json"), CommitOperationDelete("half/deep/")]
+    owner.create_commit(REPO, operations, commit_message="m")
+    assert repo.files(REPO).keys() == {".gitattributes", "half/sae_weights.safetensors"}
+    for path in ("cfg.json", "half", "cfg/"):  # a folder is none without its slash
+        with pytest.raises(RemoteEntryNotFoundError, match="A file with this name doesn't exist"):
+            owner.create_commit(REPO, [add("new", b"x"), CommitOperationDelete(path)], commit_message="m")
+    assert "new" not in repo.files(REPO)
+
+
+def test_parent_commit(repo):
+    first = repo.commits(REPO)[0].oid
+    repo.commit(REPO, {"theirs": b"x"})
+    with pytest.raises(HfHubHTTPError, match="A commit has happened since") as error:
+        owner.create_commit(REPO, [add("ours", b"x")], commit_message="m", parent_commit=first)
+    assert error.value.response.status_code == 412
+    assert "ours" not in repo.files(REPO)
+    owner.create_commit(REPO, [add("ours", b"x")], commit_message="m", parent_commit=repo.commits(REPO)[0].oid[:7])
+    assert {"ours", "theirs"} < repo.files(REPO).keys()
+
+
+def test_pull_requests(repo, hub_cache):
+    first = repo.commits(REPO)[0].oid
+    repo.commit(REPO, {"theirs": b"x"})
+    files = [add("cfg.json", b"{}"), add("new.safetensors", b"new")]
+    info = stranger.create_commit(REPO, files, commit_message="m", create_pr=True, parent_commit=first)
+    assert (info.pr_num, info.pr_revision) == (1, "refs/pr/1")
+    assert info.pr_url == f"{repo.url}/org/repo/discussions/1"
+    assert repo.files(REPO)["cfg.json"] == FILES["cfg.json"]
+    assert repo.files(REPO, "refs/pr/1")["cfg.json"] == b"{}"
+    assert repo.commits(REPO, "refs/pr/1")[0].parent == first
+
+    stranger.upload_file(path_or_fileobj=b"2", path_in_repo="cfg.json", repo_id=REPO, revision="refs/pr/1")
+    assert Path(hf_hub_download(REPO, "cfg.json", revision="refs/pr/1", cache_dir=hub_cache)).read_bytes() == b"2"
+    assert owner.upload_file(path_or_fileobj=b"", path_in_repo="y", repo_id=REPO, create_pr=True).pr_num == 2
+    with pytest.raises(HfHubHTTPError, match="403"):
+        stranger.upload_file(path_or_fileobj=b"", path_in_repo="y", repo_id=REPO, revision="refs/pr/2")
+    pulls = nobody.list_repo_refs(REPO, include_pull_requests=True).pull_requests
+    assert [pull.ref for pull in pulls or []] == ["refs/pr/1", "refs/pr/2"]
+
+
+def test_branches(repo, hub_cache):
+    first = repo.commits(REPO)[1].oid
+    owner.create_branch(REPO, branch="feature/one")
+    owner.create_branch(REPO, branch="old", revision=first)
+    with pytest.raises(HfHubHTTPError, match="409"):
+        owner.create_branch(REPO, branch="old")
+    owner.create_branch(REPO, branch="old", exist_ok=True)
+    with pytest.raises(RevisionNotFoundError):
+        owner.create_branch(REPO, branch="new", revision="nowhere")
+    with pytest.raises(BadRequestError):
+        owner.create_branch(REPO, branch="refs/pr/5")
+
+    owner.upload_file(path_or_fileobj=b"{}", path_in_repo="cfg.json", repo_id=REPO, revision="feature/one")
+    tips = {branch.name: branch.target_commit for branch in nobody.list_repo_refs(REPO).branches}
+    assert tips.keys() == {"main", "feature/one", "old"}
+    assert tips["old"] == first
+    assert repo.files(REPO)["cfg.json"] == FILES["cfg.json"]
+    assert Path(hf_hub_download(REPO, "cfg.json", revision="feature/one", cache_dir=hub_cache)).read_bytes() == b"{}"
+    assert list(repo.files(REPO, "old")) == [".gitattributes"]
+    for revision in ("nowhere", first):  # a commit is no branch
+        with pytest.raises(RevisionNotFoundError):
+            owner.create_commit(REPO, [add("x", b"x")], commit_message="m", revision=revision)
+
+
+@pytest.mark.parametrize(
+    ("card", "problem"),
+    [("---\nlicense: [mit\n---\n", "YAML metadata error"), ("---\n- mit\n---\n", "must be a mapping, not list")],
+)
+def test_a_card_with_invalid_metadata_stops_the_upload_before_it_starts(repo, folder, card, problem):
+    (folder / "README.md").write_text(card)
+    (folder / "new.safetensors").write_bytes(b"new")
+    with pytest.raises(ValueError, match=rf"Invalid metadata in README.md.\n- .*{problem}"):
+        owner.upload_folder(repo_id=REPO, folder_path=folder)
+    assert served(repo) == ["POST /api/validate-yaml 400"]
+
+
+def test_cards(repo):
+    card = ModelCard("---\nlicense: mit\n---\n# A model\n")
+    card.validate()
+    card.data.weights = PosixPath("a")
+    with pytest.raises(ValueError, match="could not determine a constructor"):
+        card.validate()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        owner.upload_file(path_or_fileobj=b"---\ntags: [a]\n---\n", path_in_repo="README.md", repo_id=REPO)
+        assert not caught
+        owner.upload_file(path_or_fileobj=b"# No metadata", path_in_repo="README.md", repo_id=REPO)
+    assert "empty or missing yaml metadata" in str(caught[0].message)
+
+
+# --- downloads and listings
+
+
+def test_hf_hub_download(repo, hub_cache):
+    oid = repo.commits(REPO)[0].oid
+    for name, blob in (
+        ("cfg.json", git_oid(FILES["cfg.json"])),
+        ("half/sae_weights.safetensors", sha256(WEIGHTS).hexdigest()),
+    ):
+        path = Path(hf_hub_download(REPO, name, cache_dir=hub_cache))
+        assert path.read_bytes() == FILES[name]
+        assert path == hub_cache / "models--org--repo" / "snapshots" / oid / name
+        assert path.resolve().name == blob
+        assert served(repo) == [f"HEAD /R/resolve/main/{name} 200", f"GET /R/resolve/main/{name} 200"]
+        hf_hub_download(REPO, name, cache_dir=hub_cache)
+        assert served(repo) == [f"HEAD /R/resolve/main/{name} 200"]
+        hf_hub_download(REPO, name, revision=oid, cache_dir=hub_cache)
+        assert served(repo) == []
+
+
+def test_only_what_changed_is_downloaded_again(repo, hub_cache):
+    hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)
+    repo.commit(REPO, {"other": b"x"})
+    served(repo)
+    hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)
+    assert served(repo) == ["HEAD /R/resolve/main/cfg.json 200"]
+    repo.commit(REPO, {"cfg.json": b"{}"}, delete=["other"])
+    assert Path(hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)).read_bytes() == b"{}"
+    assert "other" not in repo.files(REPO)
+
+
+def test_names_are_quoted(repo, hub_cache):
+    repo.commit(REPO, {"a folder/100% é?#.txt": b"x"})
+    assert Path(hf_hub_download(REPO, "a folder/100% é?#.txt", cache_dir=hub_cache)).read_bytes() == b"x"
+
+
+def test_snapshot_download(repo, hub_cache):
+    oid = repo.commits(REPO)[0].oid
+    path = Path(snapshot_download(REPO, cache_dir=hub_cache))
+    assert {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()} == repo.files(REPO)
+    lines = served(repo)
+    assert lines[:2] == [
+        "GET /api/models/R/revision/main 200",
+        f"GET /api/models/R/tree/{oid}?recursive=true&expand=false 200",
+    ]
+    assert len(lines) == 2 + 2 * len(repo.files(REPO))
+    snapshot_download(REPO, cache_dir=hub_cache)
+    assert served(repo) == ["GET /api/models/R/revision/main 200"]
+    snapshot_download(REPO, revision=oid, cache_dir=hub_cache)
+    assert served(repo) == []
+
+
+def test_listings(repo):
+    first = repo.commits(REPO)[1].oid
+    every = [".gitattributes", "cfg.json", "half", "half/deep", "half/deep/notes.txt", "half/sae_weights.safetensors"]
+    assert [entry.path for entry in nobody.list_repo_tree(REPO, recursive=True)] == every
+    assert [entry.path for entry in nobody.list_repo_tree(REPO)] == every[:3]
+    assert [entry.path for entry in nobody.list_repo_tree(REPO, "half")] == ["half/deep", "half/sae_weights.safetensors"]
+    assert [entry.path for entry in nobody.list_repo_tree(REPO, "half", recursive=True)] == every[3:]
+    assert [entry.path for entry in nobody.list_repo_tree(REPO, revision=first)] == every[:1]
+    with pytest.raises(RemoteEntryNotFoundError):
+        list(nobody.list_repo_tree(REPO, "nowhere"))
+    assert [commit.title for commit in nobody.list_repo_commits(REPO)] == ["Somebody else's commit", "initial commit"]
+    assert [entry.path for entry in nobody.get_paths_info(REPO, ["half", "nowhere", "cfg.json"])] == ["half", "cfg.json"]
+    assert nobody.file_exists(REPO, "cfg.json")
+    assert not nobody.file_exists(REPO, "nowhere")
+    assert not nobody.file_exists("org/nowhere", "cfg.json")
+    assert nobody.revision_exists(REPO, first)
+    assert not nobody.revision_exists(REPO, first[:7])
+
+
+def test_model_info(repo):
+    info = nobody.model_info(REPO)
+    assert (info.id, info.author, info.sha, info.gated) == (REPO, "org", repo.commits(REPO)[0].oid, False)
+    assert [file.rfilename for file in info.siblings or []] == sorted([".gitattributes", *FILES])
+    sizes = {
+        file.rfilename: (file.size, file.blob_id) for file in nobody.model_info(REPO, files_metadata=True).siblings or []
+    }
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256(WEIGHTS).hexdigest()}\nsize {len(WEIGHTS)}\n"
+    assert sizes["half/sae_weights.safetensors"] == (len(WEIGHTS), git_oid(pointer.encode()))
+    assert sizes["cfg.json"] == (11, git_oid(FILES["cfg.json"]))
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "filename", "revision", "error"),
+    [
+        ("org/nowhere", "cfg.json", "main", RepositoryNotFoundError),
+        (REPO, "cfg.json", "nowhere", RevisionNotFoundError),
+        (REPO, "nowhere.json", "main", RemoteEntryNotFoundError),
+    ],
+)
+@pytest.mark.parametrize("token", ["hf_owner", False])
+def test_what_is_missing(repo, hub_cache, repo_id, filename, revision, error, token):
+    api = HfApi(token=token)
+    with pytest.raises(error) as raised:
+        hf_hub_download(repo_id, filename, revision=revision, cache_dir=hub_cache, token=token)
+    assert raised.value.response.status_code == (401 if error is RepositoryNotFoundError and not token else 404)
+    assert len(list(hub_cache.glob("*/.no_exist/*/nowhere.json"))) == (error is RemoteEntryNotFoundError)
+    if error is not RemoteEntryNotFoundError:
+        for call in (api.model_info, api.list_repo_commits, lambda *a, **k: list(api.list_repo_tree(*a, **k))):
+            with pytest.raises(error):
+                call(repo_id, revision=revision)
+    if token and error is not RemoteEntryNotFoundError:
+        with pytest.raises(error):
+            api.create_commit(repo_id, [add("x", b"x")], commit_message="m", revision=revision)
+
+
+# --- the client under faults
+
+
+def test_corruption_that_keeps_the_length_passes_the_client(repo, hub_cache):
+    """Of LFS files too, whose sum it knows: the reason why our manifests have sums of their own."""
+    for name in ("cfg.json", "half/sae_weights.safetensors"):
+        repo.fault("GET", name, flip_byte=3)
+        path = Path(hf_hub_download(REPO, name, cache_dir=hub_cache))
+        expected = bytearray(FILES[name])
+        expected[3] ^= 0xFF
+        assert path.read_bytes() == expected
+        assert Path(hf_hub_download(REPO, name, cache_dir=hub_cache)).read_bytes() == expected  # and it stays
+        assert Path(hf_hub_download(REPO, name, cache_dir=hub_cache, force_download=True)).read_bytes() == FILES[name]
+
+
+def test_a_wrong_length_is_refused(repo, hub_cache):
+    repo.fault("GET", "sae_weights", truncate=100)
+    with pytest.raises(OSError, match=r"Consistency check failed: file should be of size 10240 but has size 100"):
+        hf_hub_download(REPO, "half/sae_weights.safetensors", cache_dir=hub_cache)
+    assert not list(hub_cache.rglob("*safetensors"))
+    assert Path(hf_hub_download(REPO, "half/sae_weights.safetensors", cache_dir=hub_cache)).read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize(("chunk", "status"), [(constants.DOWNLOAD_CHUNK_SIZE, 200), (64, 206)])
+def test_a_download_cut_short_is_resumed_after_its_last_whole_chunk(repo, hub_cache, hub_waits, monkeypatch, chunk, status):
+    """A chunk is 10 MiB, so that smaller files start anew."""
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", chunk)
+    repo.fault("GET", "sae_weights", truncate=100, drop=True, times=2)
+    path = hf_hub_download(REPO, "half/sae_weights.safetensors", cache_dir=hub_cache)
+    assert Path(path).read_bytes() == WEIGHTS
+    assert [request.status for request in repo.requests] == [200, 0, 0, status]
+    assert hub_waits == [1, 1]
+
+
+def test_a_download_that_never_moves_ends(repo, hub_cache, hub_waits):
+    repo.fault("GET", "cfg.json", drop=True, times=None)
+    with pytest.raises(httpx2.RemoteProtocolError):
+        hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)
+    assert hub_waits == [1] * 5
+    assert not list(hub_cache.rglob("cfg.json"))
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_failing_hub(repo, hub_cache, hub_waits, status):
+    """A failing HEAD is tried once, then, with nothing in the cache, six times more; a failing GET only once."""
+    repo.fault("HEAD", "cfg.json", status=status, times=None)
+    with pytest.raises(LocalEntryNotFoundError) as error:
+        hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)
+    assert isinstance(error.value.__cause__, HfHubHTTPError)
+    assert served(repo) == [f"HEAD /R/resolve/main/cfg.json {status}"] * 7
+    assert hub_waits == STEPS
+
+    repo.fault("GET", "sae_weights", status=status)
+    with pytest.raises(HfHubHTTPError):
+        hf_hub_download(REPO, "half/sae_weights.safetensors", cache_dir=hub_cache)
+    assert hub_waits == STEPS
+
+
+def test_a_hub_that_fails_for_a_moment(repo, hub_cache, hub_waits):
+    repo.fault("HEAD", "cfg.json", status=503, times=2)
+    repo.fault("GET", "cfg.json", status=429, headers={"Retry-After": "3"})
+    assert Path(hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)).read_bytes() == FILES["cfg.json"]
+    assert hub_waits == [1, 4.0]
+    assert [request.status for request in repo.requests] == [503, 503, 200, 429, 200]
+
+
+def test_a_failing_hub_is_not_noticed_where_the_cache_has_the_file(repo, hub_cache, hub_waits):
+    path = hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)
+    repo.commit(REPO, {"cfg.json": b"{}"})
+    repo.fault("HEAD", "cfg.json", status=503)
+    assert hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache) == path  # the old one
+    assert hub_waits == []
+
+
+@pytest.mark.parametrize("error_code", ["RepoNotFound", "GatedRepo", "RevisionNotFound", "EntryNotFound"])
+def test_injected_errors_carry_their_code_and_message(repo, hub_cache, error_code):
+    repo.fault("HEAD", "cfg.json", status=404, error_code=error_code, message="A reason")
+    with pytest.raises(HfHubHTTPError, match="A reason") as error:
+        hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)
+    assert error.value.response.headers["X-Error-Code"] == error_code
+
+
+def test_skip_times_and_order_of_faults(repo):
+    repo.fault("GET|POST", "/api/", status=418, skip=1, times=2)
+    repo.fault("GET", "whoami", status=410, times=None)
+    codes = [httpx2.get(f"{repo.url}/api/whoami-v2").status_code for _ in range(5)]
+    assert codes == [410, 418, 418, 410, 410]
+
+
+def test_a_dropped_upload_leaves_the_repository_unchanged(repo, folder, hub_waits):
+    (folder / "new.safetensors").write_bytes(bytes(10**6))
+    before = repo.commits(REPO)
+    repo.fault("PUT", "/lfs/", drop=True, times=None)
+    with pytest.raises(RuntimeError, match=r"Error while uploading 'new.safetensors' to the Hub"):
+        owner.upload_folder(repo_id=REPO, folder_path=folder)
+    assert [request.method for request in repo.requests] == ["POST"] * 2 + ["PUT"] * 6
+    assert hub_waits == STEPS
+    assert repo.commits(REPO) == before
+
+
+@pytest.mark.parametrize("call", ["preupload", "batch", "/lfs/", "verify"])
+def test_a_transfer_that_fails_for_a_moment_is_repeated(repo, folder, hub_waits, call):
+    data = bytes(10**6)
+    (folder / "new.safetensors").write_bytes(data)
+    repo.fault("POST|PUT", call, status=503)
+    repo.fault("POST|PUT", call, drop=True)
+    owner.upload_folder(repo_id=REPO, folder_path=folder)
+    assert repo.files(REPO)["new.safetensors"] == data
+    assert hub_waits == [1, 2]
+
+
+@pytest.mark.parametrize("call", ["repos/create", "commit/main", "branch/dev"])
+def test_what_changes_the_repository_is_tried_once(repo, hub_waits, call):
+    calls = {
+        "repos/create": lambda: owner.create_repo("org/new"),
+        "commit/main": lambda: owner.create_commit(REPO, [add("x", b"x")], commit_message="m"),
+        "branch/dev": lambda: owner.create_branch(REPO, branch="dev"),
+    }
+    repo.fault("POST", call, status=503)
+    with pytest.raises(HfHubHTTPError, match="503"):
+        calls[call]()
+    repo.fault("POST", call, drop=True)
+    with pytest.raises(httpx2.TransportError):
+        calls[call]()
+    assert hub_waits == []
+    assert len(repo.commits(REPO)) == 2
+
+
+def test_a_commit_whose_answer_is_lost_was_made(repo):
+    repo.fault("POST", "/commit/", drop=True, truncate=0)
+    with pytest.raises(httpx2.RemoteProtocolError):
+        owner.create_commit(REPO, [add("x", b"x")], commit_message="m")
+    assert len(repo.commits(REPO)) == 3
+    owner.create_commit(REPO, [add("x", b"x")], commit_message="m")  # and is found by the next attempt
+    assert len(repo.commits(REPO)) == 3
+
+
+def test_a_slow_hub(repo, hub_cache):
+    repo.fault("HEAD", "cfg.json", delay=0.3)
+    start = time.monotonic()
+    hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)
+    assert time.monotonic() - start > 0.3
+    repo.fault("HEAD", "cfg.json", delay=0.5)
+    assert Path(hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache, etag_timeout=0.1)).is_file()  # from the cache
+
+
+def test_offline(repo, hub_cache, hub_waits):
+    path = hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)
+    repo.stop()
+    assert hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache) == path
+    assert hub_waits == []
+    with pytest.raises(LocalEntryNotFoundError) as error:
+        hf_hub_download(REPO, "half/sae_weights.safetensors", cache_dir=hub_cache)
+    assert isinstance(error.value.__cause__, httpx2.ConnectError)
+    assert hub_waits == STEPS
+    with pytest.raises(LocalEntryNotFoundError):
+        snapshot_download("org/other", cache_dir=hub_cache)
+    with pytest.raises(httpx2.ConnectError):
+        owner.model_info(REPO)
+    repo.stop()
+    repo.start()
+    repo.start()
+    assert owner.model_info(REPO).sha == repo.commits(REPO)[0].oid
+
+
+def test_a_hub_of_its_own_starts_and_ends():
+    with LoopbackHub() as other:
+        other.create_repo(REPO)
+        assert HfApi(endpoint=other.url).model_info(REPO).id == REPO
+    with pytest.raises(httpx2.ConnectError):
+        HfApi(endpoint=other.url).model_info(REPO)
+    with pytest.raises(ValueError, match="org/repo exists"):
+        other.create_repo(REPO)
+
+
+def test_what_the_loopback_hub_does_not_know(repo):
+    assert httpx2.get(f"{repo.url}/api/nothing").status_code == 404
+    assert httpx2.post(f"{repo.url}/api/repos/create", headers={"Authorization": "Bearer hf_owner"}).status_code == 501
