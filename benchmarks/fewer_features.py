@@ -20,7 +20,7 @@ def strongest(d: qk.BilinearQKDictionary, n: int) -> list[torch.Tensor]:
     masks = []
     for column, size in enumerate((d.cfg.d_query, d.cfg.d_key)):
         total = torch.zeros(size + 1).index_add(0, kept.indices[:, column], weight)[:size]
-        masks.append(torch.zeros(size, dtype=torch.bool).index_fill(0, total.topk(n).indices, True))
+        masks.append(torch.zeros(size, dtype=torch.bool).index_fill(0, total.topk(min(n, size)).indices, True))
     return masks
 
 

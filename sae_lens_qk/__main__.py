@@ -146,6 +146,7 @@ def _evaluate(arguments: list[str]) -> None:
 
 
 def _list(arguments: list[str]) -> None:
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
@@ -157,8 +158,8 @@ def _list(arguments: list[str]) -> None:
     listed = pretrained_dictionaries()
     if args.output:
         listed.to_csv(args.output, index=False)
-    table = Table()
-    for column in ("name", "model", "layer", "features", "pairs", "pattern KL", "loss recovered", "status"):
+    table = Table(box=SIMPLE, show_edge=False)
+    for column in ("name", "model", "layer", "features", "pairs", "pattern KL", "recovered", "status"):
         table.add_column(column, no_wrap=True, justify="left" if column in ("name", "model", "status") else "right")
     for row in listed.to_dict("records"):
         measured = not pd.isna(row["pattern_kl"])

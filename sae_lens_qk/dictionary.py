@@ -30,6 +30,7 @@ from sae_lens_qk.feature_map import (
 )
 from sae_lens_qk.host import Hooks
 from sae_lens_qk.pair_scores import Decoders, pair_kernel, with_constant
+from sae_lens_qk.refusals import REFUSALS, OneDecoderRefusals
 
 Source = Literal["transcoders", "feature_map"]
 _HALVES = {
@@ -43,7 +44,7 @@ class QueriesKeys(NamedTuple):
     keys: Float[Tensor, "batch pos_k kv_head d_head"]
 
 
-class BilinearQKDictionary(SAE[BilinearQKConfig]):
+class BilinearQKDictionary(OneDecoderRefusals, SAE[BilinearQKConfig]):
     """Query and key transcoders of one attention layer, and the feature pairs that carry its pattern.
 
     With x the tensor that W_Q and W_K multiply,
@@ -67,7 +68,7 @@ class BilinearQKDictionary(SAE[BilinearQKConfig]):
 
     def __init__(self, cfg: BilinearQKConfig, use_error_term: bool = False):
         if use_error_term:
-            raise NotImplementedError(_REFUSALS["use_error_term"])
+            raise NotImplementedError(REFUSALS["use_error_term"])
         if not cfg.attention:
             raise ValueError("cfg.attention is empty: a dictionary needs the AttentionSpec of its layer.")
         super().__init__(cfg)
@@ -449,51 +450,6 @@ class BilinearQKDictionary(SAE[BilinearQKConfig]):
     @override
     def get_W_dec_norm(self) -> Float[Tensor, " d_sae"]:
         return torch.cat([self.query.get_W_dec_norm(), self.key.get_W_dec_norm()])
-
-    @override
-    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        raise NotImplementedError(_REFUSALS["fold_activation_norm_scaling_factor"])
-
-    @override
-    def fold_activation_whitening(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(_REFUSALS["fold_activation_whitening"])
-
-    @override
-    def fold_and_get_W_dec_norm(self) -> Tensor:
-        raise NotImplementedError(_REFUSALS["fold_and_get_W_dec_norm"])
-
-    @override
-    def turn_on_forward_pass_hook_z_reshaping(self) -> None:
-        raise NotImplementedError(_REFUSALS["turn_on_forward_pass_hook_z_reshaping"])
-
-    @property
-    def hook_z_reshaping_mode(self) -> bool:  # what a bridge's add_sae reads first
-        raise NotImplementedError(_REFUSALS["add_sae"])
-
-    @hook_z_reshaping_mode.setter
-    def hook_z_reshaping_mode(self, value: bool) -> None:
-        if value:
-            raise NotImplementedError(_REFUSALS["add_sae"])
-
-    @property
-    def use_error_term(self) -> bool:  # type: ignore[override]  # what HookedSAETransformer.add_sae reads first
-        raise NotImplementedError(_REFUSALS["add_sae"])
-
-    @use_error_term.setter
-    def use_error_term(self, value: bool) -> None:
-        if value:
-            raise NotImplementedError(_REFUSALS["use_error_term"])
-
-
-_REFUSALS = {
-    "use_error_term": "A QK dictionary has two outputs and no error term: use d.patched(model).",
-    "add_sae": "A QK dictionary cannot be attached with add_sae (two decoders, one output hook): use d.patched(model), "
-    "or attach d.query and d.key, which are stock transcoders.",
-    "fold_activation_norm_scaling_factor": "QK dictionaries are trained without activation normalisation.",
-    "fold_activation_whitening": "QK dictionaries are trained without activation whitening.",
-    "fold_and_get_W_dec_norm": "There are two decoders: fold d.query and d.key, or call d.fold_W_dec_norm().",
-    "turn_on_forward_pass_hook_z_reshaping": "QK dictionaries read the layer's input, not hook_z.",
-}
 
 
 if ARCHITECTURE not in SAE_CLASS_REGISTRY:

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "sae_lens_qk"
 
 ORDER = (
-    ("attention", "kernels"),
+    ("attention", "kernels", "refusals"),
     ("pair_scores",),
     ("feature_map",),
     ("config",),

@@ -40,7 +40,7 @@ def dictionary_card(
         compacted=bool(cfg.query_numbers), description=(runner_cfg or {}).get("card", {}).get("description", ""),
         metrics=metrics, run=runner_cfg, interval=_interval, percent=_percent, share=_share,
     )  # fmt: skip
-    return str(card)
+    return f"{card}\n"
 
 
 def repository_card(existing: str | None, repo_id: str, folders: Mapping[str, Listed]) -> str:

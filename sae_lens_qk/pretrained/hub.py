@@ -9,8 +9,9 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from sae_lens_qk.pretrained.checksums import CONFIG, SUMS, WEIGHTS, read_sums
 
@@ -111,7 +113,7 @@ def _newest_commit(place: HubFolder, has_copy: bool) -> str | None:
     try:
         found = get_hf_file_metadata(url, token=place.token, retry_on_errors=not has_copy)
     except (HTTPError, OfflineModeIsEnabled) as error:
-        if not (has_copy and is_transient(error)):
+        if not (has_copy and (is_transient(error) or isinstance(error, OfflineModeIsEnabled))):
             raise
         logger.warning("the Hub cannot be reached (%s): using the cached copy of %s", type(error).__name__, place.repo_id)
         return None
@@ -149,9 +151,8 @@ def _download(place: HubFolder) -> Path:
 
 
 def _download_file(place: HubFolder, name: str) -> str:
-    return hf_hub_download(
-        place.repo_id, place.path_of(name), revision=place.revision, token=place.token, cache_dir=place.cache_dir
-    )
+    download = partial(hf_hub_download, token=place.token, cache_dir=place.cache_dir)
+    return retrying(is_transient)(download, place.repo_id, place.path_of(name), revision=place.revision)
 
 
 @contextmanager
@@ -178,40 +179,62 @@ def _adopt(staged: Path, cached: Path) -> None:
             path.replace(target)
 
 
+def retrying(may_help: Callable[[BaseException], bool]) -> Retrying:
+    """Three more attempts, after 0.5, 1 and 2 seconds, where the client itself makes only one."""
+    return Retrying(
+        stop=stop_after_attempt(4), wait=wait_exponential(multiplier=0.5), retry=retry_if_exception(may_help), reraise=True
+    )
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether trying again may help: no connection, a server error, too many requests."""
+    error = _of_upload(error)
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    return isinstance(error, HTTPError)
+
+
 @contextmanager
 def explained(repo_id: str, revision: str, path: str = "") -> Iterator[None]:
     """Turn the client's errors into one line that says what to do, as the built-in exceptions named in `fetched`."""
     try:
         yield
-    except GatedRepoError as error:
-        raise PermissionError(
+    except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, RuntimeError) as error:
+        explanation = _explanation(_of_upload(error), repo_id, revision, path)
+        if explanation is None:
+            raise
+        raise explanation from error
+
+
+def _of_upload(error: BaseException) -> BaseException:
+    """What lies behind the RuntimeError in which the client wraps a failed upload."""
+    return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+
+
+def _explanation(error: BaseException, repo_id: str, revision: str, path: str) -> OSError | None:
+    if isinstance(error, GatedRepoError):
+        return PermissionError(
             f"{repo_id} is gated: accept its terms on its page, then pass token= or log in with `hf auth login`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{repo_id} has no revision {revision!r}.") from error
-    except RemoteEntryNotFoundError as error:
-        raise FileNotFoundError(f"{repo_id} has no file {path} at revision {revision!r}.") from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return FileNotFoundError(f"{repo_id} has no revision {revision!r}.")
+    if isinstance(error, RemoteEntryNotFoundError):
+        return FileNotFoundError(f"{repo_id} has no file {path} at revision {revision!r}.")
+    if isinstance(error, RepositoryNotFoundError):
+        return FileNotFoundError(
             f"There is no repository {repo_id}, or it is private and the token does not open it: check the name, pass "
             "token= or log in with `hf auth login`."
-        ) from error
-    except HfHubHTTPError as error:
+        )
+    if isinstance(error, HfHubHTTPError):
         status, reason = error.response.status_code, error.server_message or "no reason given"
         if status in (401, 403):
-            raise PermissionError(f"The Hub refuses this token for {repo_id} ({status}): {reason}") from error
+            return PermissionError(f"The Hub refuses this token for {repo_id} ({status}): {reason}")
         if is_transient(error):
-            raise ConnectionError(f"The Hub fails on {repo_id} ({status}), after retries: try again later.") from error
-        raise OSError(f"The Hub refuses a request for {repo_id} ({status}): {reason}") from error
-    except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
-        raise ConnectionError(
-            f"The Hub cannot be reached for {repo_id} ({type(error).__name__}), and it is not in the cache; "
-            "HF_HUB_OFFLINE must not be set."
-        ) from error
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether trying again may help: no connection, a server error, too many requests."""
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in (408, 429) or error.response.status_code >= 500
-    return isinstance(error, HTTPError | OfflineModeIsEnabled | LocalEntryNotFoundError)
+            return ConnectionError(f"The Hub fails on {repo_id} ({status}), after several attempts: try again later.")
+        return OSError(f"The Hub refuses a request for {repo_id} ({status}): {reason}")
+    if isinstance(error, HTTPError | OfflineModeIsEnabled | LocalEntryNotFoundError):
+        return ConnectionError(
+            f"The Hub cannot be reached for {repo_id} ({type(error).__name__}); without it only what is in the cache can be "
+            "loaded. HF_HUB_OFFLINE must not be set."
+        )
+    return None

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from sae_lens_qk.config import ARCHITECTURE
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.pretrained.card import Listed, repository_card
 from sae_lens_qk.pretrained.checksums import CARD, CONFIG, METRICS, SUMS, sha256_of
 from sae_lens_qk.pretrained.folder import read_document, write_documents
-from sae_lens_qk.pretrained.hub import Token, check_folder_name, explained, is_transient
+from sae_lens_qk.pretrained.hub import Token, check_folder_name, explained, is_transient, retrying
 
 logger = logging.getLogger("sae_lens_qk")
 
@@ -67,10 +66,7 @@ def push_to_hub(
         BilinearQKDictionary.load_from_disk(staged)
         repository = _Repository(HfApi(token=token), repo_id, revision, Path(scratch) / "cache")
         with explained(repo_id, revision):
-            for attempt in Retrying(
-                stop=stop_after_attempt(4), wait=wait_exponential(multiplier=0.5), reraise=True,
-                retry=retry_if_exception(lambda error: is_transient(error) or _has_moved(error)),
-            ):  # fmt: skip
+            for attempt in retrying(lambda error: is_transient(error) or _has_moved(error)):
                 with attempt:
                     repository.create(private)
                     return repository.commit(staged, folder, commit_message or f"Publish {folder}", create_pr)
