@@ -125,7 +125,7 @@ def _evaluate(arguments: list[str]) -> None:
     from sae_lens_qk.dictionary import BilinearQKDictionary
     from sae_lens_qk.evals import evaluate
     from sae_lens_qk.models import load_model
-    from sae_lens_qk.pretrained.folder import write_documents
+    from sae_lens_qk.pretrained.folder import documents, write_documents
     from sae_lens_qk.text import token_rows
 
     parser = _Parser("evaluate")
@@ -142,7 +142,7 @@ def _evaluate(arguments: list[str]) -> None:
         Path(args.output).write_text(json.dumps(result.to_dict(), indent=2))
     if args.save:
         dictionary.metrics = result
-        write_documents(dictionary, args.dictionary)
+        write_documents(args.dictionary, documents(dictionary, Path(args.dictionary).resolve().name))
 
 
 def _list(arguments: list[str]) -> None:

@@ -99,7 +99,8 @@ class BilinearQKDictionary(OneDecoderRefusals, SAE[BilinearQKConfig]):
                 d_in=self.cfg.d_in, d_sae=d_features, d_out=d_out, dtype=self.cfg.dtype, device=self.cfg.device,
                 apply_b_dec_to_input=False,
                 metadata=SAEMetadata(
-                    model_name=self.cfg.model_name, hook_name=f"{hook}.hook_in", hook_name_out=f"{hook}.hook_out"
+                    model_name=self.cfg.model_name, model_mode=self.cfg.model_mode,
+                    hook_name=f"{hook}.hook_in", hook_name_out=f"{hook}.hook_out",
                 ),
             )
         )  # fmt: skip
@@ -351,11 +352,16 @@ class BilinearQKDictionary(OneDecoderRefusals, SAE[BilinearQKConfig]):
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
-        """Save weights, config, and beside them figures, run settings, model card and SHA256SUMS."""
-        from sae_lens_qk.pretrained.folder import write_documents
+        """Save weights, config, and beside them figures, run settings, model card and SHA256SUMS.
 
+        Raises:
+            ValueError: `metrics` or `runner_cfg` cannot be put into a card; nothing is written.
+        """
+        from sae_lens_qk.pretrained.folder import documents, write_documents
+
+        beside = documents(self, Path(path).resolve().name)
         paths = super().save_model(path)
-        write_documents(self, path)
+        write_documents(path, beside)
         return paths
 
     @override

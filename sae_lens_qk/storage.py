@@ -38,7 +38,7 @@ def compact(
     d_query_before, d_key_before = dictionary.cfg.original_sizes
     made = BilinearQKDictionary(
         replace(
-            dictionary.cfg, d_query=len(kept[0]), d_key=len(kept[1]), n_pairs=0, query_numbers=numbers[0],
+            copy.deepcopy(dictionary.cfg), d_query=len(kept[0]), d_key=len(kept[1]), n_pairs=0, query_numbers=numbers[0],
             key_numbers=numbers[1], d_query_before=d_query_before, d_key_before=d_key_before,
         )
     )  # fmt: skip
@@ -67,8 +67,10 @@ def rounding_loss(dictionary: BilinearQKDictionary, x: Float[Tensor, "batch pos 
         x: the layer's input for full sequences.
     Returns:
         Index dtype (float32, bfloat16, float16) and source; megabytes of the weights, pattern_error, the largest absolute
-        difference of a pattern entry, and pattern_kl = KL(pattern || stored pattern) in nats, mean over heads and queries.
+        difference of a pattern entry, and pattern_kl = KL(pattern || stored pattern) in nats, mean over heads and queries
+        but the first, whose pattern is trivially 1.
     """
+    reference = copy.deepcopy(dictionary).to(torch.float32)
     sources: list[Source] = ["transcoders", "feature_map"] if dictionary.has_feature_map else ["transcoders"]
     rows = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -78,7 +80,7 @@ def rounding_loss(dictionary: BilinearQKDictionary, x: Float[Tensor, "batch pos 
         size = sum(tensor.nbytes for tensor in saved.values())
         stored = stored.to(torch.float32)
         for source in sources:
-            true, made = log_pattern(dictionary.scores(x, source)), log_pattern(stored.scores(x, source))
+            true, made = (log_pattern(d.scores(x, source).double()) for d in (reference, stored))
             rows.append({
                 "dtype": str(dtype).removeprefix("torch."), "source": source, "megabytes": size / 1e6,
                 "pattern_error": float((true.exp() - made.exp()).abs().max()),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import UndefinedError
 
 from sae_lens_qk.config import BilinearQKConfig
 from sae_lens_qk.models import hub_name
@@ -34,12 +35,19 @@ def dictionary_card(
         runner_cfg: as `BilinearQKRunnerConfig.to_dict()`, or None.
         name: the heading.
         source: arguments of `from_pretrained` in the snippet.
+    Raises:
+        ValueError: metrics or runner_cfg of another shape.
     """
-    card = ModelCard.from_template(
-        _header(cfg, runner_cfg or {}), template_path=str(_TEMPLATE), name=name, source=source, cfg=cfg, spec=cfg.spec,
-        compacted=bool(cfg.query_numbers), description=(runner_cfg or {}).get("card", {}).get("description", ""),
-        metrics=metrics, run=runner_cfg, interval=_interval, percent=_percent, share=_share,
-    )  # fmt: skip
+    try:
+        card = ModelCard.from_template(
+            _header(cfg, runner_cfg or {}), template_path=str(_TEMPLATE), name=name, source=source, cfg=cfg, spec=cfg.spec,
+            compacted=bool(cfg.query_numbers), description=(runner_cfg or {}).get("card", {}).get("description", ""),
+            metrics=metrics, run=runner_cfg, interval=_interval, percent=_percent, share=_share,
+        )  # fmt: skip
+    except (UndefinedError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"metrics must be as evaluate(...).to_dict() gives them, runner_cfg as a runner config's to_dict() ({error})."
+        ) from error
     return f"{card}\n"
 
 

@@ -81,5 +81,5 @@ def verify_folder(folder: Path, verify: Verify, sums_sha256: str | None = None) 
         if sha256_of(folder / name) != expected:
             raise ValueError(
                 f"{folder / name} does not have the SHA-256 sum that {SUMS} states: it is damaged or was changed. "
-                "Download it again, or save the dictionary again if the change was yours."
+                "Download it again (force_download=True), or save the dictionary again if the change was yours."
             )

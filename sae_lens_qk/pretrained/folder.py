@@ -9,23 +9,30 @@ from sae_lens_qk.pretrained.card import dictionary_card
 from sae_lens_qk.pretrained.checksums import CARD, METRICS, RUNNER_CONFIG, write_sums
 
 
-def write_documents(dictionary: BilinearQKDictionary, folder: str | Path, name: str = "", source: str = "") -> None:
-    """Write metrics.json, runner_cfg.json (each where known), the model card and SHA256SUMS beside saved weights.
+def documents(dictionary: BilinearQKDictionary, name: str, source: str = "") -> dict[str, str | None]:
+    """What lies beside the weights, by file name: figures, run settings (None: not known), model card.
 
     Args:
-        name: the card's heading. Default: the folder's name.
-        source: arguments of `from_pretrained` in the card's snippet. Default: the folder's name as a path.
+        name: the card's heading.
+        source: arguments of `from_pretrained` in the card's snippet. Default: the name as a path.
+    Raises:
+        ValueError: figures or settings of another shape than the card expects.
     """
-    folder = Path(folder)
-    name = name or folder.resolve().name
-    for file, content in ((METRICS, dictionary.metrics), (RUNNER_CONFIG, dictionary.runner_cfg)):
-        if content is None:
-            (folder / file).unlink(missing_ok=True)  # of a dictionary saved here before
-        else:
-            (folder / file).write_text(json.dumps(content, indent=2) + "\n")
     card = dictionary_card(dictionary.cfg, dictionary.metrics, dictionary.runner_cfg, name, source or f'"path/to/{name}"')
-    (folder / CARD).write_text(card)
-    write_sums(folder)
+    known = {METRICS: dictionary.metrics, RUNNER_CONFIG: dictionary.runner_cfg}
+    return {CARD: card} | {
+        file: None if content is None else json.dumps(content, indent=2) + "\n" for file, content in known.items()
+    }
+
+
+def write_documents(folder: str | Path, beside: dict[str, str | None]) -> None:
+    """Write `documents` into a saved dictionary's folder, and SHA256SUMS over all of it."""
+    for file, text in beside.items():
+        if text is None:
+            (Path(folder) / file).unlink(missing_ok=True)  # of a dictionary saved here before
+        else:
+            (Path(folder) / file).write_text(text)
+    write_sums(Path(folder))
 
 
 def read_document(folder: str | Path, file: str) -> dict[str, Any] | None:
@@ -57,7 +64,9 @@ def export_transcoders(dictionary: BilinearQKDictionary, path: str | Path) -> Ha
     """Write both halves as stock SAELens folders, `<path>/query` and `<path>/key`, for people without this package.
 
     `SAE.load_from_disk` reads them. On a `SAETransformerBridge`, `add_sae` attaches query and key together: they name
-    different hooks (`attn.q.hook_in` -> `attn.q.hook_out`, and `k`).
+    different hooks (`attn.q.hook_in` -> `attn.q.hook_out`, and `k`). Their metadata has the `model_mode`: halves of a
+    processed model need `model.enable_compatibility_mode()` first. Stored in half precision they have to be loaded with
+    `dtype="float32"` for a float32 model.
     """
     halves = Halves(Path(path) / "query", Path(path) / "key")
     dictionary.query.save_model(halves.query)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -87,14 +87,14 @@ def fetched(place: HubFolder, force_download: bool = False) -> Iterator[Path]:
     if is_commit and not force_download and (cached := _cached(place)):
         yield cached
         return
+    fallback = None if force_download else _cached(place, surely=False)
     with explained(place.repo_id, place.revision, place.path_of(CONFIG)):
-        commit = _newest_commit(place, has_copy=not force_download and _cached(place) is not None)
+        commit = _newest_commit(place, has_copy=fallback is not None)
     at_commit = place._replace(revision=commit or place.revision)
-    if commit is None or not force_download:
-        cached = _cached(at_commit)
-        if cached:
-            yield cached
-            return
+    cached = fallback if commit is None else None if force_download else _cached(at_commit)
+    if cached:
+        yield cached
+        return
     with _staging_cache(place.cache_dir) as staging:
         staged = at_commit._replace(cache_dir=staging)
         with explained(place.repo_id, place.revision, place.path_of(CONFIG)):
@@ -122,20 +122,24 @@ def _newest_commit(place: HubFolder, has_copy: bool) -> str | None:
     return found.commit_hash
 
 
-def _cached(place: HubFolder) -> Path | None:
-    """The folder in the cache, if every file of it is there."""
+def _cached(place: HubFolder, surely: bool = True) -> Path | None:
+    """The folder in the cache, if every file of it is there.
 
-    def path(name: str) -> Path | None:
-        found = try_to_load_from_cache(place.repo_id, place.path_of(name), place.cache_dir, revision=place.revision)
-        return Path(found) if isinstance(found, str) else None
+    Another loader may have cached weights without their sums: `surely` asks for the sums, or for the cache's note that
+    the Hub has none.
+    """
 
-    sums = path(SUMS)
+    def look_up(name: str) -> Any:
+        return try_to_load_from_cache(place.repo_id, place.path_of(name), place.cache_dir, revision=place.revision)
+
+    config, sums = look_up(CONFIG), look_up(SUMS)
+    if not isinstance(config, str) or (surely and sums is None):
+        return None
     try:
-        names = read_sums(sums) if sums else (CONFIG, WEIGHTS)
+        names = read_sums(Path(sums)) if isinstance(sums, str) else (WEIGHTS,)
     except ValueError:
         return None  # damaged: download again
-    config = path(CONFIG)
-    return config.parent if config and all(path(name) for name in names) else None
+    return Path(config).parent if all(isinstance(look_up(name), str) for name in names) else None
 
 
 def _download(place: HubFolder) -> Path:
@@ -170,7 +174,7 @@ def _staging_cache(cache: Path) -> Iterator[Path]:
 
 def _adopt(staged: Path, cached: Path) -> None:
     """Move a staged repository into the cache, file by file and atomically; blobs first, so that no link dangles."""
-    for part in ("blobs", "snapshots"):
+    for part in ("blobs", "snapshots", ".no_exist"):
         for path in sorted((staged / part).rglob("*")):
             if path.is_dir() and not path.is_symlink():
                 continue

@@ -14,7 +14,7 @@ from sae_lens_qk.config import ARCHITECTURE
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.pretrained.card import Listed, repository_card
 from sae_lens_qk.pretrained.checksums import CARD, CONFIG, METRICS, SUMS, sha256_of
-from sae_lens_qk.pretrained.folder import read_document, write_documents
+from sae_lens_qk.pretrained.folder import documents, read_document, write_documents
 from sae_lens_qk.pretrained.hub import Token, check_folder_name, explained, is_transient, retrying
 
 logger = logging.getLogger("sae_lens_qk")
@@ -62,7 +62,7 @@ def push_to_hub(
         name = PurePosixPath(folder).name
         staged = Path(scratch) / "staged" / name
         dictionary.save_model(staged)
-        write_documents(dictionary, staged, name, source=f'"{repo_id}", "{folder}"')
+        write_documents(staged, documents(dictionary, name, source=f'"{repo_id}", "{folder}"'))
         BilinearQKDictionary.load_from_disk(staged)
         repository = _Repository(HfApi(token=token), repo_id, revision, Path(scratch) / "cache")
         with explained(repo_id, revision):
