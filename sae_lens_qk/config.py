@@ -37,6 +37,9 @@ class QKFields:
     """Number of query features."""
     d_key: int = 2400
     """Number of key features."""
+    decoder_bias: bool = True
+    """False: the decoders have none, so that every part of a score belongs to a pair of features; the mean query and key
+    start in one feature a side that is always on."""
     n_pairs: int = 0
     """Pairs in the feature map; 0: no map has been trained."""
     attention: dict[str, Any] = field(default_factory=dict)

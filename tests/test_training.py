@@ -18,7 +18,7 @@ from torch import Tensor
 
 import sae_lens_qk as qk
 from sae_lens_qk.attention import attention_scores, log_pattern, pattern_from_scores, pattern_kl
-from sae_lens_qk.host import FingerprintError, qk_weights
+from sae_lens_qk.host import FingerprintError, attention_spec, qk_weights
 from sae_lens_qk.training.candidates import rank_pairs
 from sae_lens_qk.training.losses import dead_feature_loss, pattern_losses, sqrt_penalty
 from sae_lens_qk.training.mask import MaskTrainingSAE
@@ -47,6 +47,35 @@ def layer_inputs(model, layer: int, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         model.run_with_hooks(tokens, fwd_hooks=[(name, lambda value, hook: seen.update(x=value))], prepend_bos=False)
     return seen["x"]
+
+
+@pytest.mark.parametrize("initialization", ["data", "kaiming"])
+def test_without_decoder_bias_the_mean_starts_in_a_feature(initialization):
+    model = tiny_model("llama")
+    weights, spec = qk_weights(model, 1), attention_spec(model, 1)
+    x = torch.randn(BATCH, 20, generator=torch.Generator().manual_seed(0)) + 2
+    shared = dict(d_in=20, d_query=29, d_key=31, k=4.0, initialization=initialization, attention=spec.to_dict())
+    made = {}
+    for bias in (True, False):
+        torch.manual_seed(0)
+        made[bias] = TranscodersTrainingSAE(qk.TranscodersTrainingConfig(**shared, decoder_bias=bias))
+        made[bias].attach(weights, 23, x)
+    for side, mean in (("query", weights.queries(x.mean(0)[None])), ("key", weights.keys(x.mean(0)[None]))):
+        with_bias, without = getattr(made[True], side), getattr(made[False], side)
+        torch.testing.assert_close(with_bias.b_dec.data, mean.flatten())
+        torch.testing.assert_close(without.W_dec[0].data, mean.flatten())
+        assert (without.encode(x)[:, 0] == 1).all()
+        assert not without.b_dec.any()
+        assert torch.equal(with_bias.W_dec[1:], without.W_dec[1:])
+
+
+def test_without_decoder_bias_none_appears(tmp_path, text_dataset):
+    cfg = tiny_config(tmp_path, sae={"decoder_bias": False}, mask={"fine_tune_lr": 3e-3})
+    dictionary = qk.BilinearQKTrainingRunner(cfg, tiny_model("llama"), text_dataset).run()
+    assert not dictionary.cfg.decoder_bias
+    assert not dictionary.query.b_dec.any()
+    assert not dictionary.key.b_dec.any()
+    assert qk.BilinearQKDictionary.load_from_disk(tmp_path / "output").cfg.decoder_bias is False
 
 
 @pytest.mark.parametrize(("kind", "fine_tune_lr"), [("gpt2", 0.0), ("neox", 0.0), ("llama", 0.0), ("llama", 3e-3)])

@@ -54,6 +54,8 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
         values = {name: getattr(self.cfg, name) for name in names}
         self.dictionary = BilinearQKDictionary(BilinearQKConfig(**values, metadata=self.cfg.metadata))
         self.dictionary.requires_grad_(self.cfg.fine_tune)
+        for half in (self.dictionary.query, self.dictionary.key):
+            half.b_dec.requires_grad_(self.cfg.fine_tune and self.cfg.decoder_bias)
         n_pairs = self.cfg.n_pairs
         self.scaled_mask = nn.Parameter(torch.ones(n_pairs, device=self.device) / self.cfg.mask_speed)
         self.register_buffer("alive", torch.ones(n_pairs, dtype=torch.bool, device=self.device))

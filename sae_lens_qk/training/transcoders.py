@@ -63,6 +63,8 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
             )
             for d_features, d_out in ((self.cfg.d_query, d_queries), (self.cfg.d_key, d_keys))
         )  # fmt: skip
+        for half in (self.query, self.key):
+            half.b_dec.requires_grad_(self.cfg.decoder_bias)
         for name in ("query_threshold", "key_threshold"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64, device=self.device))
 
@@ -99,6 +101,7 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
         for half, true in ((self.query, self._weights[0].queries), (self.key, self._weights[0].keys)):
             half.b_dec.copy_(true(mean[None]).flatten())
             if self.cfg.initialization == "kaiming":
+                self._move_bias_to_feature(half)
                 continue
             d = half.cfg.d_sae
             chosen = torch.cat([torch.randperm(len(x), generator=generator) for _ in range(1 + d // len(x))])[:d]
@@ -108,6 +111,13 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
             half.W_dec.copy_(true(mean + directions).flatten(1) - true(mean[None]).flatten(1))
         if self.cfg.initialization == "data":
             self._scale_decoders(x)
+            self._move_bias_to_feature(self.query)
+            self._move_bias_to_feature(self.key)
+
+    def _move_bias_to_feature(self, half: Transcoder) -> None:
+        if not self.cfg.decoder_bias:
+            half.W_enc[:, 0], half.b_enc[0], half.W_dec[0] = 0.0, 1.0, half.b_dec
+            half.b_dec.zero_()
 
     def _scale_decoders(self, x: Float[Tensor, "tokens d_model"]) -> None:
         some = x[: 8 * (self._context_size or 1)]
