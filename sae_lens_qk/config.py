@@ -60,6 +60,8 @@ class QKFields:
     d_key_before: int = 0
 
     def __post_init__(self):
+        if not isinstance(self.n_pairs, int) or self.n_pairs < 0:
+            raise ValueError(f"n_pairs of cfg.json must be a number of at least 0, got {self.n_pairs!r}.")
         self.d_sae = self.d_query + self.d_key
         if self.d_query < 1 or self.d_key < 1:
             raise ValueError(f"d_query and d_key must be positive, got {self.d_query} and {self.d_key}.")

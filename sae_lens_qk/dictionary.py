@@ -33,6 +33,10 @@ from sae_lens_qk.pair_scores import Decoders, pair_kernel, with_constant
 from sae_lens_qk.refusals import REFUSALS, OneDecoderRefusals
 
 Source = Literal["transcoders", "feature_map"]
+_NO_CONFIG = (
+    KeyError, TypeError, AttributeError, RecursionError, NotImplementedError, UnicodeDecodeError, json.JSONDecodeError,
+)  # fmt: skip
+"""What SAELens and the config classes raise over a malformed cfg.json."""
 _HALVES = {
     "transcoder": (Transcoder, TranscoderConfig),
     "jumprelu_transcoder": (JumpReLUTranscoder, JumpReLUTranscoderConfig),
@@ -433,13 +437,14 @@ class BilinearQKDictionary(OneDecoderRefusals, SAE[BilinearQKConfig]):
         """
         from sae_lens_qk.pretrained.folder import METRICS, RUNNER_CONFIG, read_document
 
+        torch.device(device)  # a wrong name is not the file's fault
         for name in ("cfg.json", "sae_weights.safetensors"):
             if not (Path(path) / name).is_file():
                 raise FileNotFoundError(f"{path} is not a dictionary folder: {name} is missing.")
         try:
             dictionary = super().load_from_disk(path, device=device, dtype=dtype, **kwargs)
-        except (KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}/cfg.json is not the config of a dictionary ({error!r}).") from error
+        except _NO_CONFIG as error:
+            raise ValueError(f"{path}/cfg.json is not the config of a dictionary ({error!r:.200}).") from error
         except Exception as error:
             if type(error).__name__ == "SafetensorError":
                 raise ValueError(f"{path}/sae_weights.safetensors is truncated or corrupted ({error}).") from error

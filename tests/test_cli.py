@@ -4,10 +4,15 @@ import json
 import subprocess
 import sys
 from dataclasses import fields
+from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
+import torch
 import yaml
+from hub_cases import FOLDER, REPO, SUMS, measured_dictionary, same
 
 import sae_lens_qk as qk
 from sae_lens_qk.__main__ import main
@@ -179,6 +184,118 @@ def test_runs_that_cannot_start_take_one_line(config, options, message, capfd):
     assert message in err[-1]
     assert not any("Traceback" in line for line in err)
     assert not (config.parent / "dictionary").exists()
+
+
+@pytest.fixture
+def folder(gpt2_bridge, tmp_path) -> Path:
+    """A saved dictionary."""
+    measured_dictionary(gpt2_bridge).save_model(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.fixture
+def token(hub, monkeypatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_owner")
+
+
+@pytest.mark.parametrize("dtype", ["stored", "float16"])
+def test_push_then_list_then_load_by_name(hub, token, hub_cache, folder, dtype, tmp_path, capsys, monkeypatch):
+    assert run("push", folder, REPO, FOLDER, "--dtype", dtype, "--private", "--commit_message", "Ours") == 0
+    url, title, entry = capsys.readouterr().out.split("\n", 2)
+    newest = hub.commits(REPO)[0]
+    assert (url, title) == (f"{hub.url}/{REPO}/commit/{newest.oid}", "for a registry:")
+    assert newest.message == "Ours"
+    assert yaml.safe_load(entry)[FOLDER] == {
+        "status": "published", "repo": REPO, "folder": FOLDER, "revision": newest.oid,
+        "sha256": sha256(newest.files[f"{FOLDER}/{SUMS}"]).hexdigest(),
+    }  # fmt: skip
+
+    own = tmp_path / "own"
+    (own / "recipes").mkdir(parents=True)
+    (own / "registry.yaml").write_text(entry)
+    (own / "recipes" / f"{FOLDER}.yaml").write_text("model_name: gpt2\nlayer: 1")
+    monkeypatch.setenv("SAE_LENS_QK_REGISTRY", str(own / "registry.yaml"))
+    assert run("list", "--output", tmp_path / "table.csv") == 0
+    shown = capsys.readouterr().out
+    (row,) = [line for line in shown.splitlines() if FOLDER in line]
+    assert {"gpt2", "published"} <= set(row.split())
+    for name, status in qk.pretrained_dictionaries()[["name", "status"]].to_numpy():
+        command = f"{name} is not published yet; this trains it: python -m sae_lens_qk train --config {name}"
+        assert (command in shown) == (status == "unpublished")
+    table = pd.read_csv(tmp_path / "table.csv").set_index("name")
+    assert (table.loc[FOLDER, "repo"], table.loc[FOLDER, "revision"]) == (REPO, newest.oid)
+
+    found = qk.BilinearQKDictionary.from_pretrained(FOLDER, dtype=None, cache_dir=hub_cache)
+    stored = qk.BilinearQKDictionary.load_from_disk(folder)
+    assert same(found, stored if dtype == "stored" else stored.to(torch.float16))
+
+
+def test_push_as_a_pull_request(hub, token, folder, capsys):
+    hub.create_repo(REPO)
+    assert run("push", folder, REPO, FOLDER, "--create_pr", "True", "--revision", "dev") == 0
+    pull = hub.commits(REPO, "refs/pr/1")[0]
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{hub.url}/{REPO}/discussions/1\nfor a registry:\n")
+    assert yaml.safe_load(shown.split("registry:")[1])[FOLDER]["revision"] == pull.oid
+    assert [len(hub.commits(REPO, branch)) for branch in ("main", "dev")] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required"),
+        (["{folder}", REPO], "the following arguments are required"),
+        (["{folder}", REPO, FOLDER, "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["nowhere", REPO, FOLDER], "There is no dictionary 'nowhere'"),
+        (["gpt2-small-L2", REPO, FOLDER], "gpt2-small-L2 is not published yet"),
+        (["{folder}", REPO, "../x"], "The folder must be a plain path inside the repository"),
+        (["{folder}", "org/repo/x", FOLDER], "Repo id must be in the form"),
+        (["{folder}", "stranger/repo", FOLDER], "The Hub refuses this token for stranger/repo (403)"),
+    ],
+)
+def test_a_push_that_cannot_be_takes_one_line(hub, token, folder, arguments, message, capsys):
+    assert run("push", *(argument.format(folder=folder) for argument in arguments)) == 2
+    assert message in one_line(capsys)
+    assert all(request.status in (403, 404) for request in hub.requests)
+
+
+@pytest.mark.parametrize(
+    ("token", "message"), [("hf_x", "The Hub refuses this token for org/repo (401)"), (None, "The Hub refuses this token")]
+)
+def test_a_push_without_a_good_token_takes_one_line(hub, folder, token, message, capsys, monkeypatch):
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    assert run("push", folder, REPO, FOLDER) == 2
+    assert message in one_line(capsys)
+
+
+def test_a_push_to_a_hub_that_is_gone_takes_one_line(hub, token, folder, capsys, monkeypatch):
+    monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=lambda seconds: None))
+    hub.stop()
+    assert run("push", folder, REPO, FOLDER) == 2
+    assert "The Hub cannot be reached for org/repo" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "There is no registry file"),
+        ("- 1", "is not a registry of dictionaries"),
+        ("a: [1,", "is not a registry of dictionaries"),
+        ("a: {status: nope}", "Registry entry a: status must be one of ('shipped', 'published', 'unpublished'), got 'nope'"),
+        ("a: {status: published, repo: org/repo}", "Registry entry a is published: folder must match"),
+        ("a: {status: unpublished}", "a.yaml"),
+        ("a: {status: unpublished, weights: 3}", "weights"),
+    ],
+    ids=["missing", "list", "no YAML", "status", "incomplete", "no recipe", "unknown field"],
+)
+def test_mistakes_in_a_registry_take_one_line(text, message, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "registry.yaml"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setenv("SAE_LENS_QK_REGISTRY", str(path))
+    assert run("list") == 2
+    assert message in one_line(capsys)
 
 
 def test_the_process_exits_with_2():

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import UndefinedError
 
@@ -15,6 +16,9 @@ from sae_lens_qk.pretrained.registry import headline_figures
 _TEMPLATE = Path(__file__).parent / "card.md.j2"
 _TAGS = ["saelens", "sae", "bilinear-qk", "attention", "interpretability"]
 _BEGIN, _END = "<!-- dictionaries: written by push_to_hub -->", "<!-- end of dictionaries -->"
+_SECTION = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
+LISTED_FIELDS = {"model_name", "layer", "d_query", "d_key", "n_pairs"}
+"""What a repository's card says of a dictionary's cfg.json."""
 
 
 class Listed(NamedTuple):
@@ -59,13 +63,30 @@ def repository_card(existing: str | None, repo_id: str, folders: Mapping[str, Li
         folders: all dictionaries, by folder.
     """
     section = _listing(repo_id, folders)
-    card = ModelCard(existing or f"---\n{{}}\n---\n\n# {repo_id.split('/')[-1]}\n\n{_BEGIN}\n{_END}\n")
-    if _BEGIN not in card.text:
-        card.text = f"{card.text.rstrip()}\n\n{_BEGIN}\n{_END}\n"
-    before, after = card.text.split(_BEGIN)[0], card.text.split(_END, 1)[-1]
-    card.text = f"{before}{_BEGIN}\n{section}\n{_END}{after}"
-    card.data = _merged([card.data, *(ModelCard(listed.card).data for _, listed in sorted(folders.items()))])  # type: ignore[list-item]
+    card = _parsed(existing or f"---\n{{}}\n---\n\n# {repo_id.split('/')[-1]}\n")
+    marked = f"{_BEGIN}\n{section}\n{_END}"
+    if _SECTION.search(card.text):
+        card.text = _SECTION.sub(lambda _: marked, card.text, count=1)
+    else:
+        card.text = f"{card.text.replace(_BEGIN, '').replace(_END, '').rstrip()}\n\n{marked}\n"
+    card.data = _merged([card.data, *(_data(listed.card) for _, listed in sorted(folders.items()))])  # type: ignore[list-item]
     return str(card)
+
+
+def _parsed(text: str) -> ModelCard:
+    try:
+        card = ModelCard(text)
+        _merged([card.data])  # type: ignore[list-item]
+        return card
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ValueError(f"The README.md has a header that is no model card's: {' '.join(str(error).split())}") from error
+
+
+def _data(text: str) -> ModelCardData:
+    try:
+        return _parsed(text).data  # type: ignore[return-value]
+    except ValueError:
+        return ModelCardData()
 
 
 def _header(cfg: BilinearQKConfig, runner_cfg: dict[str, Any]) -> ModelCardData:

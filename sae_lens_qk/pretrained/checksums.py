@@ -19,6 +19,11 @@ Verify = bool | Literal["strict"]
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\\\0]+)")
 
 
+def check_verify(verify: Verify) -> None:
+    if verify not in (True, False, "strict"):
+        raise ValueError(f"verify must be True, False or 'strict', got {verify!r}.")
+
+
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -34,7 +39,8 @@ def read_sums(path: Path) -> dict[str, str]:
     """File names and their sums.
 
     Raises:
-        ValueError: a line that is not a sum and a plain file name (names with directories are refused).
+        ValueError: a line that is not a sum and a plain file name (names with directories are refused), or config or
+            weights are not listed.
     """
     try:
         lines = path.read_text().splitlines()
@@ -46,6 +52,9 @@ def read_sums(path: Path) -> dict[str, str]:
         if match is None or match[2] in (".", "..", SUMS):
             raise ValueError(f"{path} is damaged: {line[:90]!r} is not a SHA-256 sum and the name of a file in its folder.")
         sums[match[2]] = match[1]
+    for name in (CONFIG, WEIGHTS):
+        if name not in sums:
+            raise ValueError(f"{path} does not list {name}: the folder mixes files of two dictionaries.")
     return sums
 
 
@@ -59,8 +68,7 @@ def verify_folder(folder: Path, verify: Verify, sums_sha256: str | None = None) 
     Warns:
         UserWarning: there are no sums.
     """
-    if verify not in (True, False, "strict"):
-        raise ValueError(f"verify must be True, False or 'strict', got {verify!r}.")
+    check_verify(verify)
     if not verify:
         return
     if not (folder / SUMS).is_file():
@@ -72,7 +80,7 @@ def verify_folder(folder: Path, verify: Verify, sums_sha256: str | None = None) 
     if sums_sha256 and sha256_of(folder / SUMS) != sums_sha256:
         raise ValueError(f"{folder / SUMS} is not the file the registry names (SHA-256 {sums_sha256}).")
     sums = read_sums(folder / SUMS)
-    unlisted = [name for name in (CONFIG, WEIGHTS, METRICS, RUNNER_CONFIG) if name not in sums and (folder / name).is_file()]
+    unlisted = [name for name in (METRICS, RUNNER_CONFIG) if name not in sums and (folder / name).is_file()]
     if unlisted:
         raise ValueError(f"{folder / SUMS} does not list {unlisted[0]}: the folder mixes files of two dictionaries.")
     for name, expected in sums.items():

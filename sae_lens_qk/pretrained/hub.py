@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 )
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
-from sae_lens_qk.pretrained.checksums import CONFIG, SUMS, WEIGHTS, read_sums
+from sae_lens_qk.pretrained.checksums import CONFIG, SUMS, WEIGHTS, read_sums, sha256_of
 
 logger = logging.getLogger("sae_lens_qk")
 
@@ -78,8 +78,8 @@ def fetched(place: HubFolder, force_download: bool = False) -> Iterator[Path]:
     A download enters the cache when the body of the `with` ends without an error.
 
     Raises:
-        FileNotFoundError: no such repository, revision or folder.
-        PermissionError: a private or gated repository, or a bad token.
+        FileNotFoundError: no such repository (or a private one: the Hub does not tell), revision or folder.
+        PermissionError: a gated repository, or a bad token.
         ConnectionError: the Hub cannot be reached or fails, and nothing is cached.
         OSError: an incomplete download, or a cache that cannot be written.
     """
@@ -96,15 +96,18 @@ def fetched(place: HubFolder, force_download: bool = False) -> Iterator[Path]:
         yield cached
         return
     with _staging_cache(place.cache_dir) as staging:
+        if not force_download:
+            _link_weights(place.cache_dir / place.cached_repo / "blobs", staging / place.cached_repo / "blobs")
         staged = at_commit._replace(cache_dir=staging)
         with explained(place.repo_id, place.revision, place.path_of(CONFIG)):
             folder = _download(staged)
         yield folder
-        _adopt(staging / place.cached_repo, place.cache_dir / place.cached_repo)
-        if not is_commit:
-            ref = place.cache_dir / place.cached_repo / "refs" / place.revision
-            ref.parent.mkdir(parents=True, exist_ok=True)
-            ref.write_text(at_commit.revision)
+        with _writing(place.cache_dir):
+            _adopt(staging / place.cached_repo, place.cache_dir / place.cached_repo)
+            if not is_commit:
+                ref = place.cache_dir / place.cached_repo / "refs" / place.revision
+                ref.parent.mkdir(parents=True, exist_ok=True)
+                ref.write_text(at_commit.revision)
 
 
 def _newest_commit(place: HubFolder, has_copy: bool) -> str | None:
@@ -150,7 +153,8 @@ def _download(place: HubFolder) -> Path:
     except RemoteEntryNotFoundError:
         names = {WEIGHTS: ""}
     for name in names:
-        _download_file(place, name)
+        with explained(place.repo_id, place.revision, place.path_of(name)):
+            _download_file(place, name)
     return folder
 
 
@@ -160,16 +164,31 @@ def _download_file(place: HubFolder, name: str) -> str:
 
 
 @contextmanager
-def _staging_cache(cache: Path) -> Iterator[Path]:
+def _writing(cache: Path) -> Iterator[None]:
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        staging = tempfile.mkdtemp(prefix=".sae_lens_qk-", dir=cache)  # the same disk, so that files can be moved
+        yield
     except OSError as error:
         raise OSError(f"The cache {cache} cannot be written ({error.strerror}): pass cache_dir= or set HF_HOME.") from error
+
+
+@contextmanager
+def _staging_cache(cache: Path) -> Iterator[Path]:
+    with _writing(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        staging = tempfile.mkdtemp(prefix=".sae_lens_qk-", dir=cache)  # the same disk, so that files can be moved
     try:
         yield Path(staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _link_weights(cached: Path, staged: Path) -> None:
+    """Intact weights of another commit need no second download; the cache names them by their SHA-256 sum."""
+    staged.mkdir(parents=True)
+    for blob in cached.glob("[0-9a-f]" * 64):
+        if sha256_of(blob) == blob.name:
+            with suppress(OSError):  # a disk without hard links
+                (staged / blob.name).hardlink_to(blob)
 
 
 def _adopt(staged: Path, cached: Path) -> None:
@@ -195,7 +214,12 @@ def is_transient(error: BaseException) -> bool:
     error = _of_upload(error)
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in (408, 429) or error.response.status_code >= 500
-    return isinstance(error, HTTPError)
+    return isinstance(error, HTTPError) or _is_short(error)
+
+
+def _is_short(error: BaseException) -> bool:
+    """A file of another length than announced, for which the client has no exception of its own."""
+    return type(error) is OSError and str(error).startswith("Consistency check failed")
 
 
 @contextmanager
@@ -203,7 +227,7 @@ def explained(repo_id: str, revision: str, path: str = "") -> Iterator[None]:
     """Turn the client's errors into one line that says what to do, as the built-in exceptions named in `fetched`."""
     try:
         yield
-    except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, RuntimeError) as error:
+    except (HTTPError, OSError, RuntimeError) as error:  # those of the client among them
         explanation = _explanation(_of_upload(error), repo_id, revision, path)
         if explanation is None:
             raise
@@ -216,6 +240,8 @@ def _of_upload(error: BaseException) -> BaseException:
 
 
 def _explanation(error: BaseException, repo_id: str, revision: str, path: str) -> OSError | None:
+    if _is_short(error):
+        return OSError(f"{repo_id} sends {path} cut short, after several attempts: try again later.")
     if isinstance(error, GatedRepoError):
         return PermissionError(
             f"{repo_id} is gated: accept its terms on its page, then pass token= or log in with `hf auth login`."

@@ -9,7 +9,7 @@ from sae_lens.saes.sae import SAE
 from torch import Tensor
 
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.pretrained.checksums import CONFIG, Verify, verify_folder
+from sae_lens_qk.pretrained.checksums import CONFIG, Verify, check_verify, verify_folder
 from sae_lens_qk.pretrained.hub import HubFolder, Token, cache_folder_of, check_folder_name, fetched
 from sae_lens_qk.pretrained.registry import Entry, registry, shipped_folder
 
@@ -34,7 +34,7 @@ def from_pretrained_with_cfg_and_sparsity(
     Args:
         release: a name of `pretrained_dictionaries()`, a folder written by `save_model`, or a Hub repository "org/repo".
         sae_id: folder in the repository (or in the local folder); None for names and folders.
-        device, dtype: where, and in what precision; dtype None: as stored.
+        device, dtype: where, and in what precision; dtype None: as stored (float32 with a converter).
         force_download: download even what is cached.
         converter: loads through SAELens with this converter, which cannot verify.
         fold_W_dec_norm: fold decoder norms into the encoders.
@@ -48,6 +48,7 @@ def from_pretrained_with_cfg_and_sparsity(
         ValueError: an unknown or unpublished name, a file that is damaged, or weights that do not fit their config.
         FileNotFoundError, PermissionError, ConnectionError, OSError: see `sae_lens_qk.pretrained.hub.fetched`.
     """
+    check_verify(verify)
     through_host = converter is not None or (sae_id is not None and "/" not in release and not Path(release).is_dir())
     if through_host:
         if verify == "strict" or revision or token or cache_dir:
@@ -73,6 +74,8 @@ def _located(
 ) -> Iterator[tuple[Path, str | None]]:
     """The dictionary's files as a local folder, and the sum of its SHA256SUMS if the registry knows it."""
     entry = registry().get(release) if sae_id is None else None
+    if sae_id is not None:
+        check_folder_name(sae_id)
     local = Path(release, sae_id or "")
     if entry is None and (local / CONFIG).is_file():
         if revision is not None:
@@ -81,7 +84,7 @@ def _located(
     elif entry is not None and entry.status == "shipped" and revision is None:
         yield shipped_folder() / entry.name, None
     elif entry is None and sae_id is not None and "/" in release and not Path(release).is_dir():
-        place = HubFolder(release, check_folder_name(sae_id), revision or "main", token, cache_dir)
+        place = HubFolder(release, sae_id, revision or "main", token, cache_dir)
         with fetched(place, force_download) as folder:
             yield folder, None
     elif entry is not None and entry.status == "published":

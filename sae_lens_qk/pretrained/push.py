@@ -3,16 +3,18 @@
 import json
 import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from sae_lens_qk.config import ARCHITECTURE
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.pretrained.card import Listed, repository_card
+from sae_lens_qk.pretrained.card import LISTED_FIELDS, Listed, repository_card
 from sae_lens_qk.pretrained.checksums import CARD, CONFIG, METRICS, SUMS, sha256_of
 from sae_lens_qk.pretrained.folder import documents, read_document, write_documents
 from sae_lens_qk.pretrained.hub import Token, check_folder_name, explained, is_transient, retrying
@@ -53,7 +55,7 @@ def push_to_hub(
     Raises:
         ValueError: a bad folder name, or a dictionary that does not survive saving and loading; nothing is sent.
         FileNotFoundError, PermissionError, ConnectionError, OSError: see `sae_lens_qk.pretrained.hub.explained`; the
-            repository is as it was.
+            repository is as it was, though a new one or a new branch may have been created, empty.
     """
     check_folder_name(folder)
     if dictionary.metrics is None:
@@ -65,7 +67,7 @@ def push_to_hub(
         write_documents(staged, documents(dictionary, name, source=f'"{repo_id}", "{folder}"'))
         BilinearQKDictionary.load_from_disk(staged)
         repository = _Repository(HfApi(token=token), repo_id, revision, Path(scratch) / "cache")
-        with explained(repo_id, revision):
+        with explained(repo_id, revision), _writable(repo_id):
             for attempt in retrying(lambda error: is_transient(error) or _has_moved(error)):
                 with attempt:
                     repository.create(private)
@@ -81,6 +83,19 @@ def registry_entry(repo_id: str, folder: str, commit: str, token: Token = None) 
     return yaml.safe_dump({PurePosixPath(folder).name: entry}, sort_keys=False)
 
 
+@contextmanager
+def _writable(repo_id: str) -> Iterator[None]:
+    """The repository has just been made or found: what the Hub calls missing now is what this token may not write."""
+    try:
+        yield
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError as error:
+        raise PermissionError(
+            f"{repo_id} can be written with a token of its owner alone: pass token= or log in with `hf auth login`."
+        ) from error
+
+
 class _Repository(NamedTuple):
     api: HfApi
     repo_id: str
@@ -89,8 +104,13 @@ class _Repository(NamedTuple):
 
     def create(self, private: bool) -> None:
         self.api.create_repo(self.repo_id, private=private, exist_ok=True)
+        if private and not self.api.model_info(self.repo_id).private:
+            raise ValueError(f"{self.repo_id} exists and is public: private=True is for a repository that is created here.")
         if self.revision != "main":
-            self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+            try:
+                self.api.model_info(self.repo_id, revision=self.revision)
+            except RevisionNotFoundError:
+                self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
 
     def commit(self, staged: Path, folder: str, message: str, create_pr: bool) -> CommitInfo:
         """Put the staged files into the folder and renew the repository's card, if nobody else commits meanwhile."""
@@ -117,12 +137,13 @@ class _Repository(NamedTuple):
             if PurePosixPath(path).name == CONFIG and parent.name and (cfg := _json(self._read(path, head))):
                 beside = {name: str(parent / name) for name in (CARD, METRICS)}
                 card, metrics = (self._read(at, head) if at in present else "" for at in beside.values())
-                if cfg.get("architecture") == ARCHITECTURE:
+                if cfg.get("architecture") == ARCHITECTURE and cfg.keys() >= LISTED_FIELDS:
                     found[str(parent)] = Listed(card, cfg, _json(metrics))
         return found
 
     def _read(self, path: str, head: str) -> str:
-        return Path(self.api.hf_hub_download(self.repo_id, path, revision=head, cache_dir=self.cache)).read_text()
+        file = Path(self.api.hf_hub_download(self.repo_id, path, revision=head, cache_dir=self.cache))
+        return file.read_text(errors="strict" if path == CARD else "replace")  # other people's folders are none of ours
 
 
 def _listed(folder: Path) -> Listed:

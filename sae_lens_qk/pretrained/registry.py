@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -109,31 +110,39 @@ def pretrained_dictionaries() -> pd.DataFrame:
     """The registry as a table, one dictionary a row; needs no network.
 
     Returns:
-        name, model, layer, status; d_query, d_key, n_pairs (of an unpublished one as its recipe asks for); pattern_kl in
-        nats, ce_recovered and logit_kl_recovered with the feature map patched in (NaN: not measured); repo, revision; and
-        command, which trains it.
+        name, model, layer, status; d_query, d_key, n_pairs (unless shipped, as the recipe asks for; a published entry may
+        have none); pattern_kl in nats, ce_recovered and logit_kl_recovered with the feature map patched in (NaN: not
+        measured); repo, revision; and command, which trains it.
     """
     return pd.DataFrame([_row(entry) for entry in registry().values()])
 
 
 def _row(entry: Entry) -> dict[str, Any]:
-    recipe = BilinearQKRunnerConfig.from_file(entry.recipe)
-    sizes = {"d_query": recipe.sae.d_query, "d_key": recipe.sae.d_key, "n_pairs": recipe.mask.n_pairs}
+    asked: dict[str, Any] = dict.fromkeys(("model", "layer", "status", "d_query", "d_key", "n_pairs"))
+    if entry.status != "published" or entry.recipe.is_file():
+        recipe = BilinearQKRunnerConfig.from_file(entry.recipe)
+        asked = {
+            "model": recipe.model_name, "layer": recipe.layer, "status": None,
+            "d_query": recipe.sae.d_query, "d_key": recipe.sae.d_key, "n_pairs": recipe.mask.n_pairs,
+        }  # fmt: skip
     figures = entry.metrics
     if entry.status == "shipped":
         folder = shipped_folder() / entry.name
         config = json.loads((folder / CONFIG).read_text())
-        sizes = {name: config[name] for name in sizes}
+        asked |= {name: config[name] for name in ("d_query", "d_key", "n_pairs")}
         figures = headline_figures(json.loads((folder / METRICS).read_text())) if (folder / METRICS).is_file() else {}
     return {
-        "name": entry.name, "model": recipe.model_name, "layer": recipe.layer, "status": entry.status, **sizes,
+        "name": entry.name, **asked, "status": entry.status,
         **{name: figures.get(name, float("nan")) for name in _FIGURES},
-        "repo": entry.repo, "revision": entry.revision, "command": entry.command,
+        "repo": entry.repo, "revision": entry.revision, "command": entry.command if asked["model"] else None,
     }  # fmt: skip
 
 
 def headline_figures(metrics: dict[str, Any]) -> dict[str, float]:
     """The figures of a table row out of what `evaluate` measured: with the feature map, else with the transcoders."""
-    sources = metrics.get("sources", {})
-    measured = sources.get("feature_map") or sources.get("transcoders") or {}
-    return {name: measured[name]["value"] for name in _FIGURES if name in measured}
+    figures: dict[str, float] = {}
+    for name in _FIGURES:
+        with suppress(KeyError, TypeError, AttributeError, ValueError):  # figures of another program, or damaged
+            sources = metrics["sources"]
+            figures[name] = float((sources.get("feature_map") or sources["transcoders"])[name]["value"])
+    return figures
