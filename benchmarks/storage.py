@@ -67,9 +67,7 @@ def sizes_on_disk(scratch: Path) -> pd.DataFrame:
     dense["mask"] = dictionary.feature_map.restrict().to_dense()[: FULL.d, : FULL.d].contiguous()
     (scratch / "dense").mkdir()
     save_file(dense, scratch / "dense" / "all.safetensors")
-    rows = [
-        ("dense mask, float32 (the authors' form)", scratch / "dense", lambda: load_file(scratch / "dense/all.safetensors"))
-    ]
+    rows = [("dense mask, float32 (the authors' form)", scratch / "dense", lambda: read(scratch / "dense/all.safetensors"))]
     compacted = dictionary.compact(live_query, live_key)
     for label, made in (("float32", dictionary), ("compacted, float32", compacted), ("compacted, float16", compacted)):
         folder = scratch / label
@@ -93,7 +91,7 @@ def main(names: list[str]) -> None:
         dictionary = qk.BilinearQKDictionary.from_pretrained(name)
         model = qk.load_model(dictionary)
         x = layer_inputs(model, dictionary.cfg.layer, token_rows(model, "", "text", 8, 256))
-        print(f"\n{name}\n\n{qk.rounding_loss(dictionary, x).to_markdown(floatfmt='.3g')}")
+        print(f"\n{name}\n\n{qk.rounding_loss(dictionary, x).reset_index().to_markdown(index=False, floatfmt='.3g')}")
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def _list(arguments: list[str]) -> None:
         figures = (f"{row['pattern_kl']:.4f}", f"{row['ce_recovered']:.1%}") if measured else ("-", "-")
         known = not pd.isna(row["layer"])
         sizes = [f"{row['layer']:.0f}", f"{row['d_query']:,.0f} / {row['d_key']:,.0f}", f"{row['n_pairs']:,.0f}"]
-        table.add_row(row["name"], row["model"] or "-", *(sizes if known else "---"), *figures, row["status"])
+        table.add_row(row["name"], row["model"] if known else "-", *(sizes if known else "---"), *figures, row["status"])
     console = Console(width=None if sys.stdout.isatty() else 132, soft_wrap=True)
     console.print(table)
     for name, command in listed.loc[listed["status"] == "unpublished", ["name", "command"]].to_numpy():

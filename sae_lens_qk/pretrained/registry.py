@@ -20,6 +20,9 @@ REGISTRY_VARIABLE = "SAE_LENS_QK_REGISTRY"
 """Environment variable: a registry file of your own, whose entries come on top of those of the package."""
 
 _FIGURES = ("pattern_kl", "ce_recovered", "logit_kl_recovered")
+_COLUMNS = (
+    "name", "model", "layer", "status", "d_query", "d_key", "n_pairs", *_FIGURES, "repo", "revision", "command",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,28 +117,24 @@ def pretrained_dictionaries() -> pd.DataFrame:
         have none); pattern_kl in nats, ce_recovered and logit_kl_recovered with the feature map patched in (NaN: not
         measured); repo, revision; and command, which trains it.
     """
-    return pd.DataFrame([_row(entry) for entry in registry().values()])
+    return pd.DataFrame([_row(entry) for entry in registry().values()], columns=list(_COLUMNS))
 
 
 def _row(entry: Entry) -> dict[str, Any]:
-    asked: dict[str, Any] = dict.fromkeys(("model", "layer", "status", "d_query", "d_key", "n_pairs"))
+    row: dict[str, Any] = {"name": entry.name, "status": entry.status, "repo": entry.repo, "revision": entry.revision}
     if entry.status != "published" or entry.recipe.is_file():
         recipe = BilinearQKRunnerConfig.from_file(entry.recipe)
-        asked = {
-            "model": recipe.model_name, "layer": recipe.layer, "status": None,
+        row |= {
+            "model": recipe.model_name, "layer": recipe.layer, "command": entry.command,
             "d_query": recipe.sae.d_query, "d_key": recipe.sae.d_key, "n_pairs": recipe.mask.n_pairs,
         }  # fmt: skip
     figures = entry.metrics
     if entry.status == "shipped":
         folder = shipped_folder() / entry.name
         config = json.loads((folder / CONFIG).read_text())
-        asked |= {name: config[name] for name in ("d_query", "d_key", "n_pairs")}
+        row |= {name: config[name] for name in ("d_query", "d_key", "n_pairs")}
         figures = headline_figures(json.loads((folder / METRICS).read_text())) if (folder / METRICS).is_file() else {}
-    return {
-        "name": entry.name, **asked, "status": entry.status,
-        **{name: figures.get(name, float("nan")) for name in _FIGURES},
-        "repo": entry.repo, "revision": entry.revision, "command": entry.command if asked["model"] else None,
-    }  # fmt: skip
+    return row | {name: figures.get(name, float("nan")) for name in _FIGURES}
 
 
 def headline_figures(metrics: dict[str, Any]) -> dict[str, float]:
