@@ -406,6 +406,19 @@ def test_requests(repo, versions, load_it):
         assert served(repo) == first_time
 
 
+@pytest.mark.parametrize("intact", [True, False])
+def test_weights_that_did_not_change_are_not_downloaded_again(repo, versions, load_it, hub_cache, intact):
+    """When somebody commits something else; a damaged copy in the cache is no help."""
+    load_it()
+    (link,) = hub_cache.rglob(f"snapshots/*/{FOLDER}/{WEIGHTS}")
+    if not intact:
+        link.resolve().write_bytes(bytes(link.stat().st_size))
+    served(repo)
+    repo.commit(REPO, {"notes.md": b"seen"})
+    assert same(load_it(), versions.old)
+    assert (f"GET {WEIGHTS} 200" in served(repo)) is not intact
+
+
 @pytest.mark.parametrize("down", ["stopped", "failing"])
 def test_without_the_hub_a_cached_branch_serves(repo, versions, load_it, hub_cache, waits, hub_waits, caplog, down):
     load_it()

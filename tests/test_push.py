@@ -224,6 +224,13 @@ def test_private(hub, dictionary, hub_cache):
         loaded(hub_cache / "other", token="hf_stranger")
 
 
+def test_a_public_repository_is_not_pushed_to_as_private(pushed, other):
+    before = pushed.commits(REPO)
+    with pytest.raises(ValueError, match=f"{REPO} exists and is public"):
+        other.push_to_hub(REPO, FOLDER, token=OWNER, private=True)
+    assert pushed.commits(REPO) == before
+
+
 def test_branch(pushed, other, dictionary, hub_cache):
     main = pushed.commits(REPO)
     other.push_to_hub(REPO, FOLDER, token=OWNER, revision="dev")
