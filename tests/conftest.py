@@ -89,6 +89,14 @@ def hub_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waits
 
 
+@pytest.fixture
+def waits(hub_waits: list[float], monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds between our own attempts, noted instead of slept; so are the client's."""
+    ours: list[float] = []
+    monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=ours.append))
+    return ours
+
+
 @pytest.fixture(scope="session")
 def gpt2_bridge() -> Iterator[Model]:
     yield from _shared("gpt2", "bridge")

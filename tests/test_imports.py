@@ -18,7 +18,7 @@ ORDER = (
     ("text",),
     ("dictionary",),
     ("storage",),
-    ("pretrained.checksums",),
+    ("pretrained.checksums", "pretrained.errors"),
     ("pretrained.registry", "pretrained.hub"),
     ("pretrained.card",),
     ("pretrained.folder", "pretrained.loading"),

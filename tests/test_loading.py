@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from threading import Timer
-from types import SimpleNamespace
 from typing import Any
 
 import hub_cases
@@ -74,14 +73,6 @@ def repo(hub: LoopbackHub, versions: Versions) -> LoopbackHub:
     hub.create_repo(REPO)
     publish(hub, versions.old_files)
     return hub
-
-
-@pytest.fixture
-def waits(hub_waits: list[float], monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds between our own attempts, noted instead of slept; so are the client's."""
-    ours: list[float] = []
-    monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=ours.append))
-    return ours
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,14 +39,6 @@ def dictionary(originals) -> BilinearQKDictionary:
 def other(originals) -> BilinearQKDictionary:
     """Of other weights and figures."""
     return copy.deepcopy(originals[1])
-
-
-@pytest.fixture
-def waits(hub_waits: list[float], monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds between our own attempts, noted instead of slept; so are the client's."""
-    ours: list[float] = []
-    monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=ours.append))
-    return ours
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from sae_lens_qk.config import ARCHITECTURE
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.pretrained.card import LISTED_FIELDS, Listed, repository_card
 from sae_lens_qk.pretrained.checksums import CARD, CONFIG, METRICS, SUMS, sha256_of
+from sae_lens_qk.pretrained.errors import explained, is_transient, retrying
 from sae_lens_qk.pretrained.folder import documents, read_document, write_documents
-from sae_lens_qk.pretrained.hub import Token, check_folder_name, explained, is_transient, retrying
+from sae_lens_qk.pretrained.hub import Token, check_folder_name
 
 logger = logging.getLogger("sae_lens_qk")
 
@@ -54,7 +55,7 @@ def push_to_hub(
         The Hub client's CommitInfo; `oid` is the commit to pin with `from_pretrained(..., revision=oid)`.
     Raises:
         ValueError: a bad folder name, or a dictionary that does not survive saving and loading; nothing is sent.
-        FileNotFoundError, PermissionError, ConnectionError, OSError: see `sae_lens_qk.pretrained.hub.explained`; the
+        FileNotFoundError, PermissionError, ConnectionError, OSError: see `sae_lens_qk.pretrained.errors`; the
             repository is as it was, though a new one or a new branch may have been created, empty.
     """
     check_folder_name(folder)
