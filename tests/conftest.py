@@ -49,7 +49,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))  # on busy cores 1 is several times faster
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # tiny tensors: twice as fast as with 2
 
 Model = TransformerBridge | HookedTransformer
 
