@@ -248,3 +248,27 @@ def test_shipped_files_are_found_in_a_wheel_and_in_a_checkout(tmp_path, monkeypa
     assert shipped_folder() == tmp_path / "pretrained"
     (tmp_path / "sae_lens_qk" / "_shipped").mkdir(parents=True)
     assert shipped_folder() == tmp_path / "sae_lens_qk" / "_shipped"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"status": "shipped"}, "calls mine shipped: only the package ships"),
+        ({"status": "unpublished"}, "names mine, unpublished, and there is no recipe"),
+        ({**PUBLISHED, "metrics": None}, "metrics must map some of"),
+        ({**PUBLISHED, "metrics": {"pattern_kl": "low"}}, "metrics must map some of"),
+        ({**PUBLISHED, "metrics": {"patern_kl": 0.1}}, "metrics must map some of"),
+        ({**PUBLISHED, "revision": 7}, "revision must match"),
+    ],
+)
+def test_entries_that_could_not_work_are_refused(own, entry, message):
+    own({"mine": entry})
+    with pytest.raises(ValueError, match=message):
+        registry()
+
+
+def test_sizes_stay_whole_numbers_beside_unknown_ones(own):
+    own({"mine": PUBLISHED})
+    listed = qk.pretrained_dictionaries().set_index("name")
+    assert listed["d_query"].isna()["mine"]
+    assert str(listed["layer"]["gpt2-small-L10"]) == "10"

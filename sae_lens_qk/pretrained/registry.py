@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,8 @@ class Entry:
         sha256: of the SHA256SUMS file there, required when published.
         metrics: figures of a published dictionary, shown without downloading it.
     Raises:
-        ValueError: an unknown status, or a published entry without its place, commit hash or sum.
+        ValueError: an unknown status, a published entry without its place, commit hash or sum, or metrics that are not
+            numbers by the names of the table.
     """
 
     name: str
@@ -58,14 +60,19 @@ class Entry:
                 ("revision", self.revision, r"[0-9a-f]{40}"),
                 ("sha256", self.sha256, r"[0-9a-f]{64}"),
             ):
-                if not re.fullmatch(form, value or ""):
+                if not re.fullmatch(form, str(value or "")):
                     raise ValueError(f"Registry entry {self.name} is published: {wanted} must match {form}, got {value!r}.")
+        known = isinstance(self.metrics, dict) and self.metrics.keys() <= set(_FIGURES)
+        if not known or not all(isinstance(value, int | float) for value in self.metrics.values()):
+            raise ValueError(
+                f"Registry entry {self.name}: metrics must map some of {_FIGURES} to numbers, got {self.metrics!r}."
+            )
 
     @property
     def command(self) -> str:
         """What trains it."""
         config = self.recipe.stem if self.recipe == recipe_file(self.recipe.stem) else self.recipe
-        return f"python -m sae_lens_qk train --config {config}"
+        return f"python -m sae_lens_qk train --config {shlex.quote(str(config))}"
 
 
 def shipped_folder() -> Path:
@@ -85,7 +92,8 @@ def registry() -> dict[str, Entry]:
     """All entries by name; those of `$SAE_LENS_QK_REGISTRY` come on top.
 
     Raises:
-        ValueError: a malformed registry file.
+        ValueError: a malformed registry file, a shipped entry in another than the package's, or an unpublished one without
+            its recipe.
     """
     files = [shipped_folder() / "registry.yaml"]
     if own := os.environ.get(REGISTRY_VARIABLE):
@@ -98,15 +106,23 @@ def registry() -> dict[str, Entry]:
 
 def _read_registry(file: Path) -> dict[str, Entry]:
     try:
-        listed = yaml.safe_load(file.read_text())
-        return {
+        listed = yaml.safe_load(file.read_text()) or {}
+        if not isinstance(listed, dict) or not all(isinstance(values, dict) for values in listed.values()):
+            raise TypeError("it must map names to entries such as {status: unpublished}")
+        entries = {
             name: Entry(**{**values, "name": name, "recipe": file.parent / "recipes" / values.get("recipe", f"{name}.yaml")})
-            for name, values in (listed or {}).items()
+            for name, values in listed.items()
         }
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise ValueError(f"There is no registry file {file}: ${REGISTRY_VARIABLE} must name a YAML file.") from error
     except (yaml.YAMLError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not a registry of dictionaries ({' '.join(str(error).split())}).") from error
+    for entry in entries.values():
+        if entry.status == "shipped" and file.parent != shipped_folder():
+            raise ValueError(f"{file} calls {entry.name} shipped: only the package ships; publish it, or load its folder.")
+        if entry.status == "unpublished" and not entry.recipe.is_file():
+            raise ValueError(f"{file} names {entry.name}, unpublished, and there is no recipe {entry.recipe}.")
+    return entries
 
 
 def pretrained_dictionaries() -> pd.DataFrame:
@@ -117,7 +133,8 @@ def pretrained_dictionaries() -> pd.DataFrame:
         have none); pattern_kl in nats, ce_recovered and logit_kl_recovered with the feature map patched in (NaN: not
         measured); repo, revision; and command, which trains it.
     """
-    return pd.DataFrame([_row(entry) for entry in registry().values()], columns=list(_COLUMNS))
+    table = pd.DataFrame([_row(entry) for entry in registry().values()], columns=list(_COLUMNS))
+    return table.astype(dict.fromkeys(("layer", "d_query", "d_key", "n_pairs"), "Int64"))
 
 
 def _row(entry: Entry) -> dict[str, Any]:

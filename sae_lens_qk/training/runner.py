@@ -126,7 +126,8 @@ class BilinearQKTrainingRunner:
         steps = settings.training_tokens // self.cfg.train_batch_size_tokens
         shared = {name: value for name, value in vars(dictionary.cfg).items() if name in QKFields.__dataclass_fields__}
         fine_tune = settings.fine_tune_lr > 0
-        rates = firing_rates(dictionary, self._some_rows(cache, _CALIBRATION_ROWS))
+        # tuning holds the L0 that the dictionary has
+        rates = firing_rates(dictionary, self._some_rows(cache, _CALIBRATION_ROWS)) if fine_tune else None
         mask_cfg = MaskTrainingConfig(
             **{**shared, "n_pairs": len(candidates)},
             d_in=dictionary.cfg.d_in, dtype=self.cfg.dtype, device=self.cfg.device,
@@ -134,7 +135,7 @@ class BilinearQKTrainingRunner:
             sparsity_coefficient=settings.sparsity_coefficient, max_pairs=settings.n_pairs,
             prune_steps=int(steps * settings.prune_until), polish=settings.polish, fine_tune=fine_tune,
             mask_speed=settings.lr / settings.fine_tune_lr if fine_tune else 1.0,
-            k_query=float(rates.query.sum()), k_key=float(rates.key.sum()),
+            k_query=float(rates.query.sum()) if rates else 0.0, k_key=float(rates.key.sum()) if rates else 0.0,
             unmasked_coefficient=settings.unmasked_coefficient,
         )  # fmt: skip
         sae = MaskTrainingSAE(mask_cfg)
