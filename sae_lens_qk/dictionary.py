@@ -13,24 +13,17 @@ from sae_lens import register_sae_class
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, SAEMetadata
 from sae_lens.saes.transcoder import JumpReLUTranscoder, JumpReLUTranscoderConfig, Transcoder, TranscoderConfig
+from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_qk.attention import AttentionSpec, attention_scores, pattern_from_scores
 from sae_lens_qk.config import ARCHITECTURE, BilinearQKConfig
-from sae_lens_qk.feature_map import (
-    STATISTICS,
-    Pairs,
-    SparseFeatureMap,
-    as_pairs,
-    pack_indices,
-    pack_statistics,
-    unpack_indices,
-    unpack_statistics,
-)
+from sae_lens_qk.feature_map import STATISTICS, Pairs, SparseFeatureMap, as_pairs
 from sae_lens_qk.host import Hooks
 from sae_lens_qk.pair_scores import Decoders, pair_kernel, with_constant
 from sae_lens_qk.refusals import REFUSALS, OneDecoderRefusals
+from sae_lens_qk.stored_form import from_stored_form, to_stored_form
 
 Source = Literal["transcoders", "feature_map"]
 _NO_CONFIG = (
@@ -370,44 +363,11 @@ class BilinearQKDictionary(OneDecoderRefusals, SAE[BilinearQKConfig]):
 
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        indices = state_dict.pop("feature_map.indices")
-        state_dict["feature_map.digits"] = pack_indices(indices)
-        state_dict["feature_map.weights"] = state_dict["feature_map.weights"].clamp(0, 1)
-        statistics = state_dict.pop("feature_map.statistics")
-        if statistics.any():  # measured
-            state_dict["feature_map.statistics"] = pack_statistics(statistics)
-        for name, tensor in state_dict.items():
-            state_dict[name] = tensor.contiguous()
+        to_stored_form(state_dict)
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        """Decode the map's indices and check everything a damaged or foreign file could get wrong.
-
-        Raises:
-            ValueError: missing or unexpected tensors, wrong shapes, values that are not finite, bad pair indices.
-        """
-        if "feature_map.digits" in state_dict:
-            state_dict["feature_map.indices"] = unpack_indices(state_dict.pop("feature_map.digits"))
-            packed = state_dict.get("feature_map.statistics")
-            weights = state_dict.get("feature_map.weights", torch.empty(0))
-            unmeasured = weights.new_zeros(len(weights), len(STATISTICS))
-            state_dict["feature_map.statistics"] = unmeasured if packed is None else unpack_statistics(packed)
-        expected = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-        if expected != found:
-            name = sorted(set(expected.items()) ^ set(found.items()))[0][0]
-            raise ValueError(
-                f"The weights do not fit cfg.json: {name} should have shape {expected.get(name)}, the file has "
-                f"{found.get(name)}. The folder is damaged or mixes two dictionaries."
-            )
-        broken = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
-        if broken:
-            raise ValueError(f"The weights hold values that are not finite, first in {broken[0]}: download or train again.")
-        loaded = SparseFeatureMap(
-            state_dict["feature_map.indices"], state_dict["feature_map.weights"],
-            self.cfg.d_query, self.cfg.d_key, self.spec.n_heads, state_dict["feature_map.statistics"],
-        )  # fmt: skip
-        state_dict.update({f"feature_map.{name}": tensor for name, tensor in loaded.state_dict().items()})
+        from_stored_form(state_dict, self.state_dict(), (self.cfg.d_query, self.cfg.d_key, self.spec.n_heads))
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BilinearQKDictionary":
@@ -445,10 +405,8 @@ class BilinearQKDictionary(OneDecoderRefusals, SAE[BilinearQKConfig]):
             dictionary = super().load_from_disk(path, device=device, dtype=dtype, **kwargs)
         except _NO_CONFIG as error:
             raise ValueError(f"{path}/cfg.json is not the config of a dictionary ({error!r:.200}).") from error
-        except Exception as error:
-            if type(error).__name__ == "SafetensorError":
-                raise ValueError(f"{path}/sae_weights.safetensors is truncated or corrupted ({error}).") from error
-            raise
+        except SafetensorError as error:
+            raise ValueError(f"{path}/sae_weights.safetensors is truncated or corrupted ({error}).") from error
         dictionary.metrics, dictionary.runner_cfg = (read_document(path, name) for name in (METRICS, RUNNER_CONFIG))
         return dictionary
 

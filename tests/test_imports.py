@@ -15,7 +15,7 @@ ORDER = (
     ("config",),
     ("models",),
     ("host",),
-    ("text",),
+    ("text", "stored_form"),
     ("dictionary",),
     ("storage",),
     ("pretrained.checksums", "pretrained.errors"),

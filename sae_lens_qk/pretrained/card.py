@@ -98,11 +98,7 @@ def _header(cfg: BilinearQKConfig, runner_cfg: dict[str, Any]) -> ModelCardData:
 
 
 def _hub_dataset(path: str) -> list[str]:
-    return (
-        [path]
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith(".") and not path.endswith(".parquet")
-        else []
-    )
+    return [path] if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.parquet)", path) else []
 
 
 def _merged(headers: list[ModelCardData]) -> ModelCardData:
