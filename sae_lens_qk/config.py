@@ -138,14 +138,15 @@ class TranscodersTrainingConfig(_ForTraining):
     """Weight of the auxiliary loss: dead features reconstruct what is left of q and k."""
     dead_k: int = 32
     """Dead features per token and side that the auxiliary loss wakes."""
-    initialization: Literal["data", "kaiming"] = "data"
-    """data: encoders are centred unit-norm data points, decoders those points through W_Q and W_K."""
+    initialization: Literal["scores", "data", "kaiming"] = "data"
+    """data: encoders are centred unit-norm data points, decoders those points through W_Q and W_K. scores: the same, but
+    the points differ and the encoders read only what scores depend on (`training.initialization`)."""
 
     def __post_init__(self):
         if self.activation not in ("batchtopk", "topk", "relu"):
             raise ValueError(f"activation must be batchtopk, topk or relu, got {self.activation!r}.")
-        if self.initialization not in ("data", "kaiming"):
-            raise ValueError(f"initialization must be data or kaiming, got {self.initialization!r}.")
+        if self.initialization not in ("scores", "data", "kaiming"):
+            raise ValueError(f"initialization must be scores, data or kaiming, got {self.initialization!r}.")
         if not 0 < self.k <= min(self.d_query, self.d_key):
             raise ValueError(f"k must lie in (0, min(d_query, d_key)], got {self.k}.")
         if self.activation == "topk" and self.k != int(self.k):

@@ -135,7 +135,7 @@ def test_numbers_in_scientific_notation_are_numbers(text, tmp_path):
         (lambda: qk.TranscodersTrainingConfig(d_in=4, k=0), "k must lie in"),
         (lambda: qk.TranscodersTrainingConfig(d_in=4, k=2.5, activation="topk"), "topk needs a whole number k, got 2.5"),
         (lambda: qk.TranscodersTrainingConfig(d_in=4, activation="gelu"), "batchtopk, topk or relu, got 'gelu'"),
-        (lambda: qk.TranscodersTrainingConfig(d_in=4, initialization="zeros"), "data or kaiming, got 'zeros'"),
+        (lambda: qk.TranscodersTrainingConfig(d_in=4, initialization="zeros"), "scores, data or kaiming, got 'zeros'"),
         (lambda: qk.BilinearQKConfig(d_in=4, apply_b_dec_to_input=True), "apply_b_dec_to_input must be False"),
         (lambda: qk.BilinearQKConfig(d_in=4, normalize_activations="layer_norm"), "normalize_activations must be 'none'"),
         (

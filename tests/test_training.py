@@ -49,7 +49,7 @@ def layer_inputs(model, layer: int, tokens: torch.Tensor) -> torch.Tensor:
     return seen["x"]
 
 
-@pytest.mark.parametrize("initialization", ["data", "kaiming"])
+@pytest.mark.parametrize("initialization", ["scores", "data", "kaiming"])
 def test_without_decoder_bias_the_mean_starts_in_a_feature(initialization):
     model = tiny_model("llama")
     weights, spec = qk_weights(model, 1), attention_spec(model, 1)

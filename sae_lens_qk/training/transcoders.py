@@ -11,7 +11,7 @@ from sae_lens import register_sae_training_class
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainingSAE, TrainStepInput, TrainStepOutput
 from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_qk.attention import AttentionSpec
@@ -19,6 +19,7 @@ from sae_lens_qk.config import TRANSCODERS_ARCHITECTURE, BilinearQKConfig, Trans
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.feature_map import pack_indices
 from sae_lens_qk.host import QKWeights
+from sae_lens_qk.training.initialization import Side, from_data, from_scores
 from sae_lens_qk.training.losses import dead_feature_loss, pattern_losses, relative_mse, sqrt_penalty
 
 
@@ -92,27 +93,30 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
 
     @torch.no_grad()
     def _initialize_from(self, x: Float[Tensor, "tokens d_model"]) -> None:
-        """Centred unit-norm data points as encoders, those points through W_Q and W_K as decoders; biases centre.
+        """Decoder biases at the mean; encoders and decoders from data points (see `initialization`) or left as they are.
 
         The points overlap, so together they overshoot: one factor a side scales the decoder to the least-squares fit.
         """
-        mean = x.mean(dim=0)
-        generator = torch.Generator(device="cpu").manual_seed(int(self.cfg.d_sae))
-        for half, true in ((self.query, self._weights[0].queries), (self.key, self._weights[0].keys)):
+        mean, weights, seed = x.mean(dim=0), self._weights[0], int(self.cfg.d_sae)
+        sides: tuple[tuple[Side, Transcoder, Any], ...] = (
+            ("query", self.query, weights.queries), ("key", self.key, weights.keys)
+        )  # fmt: skip
+        for side, half, true in sides:
             half.b_dec.copy_(true(mean[None]).flatten())
             if self.cfg.initialization == "kaiming":
-                self._move_bias_to_feature(half)
                 continue
-            d = half.cfg.d_sae
-            chosen = torch.cat([torch.randperm(len(x), generator=generator) for _ in range(1 + d // len(x))])[:d]
-            directions = nn.functional.normalize(x[chosen.to(x.device)] - mean, dim=1)
-            half.W_enc.copy_(directions.T)
-            half.b_enc.copy_(-directions @ mean)
-            half.W_dec.copy_(true(mean + directions).flatten(1) - true(mean[None]).flatten(1))
-        if self.cfg.initialization == "data":
+            if self.cfg.initialization == "data":
+                start = from_data(x, half.cfg.d_sae, side, weights, seed)
+            else:
+                assert self._context_size is not None
+                start = from_scores(x, half.cfg.d_sae, side, weights, self.spec, self._context_size, seed)
+            half.W_enc.copy_(start.encoders.T)
+            half.b_enc.copy_(-start.encoders @ mean)
+            half.W_dec.copy_(start.decoders)
+        if self.cfg.initialization != "kaiming":
             self._scale_decoders(x)
-            self._move_bias_to_feature(self.query)
-            self._move_bias_to_feature(self.key)
+        self._move_bias_to_feature(self.query)
+        self._move_bias_to_feature(self.key)
 
     def _move_bias_to_feature(self, half: Transcoder) -> None:
         if not self.cfg.decoder_bias:
