@@ -25,18 +25,19 @@ ORDER = (
     ("pretrained.push",),
     ("patching",),
     ("evals",),
-    ("training.losses",),
+    ("training.losses", "training.initialization"),
     ("training.cache",),
     ("training.transcoders",),
     ("training.candidates",),
     ("training.mask",),
     ("training.runner",),
+    ("analysis.causal",),
     ("__main__",),
 )
 """docs/architecture.md: modules of one row do not import each other."""
 
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-FACADES = ("__init__", "training.__init__", "pretrained.__init__")
+FACADES = ("__init__", "training.__init__", "pretrained.__init__", "analysis.__init__")
 
 IMPORTED_IN_FUNCTIONS = {
     ("dictionary", "storage"),
