@@ -3,7 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test test-all check bench clean
+.PHONY: setup demo test test-all check bench bench-quality clean
 
 setup: $(VENV)/.installed
 
@@ -30,6 +30,9 @@ check: setup  ## what CI runs
 
 bench: setup  ## every benchmark, alone on the machine: writes benchmarks/results/cpu.md and cpu.json
 	$(PY) benchmarks/bench.py
+
+bench-quality: setup  ## what methods find of planted layers, and removals in a real model: writes benchmarks/results/quality*
+	$(PY) -m benchmarks.quality
 
 clean:
 	rm -rf $(VENV) output checkpoints

@@ -1,0 +1,124 @@
+"""Dictionaries of SmolLM2 that the causal benchmark compares: loaded from `trained/`, and the commands that train them.
+
+    QK_CORPUS=<folder with train.parquet> python -m benchmarks.quality.trained --layer 23 --method authors
+
+All see the same tokens for the same number of steps, with as many features a side; the authors' penalty is swept until its
+L0 is within 10 % of the others'. They are small on purpose: what is compared is the method. Weights are stored in float16.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAETrainer
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+
+import sae_lens_qk as qk
+from sae_lens_qk.models import load_model
+from sae_lens_qk.training.candidates import firing_rates
+from sae_lens_qk.training.runner import BilinearQKTrainingRunner
+
+from .methods import next_strength, through_weights
+
+LAYERS = (17, 23)
+SHIPPED = {23: "smollm2-135m-instruct-L23"}
+FOLDER = Path(__file__).parent / "trained"
+METHODS = ("ours", "authors", "residual SAE", "L2 transcoders")
+D, K, STEPS, CACHED_TOKENS = 1000, 15.7, 300, 400_000
+_FIRST_STRENGTH, _MOST_STRENGTHS = 1.2e-2, 6
+
+
+def load(layer: int) -> dict[str, qk.BilinearQKDictionary]:
+    """The trained dictionaries of a layer by method, those that are there; and the one that the package ships."""
+    found = {method: FOLDER / folder_name(layer, method) for method in METHODS}
+    shipped = {"shipped": qk.BilinearQKDictionary.from_pretrained(SHIPPED[layer])} if layer in SHIPPED else {}
+    return shipped | {
+        method: qk.BilinearQKDictionary.load_from_disk(path, dtype="float32")
+        for method, path in found.items()
+        if path.is_dir()
+    }
+
+
+def folder_name(layer: int, method: str) -> str:
+    return f"L{layer}-{method.replace(' ', '-')}"
+
+
+def config(layer: int, cache: str, **sae: Any) -> qk.BilinearQKRunnerConfig:
+    """The run that all methods share; `sae` changes step 1. There is no step 2: every pair takes part."""
+    return qk.BilinearQKRunnerConfig(
+        layer=layer, dataset_path="$QK_CORPUS/train.parquet", training_tokens=STEPS * 2048, lr=1e-3, lr_warm_up_steps=50,
+        input_cache_path=cache, input_cache_tokens=CACHED_TOKENS, checkpoint_path=None, output_path=None,
+        mask=qk.MaskStepConfig(training_tokens=0),
+        sae=qk.TranscodersTrainingConfig(d_in=1, d_query=D, d_key=D, **{"k": K, "decoder_bias": False, **sae}),
+    )  # fmt: skip
+
+
+def train(layer: int, method: str, cache: str) -> qk.BilinearQKDictionary:
+    """Train one dictionary from the cached inputs of the layer (filled on the first run)."""
+    if method == "ours":
+        return _run(config(layer, cache))
+    if method == "L2 transcoders":
+        squared = dict(kl_full_coefficient=0.0, kl_query_coefficient=0.0, kl_key_coefficient=0.0, mse_coefficient=1.0)
+        return _run(config(layer, cache, **squared))
+    if method == "authors":
+        return _train_authors(layer, cache)
+    return _train_residual_sae(layer, cache)
+
+
+def _run(cfg: qk.BilinearQKRunnerConfig) -> qk.BilinearQKDictionary:
+    return BilinearQKTrainingRunner(cfg, override_model=_model()).run()
+
+
+def _model() -> Any:
+    return load_model("smollm2-135m-instruct-q4_1")
+
+
+def _train_authors(layer: int, cache: str) -> qk.BilinearQKDictionary:
+    """ReLU, sqrt penalty, Kaiming start, decoder biases; strengths until L0 is within 10 % of K."""
+    strength, l0, best = _FIRST_STRENGTH, {}, None
+    for _ in range(_MOST_STRENGTHS):
+        recipe = dict(activation="relu", initialization="kaiming", decoder_bias=True, sparsity_coefficient=strength)
+        runner = BilinearQKTrainingRunner(config(layer, cache, **recipe), override_model=_model())
+        dictionary = runner.run()
+        rows = runner._some_rows(runner._fill_cache(), 64)
+        l0[strength] = float(sum(rate.sum() for rate in firing_rates(dictionary, rows))) / 2 / K
+        print(f"penalty {strength:.3g}: L0 {l0[strength] * K:.1f}", flush=True)
+        if best is None or abs(l0[strength] - 1) < abs(best[1] - 1):
+            best = dictionary, l0[strength]
+        if len(l0) >= 3 and abs(best[1] - 1) <= 0.1:
+            break
+        strength = next_strength(l0)
+    assert best is not None
+    return best[0]
+
+
+def _train_residual_sae(layer: int, cache: str) -> qk.BilinearQKDictionary:
+    runner = BilinearQKTrainingRunner(config(layer, cache), override_model=_model())
+    torch.manual_seed(runner.cfg.seed)
+    sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=runner.cfg.sae.d_in, d_sae=D, k=K))
+    data = runner._fill_cache().batches(runner.cfg.rows_per_batch, seed=runner.cfg.seed)
+    SAETrainer(runner.cfg.to_sae_trainer_config(), sae, data).fit()  # type: ignore[arg-type]
+    dictionary = through_weights(sae, runner.weights, runner.cfg.sae.spec)
+    shared = ("model_name", "model_mode", "layer", "hook_name", "fingerprint")
+    for name in shared:
+        setattr(dictionary.cfg, name, getattr(runner.cfg.sae, name))
+    return dictionary
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layer", type=int, choices=LAYERS, required=True)
+    parser.add_argument("--method", choices=METHODS, required=True)
+    parser.add_argument("--cache", help="folder of the layer's inputs; default: cache/smollm2-135m-instruct-L<layer>")
+    options = parser.parse_args()
+    cache = options.cache or f"cache/smollm2-135m-instruct-L{options.layer}"
+    dictionary = train(options.layer, options.method, cache)
+    dictionary.runner_cfg = None
+    path = FOLDER / folder_name(options.layer, options.method)
+    dictionary.to(torch.float16).save_model(path)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
