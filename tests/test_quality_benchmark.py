@@ -168,7 +168,7 @@ def test_wins_need_both_controls_at_every_k_that_counts(report, control, criteri
     at = report["causal"]["23"]["ours"]["rankings"]["effect"]["key"]["by_k"]["5"]["controls"]
     at[control]["wins"][criterion] = [0.94, 0.9, 0.97]
     only_missed(report, "top k beats both controls", "`effect`")
-    [row] = [line for line in render(report).splitlines() if line.startswith("| layer 23, `effect` | key |")]
+    [row] = [line for line in render(report).splitlines() if line.startswith("| ours, layer 23, `effect` | key |")]
     assert row.count("**missed**") == row.count("**met**") == row.count("| 2 |") == row.count("| 2 and 5 |") == 1
     for name in ("other", "matched"):
         at[name]["n"] = 19
@@ -186,7 +186,7 @@ def test_rescaled_controls_are_no_target_and_no_cases_no_numbers(report):
 @pytest.mark.parametrize("counted", ["all", "without_always_on"])
 def test_score_explained_with_and_without_always_on(report, counted):
     report["explained"]["23"]["ours"]["transcoders"][counted]["score_explained"]["mean"] = 0.6
-    only_missed(report, "score_explained above 60 %", "layer 23, transcoders")
+    only_missed(report, "score_explained above 60 %", "layer 23, ours, transcoders")
 
 
 def test_what_failed_or_was_skipped_is_shown(report):

@@ -10,6 +10,8 @@ import pandas as pd
 from .tables import NONE, listed, percent, spread, table
 
 OURS = "ours"
+JUDGED = (OURS, "shipped")
+"""Dictionaries of SmolLM2 that the targets are about: one trained as the baselines were, and the published one."""
 SUPERVISED = ("contrastive covariances",)
 """Methods that are given the labels of the planted features: shown, but no competitors."""
 SQUARED_ERROR = ("residual SAE", "L2 transcoders")
@@ -156,18 +158,19 @@ def causal(report: Report) -> list[Verdict]:
     if found.empty:
         return [Verdict(target, "SmolLM2", NONE, None)]
     verdicts = []
-    for ranking, of_ranking in found.groupby("ranking", sort=False):
-        met = int(of_ranking["met"].sum())
-        measured = f"{met} of {len(of_ranking)} combinations of layer, side and win criterion"
-        verdicts.append(Verdict(target, f"SmolLM2, ranking `{ranking}`", measured, met == len(of_ranking)))
+    for (name, ranking), some in found.groupby(["dictionary", "ranking"], sort=False):
+        met = int(some["met"].sum())
+        measured = f"{met} of {len(some)} combinations of layer, side and win criterion"
+        verdicts.append(Verdict(target, f"SmolLM2, {name}, ranking `{ranking}`", measured, met == len(some)))
     return verdicts
 
 
 def wins(report: Report) -> Any:
-    """For ours, each layer, side, ranking and criterion: the k that count, those that reach the target, whether all do."""
+    """For each dictionary that is judged, layer, side, ranking and criterion: the k that count, those that reach the
+    target, whether all do."""
     rows = []
-    for layer, dictionaries in report.get("causal", {}).items():
-        mine = dictionaries.get(OURS, {"rankings": {}})
+    judged = [(n, layer, of[n]) for n in JUDGED for layer, of in report.get("causal", {}).items() if n in of]
+    for name, layer, mine in judged:
         for ranking in TARGET_RANKINGS:
             for side, figures in mine["rankings"].get(ranking, {}).items():
                 at = {int(k): value for k, value in figures["by_k"].items()}
@@ -178,8 +181,9 @@ def wins(report: Report) -> Any:
                     ]
                     wanted = [k for k in counted if k >= FROM_K]
                     met = bool(wanted) and set(wanted) <= set(reached)
-                    rows.append((layer, ranking, side, criterion, counted, reached, met))
-    return pd.DataFrame(rows, columns=["layer", "ranking", "side", "criterion", "counted", "reached", "met"])
+                    rows.append((name, layer, ranking, side, criterion, counted, reached, met))
+    columns = ["dictionary", "layer", "ranking", "side", "criterion", "counted", "reached", "met"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def has_control(at_k: dict[str, Any], control: str, n_cases: int) -> bool:
@@ -190,18 +194,17 @@ def has_control(at_k: dict[str, Any], control: str, n_cases: int) -> bool:
 
 def explained(report: Report) -> list[Verdict]:
     verdicts = []
-    for layer, dictionaries in report.get("explained", {}).items():
+    places = [(n, layer, of[n]) for n in JUDGED for layer, of in report.get("explained", {}).items() if n in of]
+    for name, layer, mine in places:
         for source in ("transcoders", "feature_map"):
-            if source in dictionaries.get(OURS, {}):
-                values = {
-                    words: dictionaries[OURS][source][name]["score_explained"]["mean"] for name, words in WITHOUT.items()
-                }
+            if source in mine:
+                values = {words: mine[source][part]["score_explained"]["mean"] for part, words in WITHOUT.items()}
                 measured = ", ".join(f"{percent(value, 1)} {words}" for words, value in values.items())
                 met = all(value is not None and value > EXPLAINED for value in values.values())
                 verdicts.append(
                     Verdict(
                         f"score_explained above {percent(EXPLAINED)} with and without always-on features",
-                        f"SmolLM2, layer {layer}, {source.replace('_', ' ')}", measured, met,
+                        f"SmolLM2, layer {layer}, {name}, {source.replace('_', ' ')}", measured, met,
                     )
                 )  # fmt: skip
     return verdicts or [Verdict(f"score_explained above {percent(EXPLAINED)}", "SmolLM2", NONE, None)]
@@ -212,18 +215,18 @@ def _wins_table(report: Report) -> list[str]:
     if found.empty:
         return []
     rows = []
-    for (layer, ranking, side), some in found.groupby(["layer", "ranking", "side"], sort=False):
+    for (name, layer, ranking, side), some in found.groupby(["dictionary", "layer", "ranking", "side"], sort=False):
         cells = []
         for criterion in CRITERIA:
             one = some[some["criterion"] == criterion].iloc[0]
             cells += [listed(one["reached"]) if one["reached"] else "none", "**met**" if one["met"] else "**missed**"]
         counted = some.iloc[0]["counted"]
-        rows.append([f"layer {layer}, `{ranking}`", side, listed(counted) if counted else "none", *cells])
+        rows.append([f"{name}, layer {layer}, `{ranking}`", side, listed(counted) if counted else "none", *cells])
     header = ["", "side", "k that count"]
     for words in CRITERIA.values():
         header += [f"{words}: reached at k", "verdict"]
     return [
-        "", f"SmolLM2, ours: the k at which the top k changes more than `other` and more than `matched`, each in at least "
+        "", f"SmolLM2: the k at which the top k changes more than `other` and more than `matched`, each in at least "
         f"{percent(WON)} of the cases. A k counts where at least {percent(COUNTED)} of the cases have both controls: where "
         "k takes most of the active features, too few are left to compare with.", "",
         *table(header, rows),
