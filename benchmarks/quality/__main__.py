@@ -1,6 +1,6 @@
 """Quality of dictionaries: `make bench-quality`, which writes benchmarks/results/quality.md, quality.json and quality-*.png.
 
-    python -m benchmarks.quality                        everything (hours on two cores)
+    python -m benchmarks.quality                        everything (an hour on two cores)
     python -m benchmarks.quality --only planted         these sections, printed
     python -m benchmarks.quality --smoke                everything at tiny sizes, printed
     python -m benchmarks.quality --report made.json     Markdown and figures again, beside that file; several are merged
@@ -40,7 +40,7 @@ def main() -> int:
 
 def write(report: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "quality.json").write_text(json.dumps(report) + "\n")
     (folder / "quality.md").write_text(render(report))
     from . import figures  # needs Matplotlib, which printing does without
 
