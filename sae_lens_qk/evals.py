@@ -253,14 +253,7 @@ class _Run:
             self.active_pairs += float(listed.count_active(query_acts, key_acts))
 
     def _add_explained(self, name: str, scores: Tensor, features: Tensor, pattern: Tensor) -> None:
-        allowed = allowed_keys(scores.shape[-1], scores.device)
-        s, f = scores.masked_fill(~allowed, 0.0).double(), features.masked_fill(~allowed, 0.0).double()
-        equal = (allowed / allowed.sum(dim=-1, keepdim=True)).double()
-        sums = [s.square(), f.square()]
-        for P in (pattern.double(), equal):
-            s_centred, f_centred = (t - (P * t).sum(dim=-1, keepdim=True) for t in (s, f))
-            sums += [P * (s_centred - f_centred).square(), P * s_centred.square()]
-        by_head = torch.stack([t.sum(dim=(0, 2, 3)) for t in sums])
+        by_head = explained_sums(scores, features, pattern)
         self.explained[name] = self.explained.get(name, torch.zeros_like(by_head)) + by_head
 
     def result(self, generator: np.random.Generator) -> Evaluation:
@@ -283,12 +276,7 @@ class _Run:
         kl = rows.get("kl")
         explained = None
         if name in self.explained:
-            s2, f2, error, variance, error_equal, variance_equal = self.explained[name].tolist()
-            explained = [
-                [1 - e / v for e, v in zip(error, variance, strict=True)],
-                [1 - e / v for e, v in zip(error_equal, variance_equal, strict=True)],
-                [f / s for f, s in zip(f2, s2, strict=True)],
-            ]
+            explained = [shares.tolist() for shares in explained_shares(self.explained[name])]
         return PatternResult(
             pattern_kl=None if kl is None else _interval(lambda at: kl[at].mean(axis=(-1, -2)), picks),
             pattern_kl_per_head=None if kl is None else kl.mean(axis=0).tolist(),
@@ -333,6 +321,30 @@ class _Run:
             pairs_per_head=torch.bincount(head, minlength=n_heads).tolist(),
             active_pairs=self.active_pairs / (rows * n_pos * (n_pos + 1) / 2),
         )
+
+
+def explained_sums(
+    scores: Float[Tensor, "batch head pos_q pos_k"],
+    features: Float[Tensor, "batch head pos_q pos_k"],
+    pattern: Float[Tensor, "batch head pos_q pos_k"],
+) -> Float[Tensor, "6 head"]:
+    """Sums that `explained_shares` is made of, to be added over batches.
+
+    s^2, f^2, then weighted by the pattern and by equal weights: (s~ - f~)^2 and s~^2.
+    """
+    allowed = allowed_keys(scores.shape[-1], scores.device)
+    s, f = (t.masked_fill(~allowed, 0.0).double() for t in (scores, features))
+    sums = [s.square(), f.square()]
+    for P in (pattern.double(), (allowed / allowed.sum(dim=-1, keepdim=True)).double()):
+        s_centred, f_centred = (t - (P * t).sum(dim=-1, keepdim=True) for t in (s, f))
+        sums += [P * (s_centred - f_centred).square(), P * s_centred.square()]
+    return torch.stack([t.sum(dim=(0, 2, 3)) for t in sums])
+
+
+def explained_shares(sums: Float[Tensor, "6 head"]) -> tuple[Tensor, Tensor, Tensor]:
+    """`score_explained`, its unweighted version and `norm_share` of each head; see the module."""
+    s2, f2, error, variance, error_equal, variance_equal = sums
+    return 1 - error / variance, 1 - error_equal / variance_equal, f2 / s2
 
 
 def _cross_entropy(log_probs: Float[Tensor, "row pos vocab"], tokens: Int[Tensor, "row pos"]) -> Float[Tensor, " row"]:

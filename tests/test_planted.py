@@ -13,7 +13,7 @@ from sae_lens_qk.config import BilinearQKConfig
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks.quality.methods import Budget, next_strength
+from benchmarks.quality.methods import Budget, next_strength, sweep_penalty
 from benchmarks.quality.planted import ALWAYS_ON, FIRST_TOKEN, Circuit, plant, sample
 from benchmarks.quality.recovery import SETTINGS, SMOKE, Case, contrastive_covariances, run_case
 from benchmarks.quality.scores import Ranked, match, score
@@ -149,6 +149,8 @@ def test_penalties_are_searched_between_too_weak_and_too_strong():
     assert next_strength({1.0: 2.0}) == 3.0
     assert next_strength({1.0: 0.5}) == pytest.approx(1 / 3)
     assert next_strength({1.0: 2.0, 4.0: 0.5}) == 2.0
+    swept = sweep_penalty(lambda strength: (strength, 2 / strength), 0.5)  # L0 is right at a strength of 2
+    assert (swept.dictionary, swept.ratio, swept.n_tried) == (pytest.approx(2.0, rel=0.1), pytest.approx(1, abs=0.1), 5)
 
 
 def test_a_training_gives_rows_of_plain_numbers():

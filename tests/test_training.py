@@ -404,19 +404,19 @@ def test_training_without_attach_says_what_to_do(tmp_path, text_dataset):
 def test_cache_of_other_inputs_is_refused(tmp_path, text_dataset):
     cache = str(tmp_path / "cache")
     run = {"input_cache_path": cache, "output_path": None, "checkpoint_path": None}
-    qk.BilinearQKTrainingRunner(tiny_config(tmp_path, **run), tiny_model("llama"), text_dataset)._fill_cache()
+    qk.BilinearQKTrainingRunner(tiny_config(tmp_path, **run), tiny_model("llama"), text_dataset).fill_input_cache()
     other = qk.BilinearQKTrainingRunner(tiny_config(tmp_path, **run), tiny_model("llama", seed=1), text_dataset)
     with pytest.raises(ValueError, match="caches other inputs"):
-        other._fill_cache()
+        other.fill_input_cache()
 
 
 def test_cache_holds_the_models_inputs_and_resumes(tmp_path, text_dataset):
     model = tiny_model("llama")
     changes = {"input_cache_path": str(tmp_path / "cache"), "output_path": None, "checkpoint_path": None}
     part = qk.BilinearQKTrainingRunner(tiny_config(tmp_path, **changes, input_cache_tokens=23 * 13), model, text_dataset)
-    assert part._fill_cache().n_rows == 13
+    assert part.fill_input_cache().n_rows == 13
     whole = qk.BilinearQKTrainingRunner(tiny_config(tmp_path, **changes, input_cache_tokens=23 * 31), model, text_dataset)
-    cache = whole._fill_cache()
+    cache = whole.fill_input_cache()
     assert cache.n_rows == 31
     expected = layer_inputs(model, 1, torch.from_numpy(cache.tokens[:].copy()).long())
     torch.testing.assert_close(cache.rows(slice(0, 31)), expected, rtol=1e-3, atol=2e-3)

@@ -24,8 +24,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_lens_qk.analysis.causal import ALWAYS_ON, ScoreRow, ScoreTerms, best_pairs, pattern_effect
-from sae_lens_qk.attention import allowed_keys, attention_scores, pattern_from_scores
+from sae_lens_qk.attention import attention_scores, pattern_from_scores
 from sae_lens_qk.dictionary import BilinearQKDictionary
+from sae_lens_qk.evals import explained_shares, explained_sums
 from sae_lens_qk.feature_map import SparseFeatureMap
 from sae_lens_qk.training.candidates import firing_rates
 
@@ -72,12 +73,12 @@ def explained(
     feature_scores, sums = _feature_scores(d, varies, kept), dict.fromkeys(COUNTED, torch.zeros(()))
     for x in cases.x.split(1):
         scores = attention_scores(cases.weights.queries(x), cases.weights.keys(x), cases.spec)
+        pattern = pattern_from_scores(scores)
         for name, f in feature_scores(x).items():
-            sums[name] = sums[name] + explained_sums(scores, f)
+            sums[name] = sums[name] + explained_sums(scores, f, pattern)
     made: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, (s2, f2, error, variance, error_equal, variance_equal) in sums.items():
-        by_head = 1 - error / variance, 1 - error_equal / variance_equal, f2 / s2
-        figures = zip(FIGURES, by_head, strict=True)
+    for name, of_name in sums.items():
+        figures = zip(FIGURES, explained_shares(of_name), strict=True)
         made[name] = {figure: {"mean": float(values.mean()), "per_head": values.tolist()} for figure, values in figures}
     return made
 
@@ -112,19 +113,6 @@ def _all_pairs_scores(d: BilinearQKDictionary, varies: Varies, x: Tensor) -> dic
     every = scores(varies.query | True, varies.key | True)
     of_two_fixed = scores(~varies.query, ~varies.key)
     return {"all": every, "one_varies": every - of_two_fixed, "without_always_on": scores(varies.query, varies.key)}
-
-
-def explained_sums(
-    scores: Float[Tensor, "batch head pos_q pos_k"], features: Float[Tensor, "batch head pos_q pos_k"]
-) -> Float[Tensor, "6 head"]:
-    """Sums over rows: s^2, f^2, then weighted by P and equally the squares of s~ - f~ and of s~, tilde = less the mean."""
-    allowed = allowed_keys(scores.shape[-1], scores.device)
-    s, f = (t.masked_fill(~allowed, 0.0).double() for t in (scores, features))
-    sums = [s.square(), f.square()]
-    for P in (pattern_from_scores(scores).double(), (allowed / allowed.sum(dim=-1, keepdim=True)).double()):
-        s_centred, f_centred = (t - (P * t).sum(dim=-1, keepdim=True) for t in (s, f))
-        sums += [P * (s_centred - f_centred).square(), P * s_centred.square()]
-    return torch.stack([t.sum(dim=(0, 2, 3)) for t in sums])
 
 
 class _Counts:

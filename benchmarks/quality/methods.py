@@ -79,7 +79,13 @@ Method = Callable[[Circuit, Budget, int], Iterator[tuple[str, Found]]]
 
 _LONGEST = 40
 _AUTHORS_PENALTY, _AUTHORS_MASK_PENALTY = 3.1e-3, 1e-5
-_LEAST_STRENGTHS, _MOST_STRENGTHS = 3, 6
+_LEAST_STRENGTHS, _MOST_STRENGTHS, _NEAR = 3, 6, 0.1
+
+AUTHORS_RECIPE: dict[str, Any] = {"activation": "relu", "initialization": "kaiming", "decoder_bias": True}
+SQUARED_ERROR: dict[str, Any] = {
+    "kl_full_coefficient": 0.0, "kl_query_coefficient": 0.0, "kl_key_coefficient": 0.0, "mse_coefficient": 1.0,
+}  # fmt: skip
+"""Changes of step 1's config that make it another method."""
 
 
 def transcoders(circuit: Circuit, budget: Budget, seed: int, **options: Any) -> qk.BilinearQKDictionary:
@@ -231,34 +237,52 @@ def diagonal(circuit: Circuit, budget: Budget, seed: int) -> Iterator[tuple[str,
 
 def authors(circuit: Circuit, budget: Budget, seed: int) -> Iterator[tuple[str, Found]]:
     """Wynroe and Sharkey 2024: the penalty is swept until L0 is ours within 10 %, then a mask over every pair is trained."""
-    strength, tried = _AUTHORS_PENALTY, {}
-    for _ in range(_MOST_STRENGTHS):
-        dictionary = transcoders(
-            circuit,
-            budget,
-            seed,
-            activation="relu",
-            initialization="kaiming",
-            decoder_bias=True,
-            sparsity_coefficient=strength,
-        )
-        tried[strength] = dictionary, mean_l0(dictionary, circuit, budget, seed) / budget.k
-        if len(tried) >= _LEAST_STRENGTHS and min(abs(l0 - 1) for _, l0 in tried.values()) <= 0.1:
-            break
-        strength = next_strength({s: l0 for s, (_, l0) in tried.items()})
-    dictionary, ratio = min(tried.values(), key=lambda run: abs(run[1] - 1))
+
+    def train(strength: float) -> tuple[qk.BilinearQKDictionary, float]:
+        made = transcoders(circuit, budget, seed, **AUTHORS_RECIPE, sparsity_coefficient=strength)
+        return made, mean_l0(made, circuit, budget, seed) / budget.k
+
+    dictionary, ratio, n_tried = sweep_penalty(train, _AUTHORS_PENALTY)
     everything = all_pairs(dictionary, circuit, budget, seed)
     found = with_mask(
         dictionary, everything, circuit, budget, seed, max_pairs=len(everything), fine_tune=False, prune_steps=0,
         sparsity_coefficient=_AUTHORS_MASK_PENALTY, polish=False,
     )  # fmt: skip
-    yield "authors", Found(found, notes=f"L0 {ratio:.2f} of ours after {len(tried)} strengths")
+    yield "authors", Found(found, notes=f"L0 {ratio:.2f} of ours after {n_tried} strengths")
 
 
-def next_strength(l0: dict[float, float]) -> float:
-    """A stronger or weaker penalty, between the two that enclose L0 = 1 where there are such."""
-    low = [s for s, ratio in l0.items() if ratio > 1]
-    high = [s for s, ratio in l0.items() if ratio <= 1]
+class Swept(NamedTuple):
+    """The dictionary whose L0 came nearest, its L0 over the wanted one, and how many strengths were tried."""
+
+    dictionary: qk.BilinearQKDictionary
+    ratio: float
+    n_tried: int
+
+
+def sweep_penalty(train: Callable[[float], tuple[qk.BilinearQKDictionary, float]], first: float) -> Swept:
+    """At least 3 strengths of a penalty, at most 6, until L0 is within 10 % of the wanted one.
+
+    Args:
+        train: strength -> dictionary and its L0 over the wanted one.
+        first: strength to begin with.
+    """
+    strength, tried = first, {}
+    for _ in range(_MOST_STRENGTHS):
+        tried[strength] = train(strength)
+        if len(tried) >= _LEAST_STRENGTHS and min(abs(ratio - 1) for _, ratio in tried.values()) <= _NEAR:
+            break
+        strength = next_strength({at: ratio for at, (_, ratio) in tried.items()})
+    return Swept(*min(tried.values(), key=lambda made: abs(made[1] - 1)), len(tried))
+
+
+def next_strength(ratios: dict[float, float]) -> float:
+    """A stronger or weaker penalty, between the two that enclose a ratio of 1 where there are such.
+
+    Args:
+        ratios: L0 over the wanted one, by strength.
+    """
+    low = [strength for strength, ratio in ratios.items() if ratio > 1]
+    high = [strength for strength, ratio in ratios.items() if ratio <= 1]
     if low and high:
         return math.sqrt(max(low) * min(high))
     return 3 * max(low) if low else min(high) / 3
@@ -277,8 +301,7 @@ def residual_sae(circuit: Circuit, budget: Budget, seed: int) -> Iterator[tuple[
 
 def l2_transcoders(circuit: Circuit, budget: Budget, seed: int) -> Iterator[tuple[str, Found]]:
     """Transcoders to queries and to keys, trained on their squared errors."""
-    squared = dict(kl_full_coefficient=0.0, kl_query_coefficient=0.0, kl_key_coefficient=0.0, mse_coefficient=1.0)
-    dictionary = transcoders(circuit, budget, seed, initialization="data", **squared)
+    dictionary = transcoders(circuit, budget, seed, initialization="data", **SQUARED_ERROR)
     yield "L2 transcoders", Found(by_importance(dictionary, None, circuit, budget, seed))
 
 

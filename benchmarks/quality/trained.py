@@ -15,18 +15,17 @@ from sae_lens import SAETrainer
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 
 import sae_lens_qk as qk
-from sae_lens_qk.models import load_model
 from sae_lens_qk.training.candidates import firing_rates
 from sae_lens_qk.training.runner import BilinearQKTrainingRunner
 
-from .methods import next_strength, through_weights
+from .methods import AUTHORS_RECIPE, SQUARED_ERROR, sweep_penalty, through_weights
 
 LAYERS = (17, 23)
 SHIPPED = {23: "smollm2-135m-instruct-L23"}
 FOLDER = Path(__file__).parent / "trained"
 METHODS = ("ours", "authors", "residual SAE", "L2 transcoders")
 D, K, STEPS, CACHED_TOKENS = 1000, 15.7, 300, 400_000
-_FIRST_STRENGTH, _MOST_STRENGTHS = 1.2e-2, 6
+_FIRST_STRENGTH, _RATE_ROWS = 1.2e-2, 64
 
 
 def load(layer: int) -> dict[str, qk.BilinearQKDictionary]:
@@ -57,51 +56,31 @@ def config(layer: int, cache: str, **sae: Any) -> qk.BilinearQKRunnerConfig:
 def train(layer: int, method: str, cache: str) -> qk.BilinearQKDictionary:
     """Train one dictionary from the cached inputs of the layer (filled on the first run)."""
     if method == "ours":
-        return _run(config(layer, cache))
+        return BilinearQKTrainingRunner(config(layer, cache)).run()
     if method == "L2 transcoders":
-        squared = dict(kl_full_coefficient=0.0, kl_query_coefficient=0.0, kl_key_coefficient=0.0, mse_coefficient=1.0)
-        return _run(config(layer, cache, **squared))
+        return BilinearQKTrainingRunner(config(layer, cache, **SQUARED_ERROR)).run()
     if method == "authors":
-        return _train_authors(layer, cache)
+        return sweep_penalty(lambda strength: _train_authors(layer, cache, strength), _FIRST_STRENGTH).dictionary
     return _train_residual_sae(layer, cache)
 
 
-def _run(cfg: qk.BilinearQKRunnerConfig) -> qk.BilinearQKDictionary:
-    return BilinearQKTrainingRunner(cfg, override_model=_model()).run()
-
-
-def _model() -> Any:
-    return load_model("smollm2-135m-instruct-q4_1")
-
-
-def _train_authors(layer: int, cache: str) -> qk.BilinearQKDictionary:
-    """ReLU, sqrt penalty, Kaiming start, decoder biases; strengths until L0 is within 10 % of K."""
-    strength, l0, best = _FIRST_STRENGTH, {}, None
-    for _ in range(_MOST_STRENGTHS):
-        recipe = dict(activation="relu", initialization="kaiming", decoder_bias=True, sparsity_coefficient=strength)
-        runner = BilinearQKTrainingRunner(config(layer, cache, **recipe), override_model=_model())
-        dictionary = runner.run()
-        rows = runner._some_rows(runner._fill_cache(), 64)
-        l0[strength] = float(sum(rate.sum() for rate in firing_rates(dictionary, rows))) / 2 / K
-        print(f"penalty {strength:.3g}: L0 {l0[strength] * K:.1f}", flush=True)
-        if best is None or abs(l0[strength] - 1) < abs(best[1] - 1):
-            best = dictionary, l0[strength]
-        if len(l0) >= 3 and abs(best[1] - 1) <= 0.1:
-            break
-        strength = next_strength(l0)
-    assert best is not None
-    return best[0]
+def _train_authors(layer: int, cache: str, strength: float) -> tuple[qk.BilinearQKDictionary, float]:
+    runner = BilinearQKTrainingRunner(config(layer, cache, **AUTHORS_RECIPE, sparsity_coefficient=strength))
+    dictionary = runner.run()
+    rates = firing_rates(dictionary, runner.fill_input_cache().rows(slice(0, _RATE_ROWS)).split(8))
+    l0 = float(rates.query.sum() + rates.key.sum()) / 2
+    print(f"penalty {strength:.3g}: L0 {l0:.1f}", flush=True)
+    return dictionary, l0 / K
 
 
 def _train_residual_sae(layer: int, cache: str) -> qk.BilinearQKDictionary:
-    runner = BilinearQKTrainingRunner(config(layer, cache), override_model=_model())
+    runner = BilinearQKTrainingRunner(config(layer, cache))
     torch.manual_seed(runner.cfg.seed)
     sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=runner.cfg.sae.d_in, d_sae=D, k=K))
-    data = runner._fill_cache().batches(runner.cfg.rows_per_batch, seed=runner.cfg.seed)
+    data = runner.fill_input_cache().batches(runner.cfg.rows_per_batch, seed=runner.cfg.seed)
     SAETrainer(runner.cfg.to_sae_trainer_config(), sae, data).fit()  # type: ignore[arg-type]
     dictionary = through_weights(sae, runner.weights, runner.cfg.sae.spec)
-    shared = ("model_name", "model_mode", "layer", "hook_name", "fingerprint")
-    for name in shared:
+    for name in ("model_name", "model_mode", "layer", "hook_name", "fingerprint"):
         setattr(dictionary.cfg, name, getattr(runner.cfg.sae, name))
     return dictionary
 

@@ -89,7 +89,7 @@ class BilinearQKTrainingRunner:
             NonFiniteLossError: NaN or infinite loss; the last checkpoint is good.
         """
         torch.manual_seed(self.cfg.seed)
-        cache = self._fill_cache() if self.cfg.input_cache_path else None
+        cache = self.fill_input_cache() if self.cfg.input_cache_path else None
         dictionary = self._start or self._finished_step_1() or self._run_transcoders(cache)
         if self.cfg.mask.training_tokens:
             dictionary = self._run_mask(dictionary, cache)
@@ -216,7 +216,8 @@ class BilinearQKTrainingRunner:
     def _store(self) -> ActivationsStore:
         return ActivationsStore.from_config(self.model, self.cfg, override_dataset=self.dataset)  # type: ignore[arg-type]
 
-    def _fill_cache(self) -> InputCache:
+    def fill_input_cache(self) -> InputCache:
+        """The cache of layer inputs that `cfg.input_cache_path` names, filled as far as the config asks."""
         cfg = self.cfg
         assert cfg.input_cache_path is not None
         identity = dict(
