@@ -3,6 +3,8 @@
 Importing this package registers its architectures with SAELens.
 """
 
+from sae_lens_qk.analysis.attribution import attribute
+from sae_lens_qk.analysis.prompt import Prompt
 from sae_lens_qk.attention import AttentionSpec
 from sae_lens_qk.config import (
     BilinearQKConfig,
@@ -30,8 +32,10 @@ __all__ = [
     "CardConfig",
     "MaskStepConfig",
     "MaskTrainingConfig",
+    "Prompt",
     "SparseFeatureMap",
     "TranscodersTrainingConfig",
+    "attribute",
     "check_host",
     "evaluate",
     "load_model",

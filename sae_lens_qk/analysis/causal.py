@@ -11,7 +11,7 @@ With head h, query i, key j and P the model's own pattern:
 A dictionary has no decoder into x, so d_f is fitted on data (`FeatureDirections`), for every kind of dictionary alike.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,8 +21,9 @@ from torch import Tensor
 from sae_lens_qk.attention import AttentionSpec, rotate
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.feature_map import SparseFeatureMap
-from sae_lens_qk.host import QKWeights
+from sae_lens_qk.host import Model, QKWeights, layer_inputs
 from sae_lens_qk.pair_scores import with_constant
+from sae_lens_qk.text import token_rows
 
 Side = Literal["query", "key"]
 SIDES: tuple[Side, Side] = ("query", "key")
@@ -92,6 +93,25 @@ class FeatureDirections(NamedTuple):
         return x - self.mean - acts @ self.directions
 
 
+class Directions(NamedTuple):
+    """What the features of either side contribute to the layer's input."""
+
+    query: FeatureDirections
+    key: FeatureDirections
+
+    @classmethod
+    def fit(cls, dictionary: BilinearQKDictionary, rows: Sequence[Float[Tensor, "pos d_model"]]) -> "Directions":
+        """See `FeatureDirections.fit`; rows other than those to be explained."""
+        return cls(*(FeatureDirections.fit(encode, rows) for encode in (dictionary.encode_query, dictionary.encode_key)))
+
+    @classmethod
+    def from_own_text(cls, dictionary: BilinearQKDictionary, model: Model, n_rows: int = 96) -> "Directions":
+        """Fitted on rows of 256 tokens of the text that comes with the package: half a minute on two cores for SmolLM2."""
+        tokens = token_rows(model, "", "text", n_rows, 256)
+        inputs = [layer_inputs(model, dictionary.cfg.layer, batch) for batch in tokens.split(8)]
+        return cls.fit(dictionary, list(torch.cat(inputs).to(dictionary.device, dictionary.dtype)))
+
+
 class ScoreRow:
     """One row of the model's own scores, and what becomes of it when x is edited at its query or at one key.
 
@@ -123,11 +143,18 @@ class ScoreRow:
         return _rotated(self._weights.keys(x)[:, self._head // self._spec.heads_per_kv], self._spec, positions)
 
 
-class ScoreTerms(NamedTuple):
-    """Every term of a dictionary in one row of scores: c = m query_act key_act M(i - j), the constants included.
+class Errors(NamedTuple):
+    """What reconstruction misses of one head: q - q_hat at the query, k - k_hat at the keys up to it."""
 
-    A feature not active at the query has no row, one not active at a key no column there; d_query and d_key stand for
-    the constants.
+    query: Float[Tensor, " d_head"]
+    keys: Float[Tensor, "pos d_head"]
+
+
+class ScoreTerms(NamedTuple):
+    """Every term of a dictionary in one row of scores: c = query_act key_act M(i - j), the constants included.
+
+    A feature not active at the query has no row, one not active at a key no column there. Rows and columns are sorted by
+    feature, at each key; d_query and d_key stand for the constants, d_query + 1 and d_key + 1 for the errors, if given.
     """
 
     query_features: Int[Tensor, " a"]
@@ -145,6 +172,7 @@ class ScoreTerms(NamedTuple):
         key_acts: Float[Tensor, "pos d_key"],
         head: int,
         kept: SparseFeatureMap | None = None,
+        errors: Errors | None = None,
     ) -> "ScoreTerms":
         """Terms of the last position's query.
 
@@ -152,22 +180,41 @@ class ScoreTerms(NamedTuple):
             query_acts: at the query.
             key_acts: at all keys up to it.
             kept: count the pairs of this map alone, times their weights; default: every pair, weight 1.
+            errors: makes the sum of all terms the model's own score.
         """
-        d, spec = dictionary, dictionary.spec
+        spec = dictionary.spec
         query_acts, key_acts = with_constant(query_acts[None, None])[0, 0], with_constant(key_acts[None])[0]
+        W_Q, W_K = (W[:, at] for W, at in zip(dictionary.decoders, (head, head // spec.heads_per_kv), strict=True))
         a, (at, b) = query_acts.nonzero()[:, 0], key_acts.nonzero().unbind(dim=1)
-        W_Q, W_K = d.decoders
-        queries = W_Q[a, head] * (query_acts[a] * spec.scale)[:, None]
-        keys = W_K[b, head // spec.heads_per_kv] * key_acts[at, b][:, None]
-        terms = _rotated(queries, spec, at[-1].expand(len(a))) @ _rotated(keys, spec, at).T
-        if kept is not None:
-            distinct, number = b.unique(return_inverse=True)
-            pairs = torch.cartesian_prod(a, distinct, a.new_tensor([head]))
-            found = kept.find(pairs)
-            weights = kept.weights[found.clamp(min=0)].to(terms.dtype) * (found >= 0)
-            weights[(pairs[:, 0] == d.cfg.d_query) & (pairs[:, 1] == d.cfg.d_key)] = 1.0
-            terms = terms * weights.view(len(a), -1)[:, number]
-        return cls(a, b, at, terms, len(key_acts))
+        queries, keys = W_Q[a] * query_acts[a, None], W_K[b] * key_acts[at, b][:, None]
+        if errors is not None:
+            a, queries = torch.cat([a, a.new_tensor([len(W_Q)])]), torch.cat([queries, errors.query[None]])
+            at, b = torch.cat([at, torch.arange(len(key_acts))]), torch.cat([b, b.new_full((len(key_acts),), len(W_K))])
+            order = at.argsort(stable=True)
+            at, b, keys = at[order], b[order], torch.cat([keys, errors.keys])[order]
+        terms = _rotated(queries * spec.scale, spec, at[-1].expand(len(a))) @ _rotated(keys, spec, at).T
+        made = cls(a, b, at, terms, len(key_acts))
+        return made if kept is None else made._replace(terms=terms * made.weights(kept, head))
+
+    def weights(self, kept: SparseFeatureMap, head: int) -> Float[Tensor, "a entry"]:
+        """m of each term's pair in a map, 0 where it is not listed; 1 for constant x constant, 0 for the errors."""
+        distinct, number = self.key_features.unique(return_inverse=True)
+        pairs = torch.cartesian_prod(self.query_features, distinct, distinct.new_tensor([head]))
+        found = kept.find(pairs)
+        weights = kept.weights[found.clamp(min=0)].to(self.terms.dtype) * (found >= 0)
+        weights[(pairs[:, 0] == kept.d_query) & (pairs[:, 1] == kept.d_key)] = 1.0
+        return weights.view(len(self.query_features), -1)[:, number]
+
+    def effects(self, pattern: Float[Tensor, " pos"]) -> Float[Tensor, "a entry"]:
+        """Pattern effect of each term's pair on the key where the term is; see `pattern_effect`."""
+        distinct, number = self.key_features.unique(return_inverse=True)
+        mean = self.terms.new_zeros(len(self.terms), len(distinct))
+        mean = mean.index_add(1, number, self.terms * pattern[self.key_positions])
+        return self.terms - mean[:, number]
+
+    def row_effects(self, pattern: Float[Tensor, " pos"], key_pos: int) -> Float[Tensor, " a"]:
+        """Pattern effect of all terms of each query feature, whatever they meet."""
+        return pattern_effect(self.rows("query", key_pos, self.query_features), pattern, key_pos)
 
     @property
     def scores(self) -> Float[Tensor, " pos"]:
@@ -177,7 +224,7 @@ class ScoreTerms(NamedTuple):
     def active(self, side: Side, key_pos: int, usable: Bool[Tensor, " d"]) -> Int[Tensor, " n"]:
         """Usable features active at the query, or at this key."""
         features = self.query_features if side == "query" else self.key_features[self.key_positions == key_pos]
-        return features[torch.nn.functional.pad(usable, (0, 1))[features]]
+        return features[torch.nn.functional.pad(usable, (0, 2))[features]]  # neither constants nor errors
 
     def rows(self, side: Side, key_pos: int, features: Int[Tensor, " n"]) -> Float[Tensor, "n pos"]:
         """For each feature active at the query, or at this key: the sum of all its terms there, in the whole row."""
@@ -249,7 +296,7 @@ def best_first(values: Float[Tensor, " n"], positive: bool = False) -> Int[Tenso
 def best_pairs(values: Float[Tensor, "a b"], positive: bool = False) -> Int[Tensor, "pair 2"]:
     """The same of (a, b)."""
     listed = best_first(values.flatten(), positive)
-    return torch.stack([listed // values.shape[1], listed % values.shape[1]], dim=1)
+    return torch.stack(torch.unravel_index(listed, values.shape), dim=1)
 
 
 def top_features(listed: Int[Tensor, " listed"], k: int, n: int) -> Bool[Tensor, " n"]:
