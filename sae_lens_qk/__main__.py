@@ -1,4 +1,4 @@
-"""Command line: `python -m sae_lens_qk train | evaluate | list | push`; help comes from configs and argument classes."""
+"""Command line: `python -m sae_lens_qk train | evaluate | explain | ...`; help comes from configs and argument classes."""
 
 import json
 import sys
@@ -9,6 +9,7 @@ from typing import Any, Literal, NoReturn
 
 import pandas as pd
 import transformers
+from rich.console import Console
 from simple_parsing import ArgumentGenerationMode, ArgumentParser, NestedMode
 from simple_parsing.helpers import field
 
@@ -34,6 +35,30 @@ class EvaluateArguments:
     """JSON file for all figures."""
     save: bool = False
     """Put the figures into the dictionary's folder: metrics.json, model card, SHA256SUMS."""
+
+
+@dataclass
+class ExplainArguments:
+    """Why did this head attend there? The feature pairs behind one attention weight, supporting and inhibiting."""
+
+    prompt: str = field(positional=True)
+    """Text, or a file that holds it; the model's BOS is put before it."""
+    dictionary: str = "smollm2-135m-instruct-L23"
+    """Name (see `list`) or folder."""
+    head: int | None = None
+    """Default: the head that looks hardest at a token other than the first; all heads are listed then."""
+    query: str = "-1"
+    """The attending token: its position (negative: from the end), or its text where it occurs once."""
+    key: str = ""
+    """The attended token, likewise. Default: the one that the head attends to most, the first token aside."""
+    form: Literal["kept", "full"] = "kept"
+    """kept: the pairs of the feature map, times their weights; full: all pairs."""
+    n: int = 10
+    """Pairs to show of each sign."""
+    check: bool = False
+    """Remove the features from the model's own input and compare with controls (half a minute the first time)."""
+    output: str = ""
+    """JSON file for the terms, with the field names of Neuronpedia's QK tracing."""
 
 
 @dataclass
@@ -79,10 +104,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = arguments[:1] == ["--debug"]
     if debug:
         arguments = arguments[1:]
-    commands = {"train": _train, "evaluate": _evaluate, "list": _list, "push": _push}
+    commands = {
+        "train": _train, "evaluate": _evaluate, "explain": _explain, "list": _list, "push": _push,
+    }  # fmt: skip
     if not arguments or arguments[0] in ("-h", "--help"):
         print(
-            "usage: python -m sae_lens_qk [--debug] {train,evaluate,list,push} ...   "
+            f"usage: python -m sae_lens_qk [--debug] {{{','.join(commands)}}} ...   "
             "(--help after a command explains it; --debug shows the traceback of an error)"
         )
         return 0 if arguments else 2
@@ -120,8 +147,6 @@ def _train(arguments: list[str]) -> None:
 
 
 def _evaluate(arguments: list[str]) -> None:
-    from rich.console import Console
-
     from sae_lens_qk.dictionary import BilinearQKDictionary
     from sae_lens_qk.evals import evaluate
     from sae_lens_qk.models import load_model
@@ -137,7 +162,7 @@ def _evaluate(arguments: list[str]) -> None:
     model = load_model(dictionary)
     tokens = token_rows(model, args.dataset_path, args.text_column, args.n_tokens // args.context_size, args.context_size)
     result = evaluate(dictionary, model, tokens, batch_size=args.batch_size, baselines=tuple(args.baselines), progress=True)
-    Console(width=None if sys.stdout.isatty() else 132).print(result)  # a file or pipe has no width of its own
+    _console().print(result)
     if args.output:
         Path(args.output).write_text(json.dumps(result.to_dict(), indent=2))
     if args.save:
@@ -145,9 +170,36 @@ def _evaluate(arguments: list[str]) -> None:
         write_documents(args.dictionary, documents(dictionary, Path(args.dictionary).resolve().name))
 
 
+def _explain(arguments: list[str]) -> None:
+    from sae_lens_qk.analysis.attribution import Attribution, overview
+    from sae_lens_qk.analysis.prompt import Prompt
+    from sae_lens_qk.analysis.show import named_features, rich_table
+    from sae_lens_qk.dictionary import BilinearQKDictionary
+    from sae_lens_qk.models import load_model
+
+    parser = _Parser("explain")
+    parser.add_arguments(ExplainArguments, dest="explain")
+    args: ExplainArguments = parser.parse_args(arguments).explain
+    dictionary = BilinearQKDictionary.from_pretrained(args.dictionary)
+    text = Path(args.prompt).read_text() if Path(args.prompt[:200]).is_file() else args.prompt
+    prompt = Prompt.of(dictionary, load_model(dictionary), text)
+    query_pos, console = prompt.find(args.query), _console()
+    looks: Any = overview(prompt, query_pos)
+    if args.head is None:
+        console.print(rich_table(named_features(looks, prompt), f"where each head looks from {prompt.words[query_pos]!r}"))
+    head = int(looks["attention"].idxmax()) if args.head is None else args.head
+    prompt.place(head, query_pos, 0)
+    key_pos = prompt.find(args.key) if args.key else int(looks["key_pos"][head])
+    made = Attribution.of(prompt, head, query_pos, key_pos)
+    console.print(made.shown(args.n, args.form if dictionary.has_feature_map else "full"))
+    if args.check:
+        console.print(made.check())
+    if args.output:
+        Path(args.output).write_text(made.to_json(args.n, indent=2))
+
+
 def _list(arguments: list[str]) -> None:
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
 
     from sae_lens_qk.pretrained.registry import pretrained_dictionaries
@@ -167,7 +219,7 @@ def _list(arguments: list[str]) -> None:
         known = not pd.isna(row["layer"])
         sizes = [f"{row['layer']:.0f}", f"{row['d_query']:,.0f} / {row['d_key']:,.0f}", f"{row['n_pairs']:,.0f}"]
         table.add_row(row["name"], row["model"] if known else "-", *(sizes if known else "---"), *figures, row["status"])
-    console = Console(width=None if sys.stdout.isatty() else 132, soft_wrap=True)
+    console = _console(soft_wrap=True)
     console.print(table)
     for name, command in listed.loc[listed["status"] == "unpublished", ["name", "command"]].to_numpy():
         console.print(f"{name} is not published yet; this trains it: {command}", highlight=False)
@@ -187,6 +239,10 @@ def _push(arguments: list[str]) -> None:
     )  # fmt: skip
     print(commit.pr_url or commit.commit_url)
     print(f"for a registry:\n{registry_entry(args.repo_id, args.folder, commit.oid)}")
+
+
+def _console(**options: Any) -> Console:
+    return Console(width=None if sys.stdout.isatty() else 132, **options)  # a file or pipe has no width of its own
 
 
 class _Parser(ArgumentParser):

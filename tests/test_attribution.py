@@ -11,7 +11,7 @@ from tiny_dictionaries import D_KEY, D_QUERY, LAYER, exact_dictionary, observe, 
 from tiny_models import tiny_tokens
 
 import sae_lens_qk as qk
-from sae_lens_qk.analysis.attribution import COLUMNS, KINDS, Attribution, Attributions, attribute
+from sae_lens_qk.analysis.attribution import COLUMNS, KINDS, Attribution, Attributions, attribute, overview
 from sae_lens_qk.analysis.prompt import Prompt
 from sae_lens_qk.host import hook_names
 
@@ -280,6 +280,39 @@ def test_strongest_pairs_without_a_map_are_all_pairs(model, tokens):
     cell = prompt.strongest(3, heads=[1]).query("query_pos == 12 and key_pos == 6")
     top = Attribution.of(prompt, 1, 12, 6).top(3)
     np.testing.assert_allclose(cell["pattern_effect"].sort_values(), top["pattern_effect"].sort_values(), atol=1e-5)
+
+
+def test_the_overview_shows_where_each_head_looks(prompt):
+    made = overview(prompt, -3).set_index("head")
+    i = N_POS - 3
+    for head, row in enumerate(prompt.pattern[:, i]):
+        j = max(range(1, i + 1), key=lambda at, row=row: float(row[at]))
+        shown = made.loc[head]
+        assert (shown["key_pos"], shown["key"]) == (j, prompt.words[j])
+        assert (shown["attention"], shown["to_first"]) == (pytest.approx(float(row[j])), pytest.approx(float(row[0])))
+        assert shown["rebuilt"] == pytest.approx(float(prompt.made()[head, i, j]))
+        best = Attribution.of(prompt, head, i, j).top(1, "supporting").iloc[0]
+        assert (shown["query_feature"], shown["key_feature"]) == (best["query_feature"], best["key_feature"])
+    assert overview(prompt, 0)["key_pos"].eq(0).all()
+
+
+@pytest.mark.parametrize("token", [4, -9, "4", "-9"])
+def test_tokens_are_found_by_position(prompt, token):
+    assert prompt.find(token) == 4
+
+
+def test_tokens_are_found_by_text(prompt):
+    once = next(word for word in prompt.words if prompt.words.count(word) == 1 and not word.isdigit())
+    assert prompt.find(once) == prompt.words.index(once) == prompt.find(f" {once} ")
+    with pytest.raises(ValueError, match="The token 'Zeus' is not among"):
+        prompt.find("Zeus")
+    with pytest.raises(ValueError, match=r"query_pos must lie in \[-13, 12\], got 99"):
+        prompt.find("99")
+
+
+def test_a_token_that_stands_twice_needs_a_position(d, model):
+    with pytest.raises(ValueError, match=r"The token 'h' stands at \[\d+, \d+\]: give a position"):
+        Prompt.of(d, model, "hwh").find("h")
 
 
 # JSON, tables

@@ -132,7 +132,7 @@ def one_line(capsys) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evalute"], "unknown command 'evalute': use one of train, evaluate, list, push"),
+        (["evalute"], "unknown command 'evalute': use one of train, evaluate, explain, dashboard, list, push"),
         (["train", "--laier", "3"], "unrecognized arguments: --laier 3"),
         (["train", "--layer", "three"], "invalid int value: 'three'"),
         (["train", "--sae.activation", "gelu"], "invalid choice: 'gelu'"),
@@ -303,4 +303,4 @@ def test_the_process_exits_with_2():
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=Path(__file__).parents[1])
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "sae_lens_qk: unknown command 'evalute': use one of train, evaluate, list, push\n"
+    assert done.stderr == "sae_lens_qk: unknown command 'evalute': use one of train, evaluate, explain, dashboard, list, push\n"

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Group, RenderableType
 from rich.text import Text
 from torch import Tensor
 
@@ -252,15 +252,22 @@ class Attribution:
         layer = self.prompt.dictionary.cfg.layer
         return f"layer {layer}, head {head}: {words[i]!r} ({i}) attends to {words[j]!r} ({j}) with {self.attention:.3f}"
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        made = self.prompt.made("feature_map" if self.form == "kept" else "transcoders")
-        yield Text(f"{self}; rebuilt from features {made[tuple(self.place)]:.3f}")
-        yield rich_table(self.parts(), f"score {self.score:+.3f}, by kind of term")
+    def shown(self, n: int = 10, form: Form | None = None) -> RenderableType:
+        """For rich: the score by kind of term, n supporting and n inhibiting terms, and the features behind them."""
+        made = self.prompt.made("feature_map" if self.form == "kept" else "transcoders")[tuple(self.place)]
+        parts = [
+            Text(f"{self}; rebuilt from features {made:.3f}"),
+            rich_table(self.parts(form), f"score {self.score:+.3f}, by kind of term"),
+        ]
         for sign in ("supporting", "inhibiting"):
-            yield rich_table(named_features(self.top(10, sign), self.prompt), f"{sign} pairs")
-        for side, table in zip(("query", "key"), self.marginals(), strict=True):
+            parts.append(rich_table(named_features(self.top(n, sign, form), self.prompt), f"{sign} pairs"))
+        for side, table in zip(("query", "key"), self.marginals(form), strict=True):
             named = named_features(table.head(5).rename(columns={"feature": f"{side}_feature"}), self.prompt)
-            yield rich_table(named, f"{side} features over all their partners")
+            parts.append(rich_table(named, f"{side} features over all their partners"))
+        return Group(*parts)
+
+    def __rich__(self) -> RenderableType:
+        return self.shown()
 
     def _repr_html_(self) -> str:
         return html_table(named_features(self.top(10), self.prompt), str(self), bars="pattern_effect")
@@ -308,8 +315,8 @@ class Attributions(Sequence[Attribution]):
             rows.append({**one.place._asdict(), **words, "score": one.score, "attention": one.attention, **parts})
         return pd.DataFrame(rows)
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield rich_table(self.summary(), f"{len(self)} scores")
+    def __rich__(self) -> RenderableType:
+        return rich_table(self.summary(), f"{len(self)} scores")
 
     def _repr_html_(self) -> str:
         return html_table(self.summary(), f"{len(self)} scores")
@@ -369,6 +376,30 @@ def attribute(
     if not listed:
         raise ValueError(f"None of the keys {list(keys)[:5]} is at or before one of the queries {list(queries)[:5]}.")
     return Attributions(listed)
+
+
+@torch.no_grad()
+def overview(prompt: Prompt, query_pos: int = -1) -> pd.DataFrame:
+    """Where each head looks from one query, leaving out the first token, on which heads rest when nothing matches.
+
+    Returns:
+        head, to_first (attention to position 0), key_pos and key (the most attended of the others), attention and rebuilt
+        (by the feature map where there is one), query_feature, key_feature and pattern_effect of the strongest pair.
+    """
+    i = prompt.place(0, query_pos, 0).query_pos
+    made = prompt.made("feature_map" if prompt.dictionary.has_feature_map else "transcoders")
+    rows = prompt.pattern[:, i, : i + 1]
+    keys = rows[:, 1:].argmax(dim=1) + 1 if i else rows.argmax(dim=1)
+    heads = torch.arange(len(rows), device=keys.device)
+    columns = {
+        "head": heads, "to_first": rows[:, 0], "key_pos": keys,
+        "attention": rows[heads, keys], "rebuilt": made[heads, i, keys],
+    }  # fmt: skip
+    looks = pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
+    looks.insert(3, "key", [prompt.words[key] for key in keys.tolist()])
+    best = prompt.strongest(1, query_positions=[i]).query("pattern_effect > 0")
+    best = best[["head", "key_pos", "query_feature", "key_feature", "pattern_effect"]]
+    return looks.merge(best.astype({"query_feature": "Int64", "key_feature": "Int64"}), how="left", on=["head", "key_pos"])
 
 
 class _Nodes(NamedTuple):

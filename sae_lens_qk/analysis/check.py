@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Group, RenderableType
 from torch import Tensor
 
 from sae_lens_qk.analysis.causal import (
@@ -66,9 +66,9 @@ class Check(NamedTuple):
     def verdict(self) -> str:
         return {True: "holds", False: "does not hold", None: "cannot be judged: too few other features"}[self.holds]
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield rich_table(self.table, "drop of the score when features leave the model's own input")
-        yield f"the explanation {self.verdict}"
+    def __rich__(self) -> RenderableType:
+        title = "drop of the score when features leave the model's own input"
+        return Group(rich_table(self.table, title), f"the explanation {self.verdict}")
 
     def _repr_html_(self) -> str:
         return html_table(self.table, f"features leave the model's own input: the explanation {self.verdict}")

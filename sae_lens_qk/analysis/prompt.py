@@ -1,5 +1,6 @@
 """One sequence as an attention layer sees it: the model's own scores and pattern, and the features of a dictionary."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -123,36 +124,62 @@ class Prompt:
             raise ValueError(f"A query attends to keys at or before it, got query {i} and key {j}.")
         return ScorePlace(head, i, j)
 
+    def find(self, token: int | str) -> int:
+        """Position of a token, given as its position (negative: from the end) or as its text, spaces around it aside.
+
+        Raises:
+            ValueError: no such position, or a text that occurs never or several times.
+        """
+        try:
+            return self.place(0, int(token), 0).query_pos
+        except ValueError:
+            if isinstance(token, int) or token.lstrip("-").isdigit():
+                raise
+        found = [at for at, word in enumerate(self.words) if word.strip() == token.strip()]
+        if len(found) != 1:
+            several = f"stands at {found[:5]}: give a position" if found else f"is not among {self.words[:20]}"
+            raise ValueError(f"The token {token!r} {several}.")
+        return found[0]
+
     @torch.no_grad()
-    def strongest(self, n: int, heads: Sequence[int] | None = None) -> pd.DataFrame:
-        """The pairs behind every attention weight: in each cell the n best supporters and the n best inhibitors.
+    def strongest(
+        self, n: int, heads: Sequence[int] | None = None, query_positions: Sequence[int] | None = None
+    ) -> pd.DataFrame:
+        """The pairs behind attention weights: of each cell the n best supporters and the n best inhibitors.
 
         Pairs of the feature map, times their weights, where there is one, else all pairs; see `attribution` for the effect.
 
         Args:
-            heads: None: all.
+            heads, query_positions: None: all.
         Returns:
             head, query_pos, key_pos, query_feature, key_feature (d_query / d_key: the constant), contribution,
             pattern_effect; supporters by cell, the largest effect first, then inhibitors likewise.
         """
-        d, frames = self.dictionary, []
-        kept = d.feature_map if d.has_feature_map else None
-        for head in range(d.spec.n_heads) if heads is None else heads:
-            for i in range(len(self.tokens)):
-                terms = ScoreTerms.of(d, self.query_acts[i], self.key_acts[: i + 1], head, kept)
-                effects = terms.effects(self.pattern[head, i, : i + 1])
-                a, entry = terms.terms.nonzero(as_tuple=True)
-                columns = {
-                    "head": torch.full_like(a, head),
-                    "query_pos": torch.full_like(a, i),
-                    "key_pos": terms.key_positions[entry],
-                    "query_feature": terms.query_features[a],
-                    "key_feature": terms.key_features[entry],
-                    "contribution": terms.terms[a, entry],
-                    "pattern_effect": effects[a, entry],
-                }
-                frames.append(pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()}))
+        d = self.dictionary
+        wanted = itertools.product(
+            range(d.spec.n_heads) if heads is None else heads,
+            range(len(self.tokens)) if query_positions is None else query_positions,
+        )
+        listed = pd.concat([self._row_frame(head, self.place(head, i, 0).query_pos) for head, i in wanted])
         cells = ["head", "query_pos", "key_pos"]
-        listed = pd.concat(frames).sort_values([*cells, "pattern_effect"], ascending=[True, True, True, False])
+        listed = listed.sort_values([*cells, "pattern_effect"], ascending=[True, True, True, False])
         supporting, inhibiting = listed.query("pattern_effect > 0"), listed.query("pattern_effect < 0")
         return pd.concat([supporting.groupby(cells).head(n), inhibiting.groupby(cells).tail(n)], ignore_index=True)
+
+    def _row_frame(self, head: int, query_pos: int) -> pd.DataFrame:
+        """The kept terms of one row of scores; columns as `strongest`."""
+        d, upto = self.dictionary, slice(query_pos + 1)
+        kept = d.feature_map if d.has_feature_map else None
+        terms = ScoreTerms.of(d, self.query_acts[query_pos], self.key_acts[upto], head, kept)
+        effects = terms.effects(self.pattern[head, query_pos, upto])
+        a, entry = terms.terms.nonzero(as_tuple=True)
+        columns = {
+            "head": torch.full_like(a, head),
+            "query_pos": torch.full_like(a, query_pos),
+            "key_pos": terms.key_positions[entry],
+            "query_feature": terms.query_features[a],
+            "key_feature": terms.key_features[entry],
+            "contribution": terms.terms[a, entry],
+            "pattern_effect": effects[a, entry],
+        }
+        return pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
