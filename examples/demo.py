@@ -10,40 +10,13 @@ import tempfile
 import warnings
 
 from rich.console import Console
-from rich.table import Table
 
 import sae_lens_qk as qk
-from sae_lens_qk.attention import attention_scores, pattern_from_scores
-from sae_lens_qk.host import layer_inputs, qk_weights
 from sae_lens_qk.text import text_sample, token_rows
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 HEAD, KEY = 0, " Mary"
 console = Console(width=None if sys.stdout.isatty() else 132)  # a file or pipe has no width of its own
-
-
-def explain(dictionary: qk.BilinearQKDictionary, model) -> None:
-    """The strongest kept pairs from the last token to " Mary" in head 0, the name mover."""
-    tokens = model.to_tokens(PROMPT)
-    words = model.to_str_tokens(tokens[0])
-    key_pos = words.index(KEY)
-    x, weights = layer_inputs(model, dictionary.cfg.layer, tokens), qk_weights(model, dictionary.cfg.layer)
-    true = pattern_from_scores(attention_scores(weights.queries(x), weights.keys(x), dictionary.spec))
-    made = dictionary.pattern(x, "feature_map")
-    console.print(f'\n[bold]"{PROMPT}"[/bold]')
-    console.print(
-        f'head {HEAD} attends from "{words[-1]}" to "{KEY}" with {true[0, HEAD, -1, key_pos]:.3f}; '
-        f"rebuilt from feature pairs: {made[0, HEAD, -1, key_pos]:.3f}"
-    )
-    pairs = dictionary.active_pairs(x[0], HEAD, -1, key_pos)
-    table = Table(title=f"strongest of {len(pairs)} kept pairs (score contributions)")
-    for column in ("query feature", "key feature", "weight", "contribution"):
-        table.add_column(column, justify="right")
-    for pair in pairs.head(10).itertuples():
-        query = "constant" if pair.query_feature == dictionary.cfg.d_query else str(pair.query_feature)
-        key = "constant" if pair.key_feature == dictionary.cfg.d_key else str(pair.key_feature)
-        table.add_row(query, key, f"{pair.weight:.2f}", f"{pair.contribution:+.2f}")
-    console.print(table)
 
 
 def train_small(model) -> None:
@@ -79,7 +52,8 @@ def main() -> None:
     console.print("[bold]1. How well does the dictionary carry the attention of layer 23?[/bold]")
     console.print(qk.evaluate(dictionary, model, tokens, progress=True))
     console.print("\n[bold]2. Why did this head attend there?[/bold]")
-    explain(dictionary, model)
+    prompt = qk.Prompt.of(dictionary, model, PROMPT)
+    console.print(qk.attribute(dictionary, model, prompt, HEAD, query_pos=-1, key_pos=prompt.find(KEY)).shown(n=5))
     console.print("\n[bold]3. Train your own[/bold] (both steps, short)")
     train_small(model)
 

@@ -21,7 +21,7 @@ from sae_lens_qk.attention import AttentionSpec, attention_scores, pattern_from_
 from sae_lens_qk.config import ARCHITECTURE, BilinearQKConfig
 from sae_lens_qk.feature_map import STATISTICS, Pairs, SparseFeatureMap, as_pairs
 from sae_lens_qk.host import Hooks
-from sae_lens_qk.pair_scores import Decoders, pair_kernel, with_constant
+from sae_lens_qk.pair_scores import Decoders, pair_kernel
 from sae_lens_qk.refusals import REFUSALS, OneDecoderRefusals
 from sae_lens_qk.stored_form import from_stored_form, to_stored_form
 
@@ -206,37 +206,6 @@ class BilinearQKDictionary(OneDecoderRefusals, SAE[BilinearQKConfig]):
         frame["score_at_0"] = self.pair_kernel(kept.indices, [0])[:, 0].float().cpu().numpy()
         frame[list(STATISTICS)] = statistics.numpy()
         return frame
-
-    @torch.no_grad()
-    def active_pairs(self, x: Float[Tensor, "pos d_model"], head: int, query_pos: int, key_pos: int) -> pd.DataFrame:
-        """Kept pairs that act at one (head, query, key), strongest first.
-
-        Args:
-            x: the layer's input for one sequence; negative positions count from its end.
-        Returns:
-            query_feature, key_feature, weight, contribution = m query_acts[i,a] key_acts[j,b] M[a,b,h](i-j).
-        Raises:
-            ValueError: no feature map, or a key after the query.
-        """
-        self.require_feature_map()
-        i, j = query_pos % len(x), key_pos % len(x)
-        if j > i:
-            raise ValueError(f"A query attends to keys at or before it, got query {i} and key {j}.")
-        query_acts, key_acts = with_constant(self.encode_query(x[None]))[0, i], with_constant(self.encode_key(x[None]))[0, j]
-        query, key, pair_head = self.feature_map.indices.unbind(dim=1)
-        here = (pair_head == head) & (query_acts[query] > 0) & (key_acts[key] > 0)
-        listed = self.feature_map.select(here)
-        kernel = pair_kernel(listed.indices, self.decoders, self.spec, torch.tensor([i - j], device=x.device))[:, 0]
-        contribution = listed.weights * query_acts[query[here]] * key_acts[key[here]] * kernel
-        frame = pd.DataFrame(
-            {
-                "query_feature": query[here].cpu().numpy(),
-                "key_feature": key[here].cpu().numpy(),
-                "weight": listed.weights.float().cpu().numpy(),
-                "contribution": contribution.float().cpu().numpy(),
-            }
-        )
-        return frame.sort_values("contribution", key=abs, ascending=False, ignore_index=True)
 
     def set_feature_map(self, feature_map: SparseFeatureMap) -> None:
         """Replace the map (validated against this dictionary's sizes); figures of the old one are forgotten."""

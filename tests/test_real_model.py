@@ -2,8 +2,6 @@
 
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -99,21 +97,3 @@ def test_another_layer_is_refused(model, dictionary):
     other.cfg.layer = 22
     with pytest.raises(FingerprintError, match=r"trained on layer 22.*has other weights"):
         other.fwd_hooks(model)
-
-
-@pytest.mark.parametrize("example", ["train_with_stock_runner.py", "sample_text.py"])
-def test_examples_run(example, tmp_path):
-    options = ["--output", str(tmp_path / "sample.parquet")] if example == "sample_text.py" else []
-    command = [sys.executable, str(ROOT / "examples" / example), "--smoke", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip()
-
-
-def test_demo_runs():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "demo.py")], capture_output=True, text=True, timeout=1200, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    for piece in ("feature_map", "rebuilt from feature pairs", "strongest of", "trained 512 + 512 features"):
-        assert piece in done.stdout
