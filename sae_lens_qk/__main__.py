@@ -13,6 +13,32 @@ from rich.console import Console
 from simple_parsing import ArgumentGenerationMode, ArgumentParser, NestedMode
 from simple_parsing.helpers import field
 
+IOI_PROMPT = "When Mary and John went to the store, John gave a drink to"
+
+
+@dataclass
+class DashboardArguments:
+    """Write what a dictionary has found as one HTML file that needs no server: prompts, heads, features and pairs."""
+
+    dictionary: str = field(default="smollm2-135m-instruct-L23", positional=False)
+    """Name (see `list`) or folder."""
+    prompts: list[str] = field(default_factory=lambda: [IOI_PROMPT])
+    """Texts to explain, at most 128 tokens each."""
+    dataset_path: str = ""
+    """Text for statistics and contexts: Hub name, .parquet file or folder. Default: the sample of the package."""
+    text_column: str = "text"
+    n_tokens: int = 51_200
+    """Tokens to read, whole rows."""
+    context_size: int = 256
+    """Length of a row."""
+    statistics: str = ""
+    """Folder where the statistics are kept; an interrupted pass goes on from there."""
+    n_features: int = 1000
+    """Features of each side to show, the most important ones."""
+    n_pairs: int = 5000
+    """Pairs to show."""
+    output: str = "report.html"
+
 
 @dataclass
 class EvaluateArguments:
@@ -105,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if debug:
         arguments = arguments[1:]
     commands = {
-        "train": _train, "evaluate": _evaluate, "explain": _explain, "list": _list, "push": _push,
+        "train": _train, "evaluate": _evaluate, "explain": _explain, "dashboard": _dashboard, "list": _list, "push": _push,
     }  # fmt: skip
     if not arguments or arguments[0] in ("-h", "--help"):
         print(
@@ -186,7 +212,9 @@ def _explain(arguments: list[str]) -> None:
     query_pos, console = prompt.find(args.query), _console()
     looks: Any = overview(prompt, query_pos)
     if args.head is None:
-        console.print(rich_table(named_features(looks, prompt), f"where each head looks from {prompt.words[query_pos]!r}"))
+        console.print(
+            rich_table(named_features(looks, dictionary.cfg), f"where each head looks from {prompt.words[query_pos]!r}")
+        )
     head = int(looks["attention"].idxmax()) if args.head is None else args.head
     prompt.place(head, query_pos, 0)
     key_pos = prompt.find(args.key) if args.key else int(looks["key_pos"][head])
@@ -196,6 +224,37 @@ def _explain(arguments: list[str]) -> None:
         console.print(made.check())
     if args.output:
         Path(args.output).write_text(made.to_json(args.n, indent=2))
+
+
+def _dashboard(arguments: list[str]) -> None:
+    from sae_lens_qk.analysis.activations import collect_activations, model_batches
+    from sae_lens_qk.analysis.prompt import Prompt
+    from sae_lens_qk.dashboard.data import ReportLimits
+    from sae_lens_qk.dashboard.report import write_report
+    from sae_lens_qk.dictionary import BilinearQKDictionary
+    from sae_lens_qk.host import layer_inputs
+    from sae_lens_qk.models import load_model
+    from sae_lens_qk.text import token_rows
+
+    parser = _Parser("dashboard")
+    parser.add_arguments(DashboardArguments, dest="dashboard")
+    args: DashboardArguments = parser.parse_args(arguments).dashboard
+    dictionary = BilinearQKDictionary.from_pretrained(args.dictionary)
+    dictionary.require_feature_map()
+    model, layer = load_model(dictionary), dictionary.cfg.layer
+    prompts = [Prompt.of(dictionary, model, text) for text in args.prompts]
+    tokens = token_rows(model, args.dataset_path, args.text_column, args.n_tokens // args.context_size, args.context_size)
+    statistics = collect_activations(dictionary, model_batches(model, layer, tokens), folder=args.statistics or None)
+    path = write_report(
+        args.output,
+        dictionary,
+        statistics,
+        prompts,
+        words=lambda ids: model.tokenizer.batch_decode([[token] for token in ids]),
+        limits=ReportLimits(features=args.n_features, pairs=args.n_pairs),
+        inputs=lambda rows: layer_inputs(model, layer, rows),
+    )
+    print(f"wrote {path}")
 
 
 def _list(arguments: list[str]) -> None:

@@ -3,6 +3,7 @@
 The host's loader casts all tensors to one dtype, so pair indices are stored as digits and statistics as logarithms.
 """
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,3 +60,12 @@ def from_stored_form(state_dict: dict[str, Any], wanted: Mapping[str, Tensor], s
     indices, weights, statistics = (state_dict[f"feature_map.{name}"] for name in ("indices", "weights", "statistics"))
     loaded = SparseFeatureMap(indices, weights, *sizes, statistics)
     state_dict.update({f"feature_map.{name}": tensor for name, tensor in loaded.state_dict().items()})
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and values: tells dictionaries apart where results are kept."""
+    sha = hashlib.sha256()
+    for name, tensor in tensors.items():
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()

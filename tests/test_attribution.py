@@ -1,5 +1,6 @@
 """Terms of a score against terms written out by hand in float64, and their sums against the model's own hooks."""
 
+import html
 import json
 
 import numpy as np
@@ -363,6 +364,21 @@ def test_notebooks_show_tables_and_escape_tokens(a, prompt):
     made = attribute(prompt.dictionary, prompt.model, hostile, [HEAD], QUERY, [KEY])
     for shown in (made[0]._repr_html_(), made._repr_html_()):
         assert "<script>" not in shown and "&lt;script&gt;" in shown
+
+
+def test_notebooks_show_every_heads_pattern(prompt, d):
+    shown, made = prompt._repr_html_(), prompt.made()
+    assert shown.count("<table") == 2 * d.spec.n_heads
+    n_cells = N_POS * (N_POS + 1) // 2
+    assert shown.count("<td") == 2 * d.spec.n_heads * n_cells
+    q, k = (html.escape(repr(prompt.words[at])) for at in (QUERY, KEY))
+    for pattern in (prompt.pattern, made):
+        assert f'title="{q} ({QUERY}) to {k} ({KEY}): {pattern[HEAD, QUERY, KEY]:.3f}"' in shown
+
+
+def test_notebooks_show_the_tokens_of_long_prompts(d, model):
+    shown = Prompt.of(d, model, tiny_tokens(1, 51))._repr_html_()
+    assert "<table" not in shown and shown.startswith("0:&#x27;")
 
 
 # Many places

@@ -14,6 +14,8 @@ from sae_lens_qk.analysis.causal import CONTROLS, Directions, FeatureDirections
 from sae_lens_qk.analysis.check import Check, _against_controls
 from sae_lens_qk.analysis.prompt import ScorePlace
 from sae_lens_qk.attention import attention_scores, pattern_from_scores
+from sae_lens_qk.host import layer_inputs
+from sae_lens_qk.text import token_rows
 
 N_POS, HEAD, QUERY, KEY = 13, 1, 10, 4
 
@@ -169,3 +171,20 @@ def test_features_that_are_always_on_stay(llama_bridge):
     assert len(made.table) and not len(a.check(k=(1,), directions=nothing).table)
     assert a.check(k=(1,), directions=nothing).holds is None
     assert set(CONTROLS) <= set(made.table.columns)
+
+
+def test_directions_of_the_packages_own_text_are_fitted_once(gpt2_bridge, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAE_LENS_QK_CACHE", str(tmp_path))
+    d = tiny_dictionary(gpt2_bridge)
+    made = Directions.from_own_text(d, gpt2_bridge, n_rows=7, n_pos=19)
+    x = layer_inputs(gpt2_bridge, d.cfg.layer, token_rows(gpt2_bridge, "", "text", 7, 19))
+    for side, expected in zip(made, Directions.fit(d, list(x)), strict=True):
+        for tensor, other in zip(side, expected, strict=True):
+            torch.testing.assert_close(tensor, other)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+
+    monkeypatch.setattr(Directions, "fit", None)  # not asked again
+    again = Directions.from_own_text(d, gpt2_bridge, n_rows=7, n_pos=19)
+    assert all(torch.equal(a, b) for one, other in zip(again, made, strict=True) for a, b in zip(one, other, strict=True))
+    with pytest.raises(TypeError):  # another dictionary is another file
+        Directions.from_own_text(tiny_dictionary(gpt2_bridge, seed=1), gpt2_bridge, n_rows=7, n_pos=19)

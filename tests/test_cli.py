@@ -13,9 +13,11 @@ import pytest
 import torch
 import yaml
 from hub_cases import FOLDER, REPO, SUMS, measured_dictionary, same
+from tiny_dictionaries import tiny_dictionary
 
 import sae_lens_qk as qk
 from sae_lens_qk.__main__ import main
+from sae_lens_qk.analysis.attribution import overview
 from sae_lens_qk.text import token_rows
 
 BATCH = 23 * 8
@@ -303,4 +305,67 @@ def test_the_process_exits_with_2():
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=Path(__file__).parents[1])
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "sae_lens_qk: unknown command 'evalute': use one of train, evaluate, explain, dashboard, list, push\n"
+    assert (
+        done.stderr == "sae_lens_qk: unknown command 'evalute': use one of train, evaluate, explain, dashboard, list, push\n"
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(gpt2_folder, tmp_path_factory) -> Path:
+    """A dictionary of the tiny model in a folder."""
+    folder = tmp_path_factory.mktemp("dictionary")
+    model = qk.load_model(str(gpt2_folder))
+    d = tiny_dictionary(model, model_name=str(gpt2_folder))
+    d.feature_map.statistics[:, [0, 2]] = torch.rand(len(d.feature_map), 2)  # as measured
+    d.save_model(folder)
+    return folder
+
+
+def test_explain_shows_one_attention_weight_and_writes_it(saved, tmp_path, capsys):
+    output = tmp_path / "terms.json"
+    assert run("explain", "w[h9b", "--dictionary", saved, "--head", 1, "--query", -1, "--key", "h", "--output", output) == 0
+    shown = capsys.readouterr().out
+    d = qk.BilinearQKDictionary.from_pretrained(str(saved))
+    model = qk.load_model(d)
+    prompt = qk.Prompt.of(d, model, "w[h9b")
+    a = qk.attribute(d, model, prompt, 1, -1, prompt.words.index("h"))
+    assert str(a) in shown and "supporting pairs" in shown and "where each head looks" not in shown
+    assert f"{a.top(1)['pattern_effect'].iloc[0]:+.3f}" in shown
+    assert json.loads(output.read_text()) == json.loads(a.to_json())
+
+
+def test_explain_finds_a_head_and_a_key_itself(saved, capsys):
+    assert run("explain", "w[h9b", "--dictionary", saved, "--form", "full") == 0
+    shown = capsys.readouterr().out
+    d = qk.BilinearQKDictionary.from_pretrained(str(saved))
+    looks = overview(qk.Prompt.of(d, qk.load_model(d), "w[h9b"))
+    head = int(looks["attention"].idxmax())
+    assert "where each head looks" in shown and f"head {head}: " in shown
+    assert f"attends to {looks['key'][head]!r} ({looks['key_pos'][head]})" in shown
+
+
+def test_explain_reads_a_prompt_from_a_file(saved, tmp_path, capsys):
+    (tmp_path / "prompt.txt").write_text("w[h9b")
+    assert run("explain", tmp_path / "prompt.txt", "--dictionary", saved, "--head", 0) == 0
+    assert "head 0: 'b'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--key", "Zeus"), "The token 'Zeus' is not among"),
+        (("--head", 9), "head must lie in [0, 2], got 9"),
+        (("--query", 1, "--key", 4, "--head", 0), "got query 1 and key 4"),
+    ],
+)
+def test_explain_says_what_is_wrong(saved, capsys, options, message):
+    assert run("explain", "w[h9b", "--dictionary", saved, *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_dashboard_writes_a_report(saved, tmp_path, capsys):
+    output = tmp_path / "report.html"
+    options = ("--n_tokens", 230, "--context_size", 23, "--n_features", 20, "--n_pairs", 30, "--output", output)
+    assert run("dashboard", "--dictionary", saved, "--prompts", "w[h9b", *options) == 0
+    assert f"wrote {output}" in capsys.readouterr().out
+    assert output.read_text().startswith("<!doctype html>") or output.read_text().startswith("<!DOCTYPE html>")

@@ -260,9 +260,9 @@ class Attribution:
             rich_table(self.parts(form), f"score {self.score:+.3f}, by kind of term"),
         ]
         for sign in ("supporting", "inhibiting"):
-            parts.append(rich_table(named_features(self.top(n, sign, form), self.prompt), f"{sign} pairs"))
+            parts.append(rich_table(named_features(self.top(n, sign, form), self.prompt.dictionary.cfg), f"{sign} pairs"))
         for side, table in zip(("query", "key"), self.marginals(form), strict=True):
-            named = named_features(table.head(5).rename(columns={"feature": f"{side}_feature"}), self.prompt)
+            named = named_features(table.head(5).rename(columns={"feature": f"{side}_feature"}), self.prompt.dictionary.cfg)
             parts.append(rich_table(named, f"{side} features over all their partners"))
         return Group(*parts)
 
@@ -270,7 +270,7 @@ class Attribution:
         return self.shown()
 
     def _repr_html_(self) -> str:
-        return html_table(named_features(self.top(10), self.prompt), str(self), bars="pattern_effect")
+        return html_table(named_features(self.top(10), self.prompt.dictionary.cfg), str(self), bars="pattern_effect")
 
 
 class Attributions(Sequence[Attribution]):

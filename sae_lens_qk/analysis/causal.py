@@ -11,19 +11,26 @@ With head h, query i, key j and P the model's own pattern:
 A dictionary has no decoder into x, so d_f is fitted on data (`FeatureDirections`), for every kind of dictionary alike.
 """
 
+import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_lens_qk.attention import AttentionSpec, rotate
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.feature_map import SparseFeatureMap
 from sae_lens_qk.host import Model, QKWeights, layer_inputs
+from sae_lens_qk.models import cache_folder
 from sae_lens_qk.pair_scores import with_constant
+from sae_lens_qk.stored_form import digest
 from sae_lens_qk.text import token_rows
+
+logger = logging.getLogger("sae_lens_qk")
 
 Side = Literal["query", "key"]
 SIDES: tuple[Side, Side] = ("query", "key")
@@ -105,11 +112,29 @@ class Directions(NamedTuple):
         return cls(*(FeatureDirections.fit(encode, rows) for encode in (dictionary.encode_query, dictionary.encode_key)))
 
     @classmethod
-    def from_own_text(cls, dictionary: BilinearQKDictionary, model: Model, n_rows: int = 96) -> "Directions":
-        """Fitted on rows of 256 tokens of the text that comes with the package: half a minute on two cores for SmolLM2."""
-        tokens = token_rows(model, "", "text", n_rows, 256)
+    def from_own_text(
+        cls, dictionary: BilinearQKDictionary, model: Model, n_rows: int = 96, n_pos: int = 256
+    ) -> "Directions":
+        """Fitted on rows of the text that comes with the package, and kept in its cache folder.
+
+        Half a minute on two cores for SmolLM2, once a dictionary.
+        """
+        of_halves = {name: t for name, t in dictionary.state_dict().items() if not name.startswith("feature_map.")}
+        file = cache_folder() / "directions" / f"{digest(of_halves)[:24]}-{n_rows}x{n_pos}.safetensors"
+        if file.is_file():
+            stored = load_file(file, device=str(dictionary.device))
+            sides = ([stored[f"{side}.{name}"] for name in FeatureDirections._fields] for side in cls._fields)
+            return cls(*(FeatureDirections(*tensors) for tensors in sides))
+        logger.info("fitting where features lie in the layer's input, on %d tokens; kept in %s", n_rows * n_pos, file)
+        tokens = token_rows(model, "", "text", n_rows, n_pos)
         inputs = [layer_inputs(model, dictionary.cfg.layer, batch) for batch in tokens.split(8)]
-        return cls.fit(dictionary, list(torch.cat(inputs).to(dictionary.device, dictionary.dtype)))
+        made = cls.fit(dictionary, list(torch.cat(inputs).to(dictionary.device, dictionary.dtype)))
+        tensors = {f"{side}.{name}": t for side, fit in made._asdict().items() for name, t in fit._asdict().items()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(f".{os.getpid()}")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
+        unfinished.replace(file)
+        return made
 
 
 class ScoreRow:

@@ -1,5 +1,6 @@
 """One sequence as an attention layer sees it: the model's own scores and pattern, and the features of a dictionary."""
 
+import html
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,9 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lens_qk.analysis.causal import Directions, Errors, ScoreRow, ScoreTerms
+from sae_lens_qk.analysis.show import html_pattern
 from sae_lens_qk.dictionary import BilinearQKDictionary, Source
 from sae_lens_qk.host import Model, QKWeights, check_attention_call, hook_names, input_completion, qk_weights, run_recording
 from sae_lens_qk.patching import check_model
+
+_READABLE = 48
+"""Tokens of a prompt whose patterns can be read as grids."""
 
 
 class ScorePlace(NamedTuple):
@@ -95,6 +100,17 @@ class Prompt:
         return self.weights.queries(self.x) - d.spec.split_queries(q_hat), self.weights.keys(self.x) - d.spec.split_keys(
             k_hat
         )
+
+    def _repr_html_(self) -> str:
+        """Every head's pattern, the model's and rebuilt; of long prompts the tokens alone."""
+        if len(self.words) > _READABLE:
+            return html.escape(" ".join(f"{at}:{word!r}" for at, word in enumerate(self.words)))
+        made = self.made("feature_map" if self.dictionary.has_feature_map else "transcoders")
+        grids = []
+        for head, patterns in enumerate(zip(self.pattern, made, strict=True)):
+            for name, pattern in zip(("model", "rebuilt"), patterns, strict=True):
+                grids.append(html_pattern(pattern, self.words, f"head {head}, {name}"))
+        return "".join(grids)
 
     def terms(self, head: int, query_pos: int) -> ScoreTerms:
         """All terms of one row of the model's scores, the errors included; they add up to it."""
