@@ -3,6 +3,7 @@
 Importing this package registers its architectures with SAELens.
 """
 
+from sae_lens_qk.analysis.activations import collect_activations
 from sae_lens_qk.analysis.attribution import attribute
 from sae_lens_qk.analysis.prompt import Prompt
 from sae_lens_qk.attention import AttentionSpec
@@ -37,6 +38,7 @@ __all__ = [
     "TranscodersTrainingConfig",
     "attribute",
     "check_host",
+    "collect_activations",
     "evaluate",
     "load_model",
     "pretrained_dictionaries",
