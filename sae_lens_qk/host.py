@@ -9,12 +9,13 @@ it, read it here, and drop its refusal. `check_host` then proves the reading on 
 import copy
 import logging
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
@@ -84,6 +85,25 @@ class QKWeights(NamedTuple):
         r = torch.arange(1, self.W_Q.shape[1] + 1, dtype=torch.float64, device=self.W_Q.device).square().sin()
         projected = torch.cat([torch.einsum("hmd,m->hd", W.double(), r).flatten() for W in (self.W_Q, self.W_K)])
         return tuple(float(f"{value:.7g}") for value in projected.tolist())
+
+
+class OVWeights(NamedTuple):
+    """W_V and W_O of one layer, by head: head h moves z[i,h] = sum_j P[h,i,j] v[j,g(h)] and writes z W_O[h]."""
+
+    W_V: Float[Tensor, "kv_head d_model d_head"]
+    b_V: Float[Tensor, "kv_head d_head"]
+    W_O: Float[Tensor, "head d_head d_model"]
+    b_O: Float[Tensor, " d_model"]
+
+
+class ResidualNames(NamedTuple):
+    """Canonical hook names of what one layer reads from and writes to the residual stream."""
+
+    resid_pre: str
+    """What enters the layer; of layer 0 the embeddings."""
+    z: str
+    """What the heads move, before W_O: [batch, pos, head, d_head]."""
+    mlp_out: str
 
 
 class HostReport(NamedTuple):
@@ -202,6 +222,76 @@ def layer_inputs(model: Model, layer: int, tokens: Tensor) -> Float[Tensor, "bat
     return input_completion(model, layer)(seen[name])
 
 
+def ov_weights(model: Model, layer: int) -> OVWeights:
+    """W_V, b_V, W_O, b_O of one layer, detached; missing biases are zeros; grouped values are not repeated."""
+    attn = _attention(model, layer)
+    grouped = isinstance(model, HookedTransformer) and hasattr(attn, "_W_V")
+    W_V, b_V = (attn._W_V, attn._b_V) if grouped else (attn.W_V, attn.b_V)
+    W_O, b_O = attn.W_O, attn.b_O
+    b_V = W_V.new_zeros(W_V.shape[0], W_V.shape[2]) if b_V is None else b_V
+    b_O = W_O.new_zeros(W_O.shape[2]) if b_O is None else b_O
+    return OVWeights(W_V.detach(), b_V.detach(), W_O.detach(), b_O.detach())
+
+
+def residual_names(model: Model, layer: int) -> ResidualNames:
+    """Hook names of what the layer reads from and writes to the residual stream, checked to exist."""
+    _attention(model, layer)
+    bridge = isinstance(model, TransformerBridge)
+    listed = ("hook_in", "attn.o.hook_in", "mlp.hook_out") if bridge else ("hook_resid_pre", "attn.hook_z", "hook_mlp_out")
+    names = ResidualNames(*(f"blocks.{layer}.{name}" for name in listed))
+    missing = [name for name in names if name not in model.hook_dict]
+    if missing:
+        raise UnsupportedModelError(f"The model has no hook {missing[0]}.")
+    return names
+
+
+@torch.no_grad()
+def attention_input(model: Model, layer: int, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    """What the attention of a layer would see of a residual stream: the norm before it."""
+    _attention(model, layer)
+    block: Any = model.blocks[layer]
+    return block.ln1(residual)
+
+
+@torch.no_grad()
+def unembedded(model: Model, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+    """Logits of a residual stream: final norm, then unembedding."""
+    host: Any = model
+    return host.unembed(host.ln_final(residual))
+
+
+class LogitDirections(NamedTuple):
+    """Linear in the residual stream: logit difference = <residual, directions> + constants."""
+
+    directions: Float[Tensor, "prompt d_model"]
+    constants: Float[Tensor, " prompt"]
+
+
+def logit_directions(
+    model: Model,
+    residual: Float[Tensor, "prompt d_model"],
+    plus: Int[Tensor, " prompt"],
+    minus: Int[Tensor, " prompt"],
+) -> LogitDirections:
+    """logit(plus) - logit(minus) as a linear function of the last residual stream, the scale of the final norm held fixed.
+
+    The direction is the gradient with the scale detached, so that it is right for every norm the hosts know.
+
+    Args:
+        residual: after the last layer.
+        plus, minus: one token each a prompt.
+    """
+    host, at = cast(Any, model), torch.arange(len(residual), device=residual.device)
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*hook_scale.*")  # the bridge tells that it leaves the native norm
+        varied = residual.detach().clone().requires_grad_(True)
+        with host.hooks(fwd_hooks=[("ln_final.hook_scale", lambda scale, hook: scale.detach())]):
+            logits = host.unembed(host.ln_final(varied))
+        difference = logits[at, plus] - logits[at, minus]
+        (directions,) = torch.autograd.grad(difference.sum(), varied)
+    return LogitDirections(directions, difference.detach() - (directions * residual).sum(dim=-1))
+
+
 class LayerReplay:
     """Runs a model once, then again and again from one layer on, under other hooks: what stands below does not change.
 
@@ -233,17 +323,17 @@ class LayerReplay:
         self._call = args, kwargs
 
     @torch.no_grad()
-    def run(self, fwd_hooks: Hooks) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits of the recorded tokens under hooks on this layer or later ones."""
+    def run(self, fwd_hooks: Hooks, positions: slice = slice(None)) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of the recorded tokens, at these positions, under hooks on this layer or later ones."""
         model: Any = self.model
         if not self.exact:
-            return model.run_with_hooks(self._tokens, fwd_hooks=fwd_hooks, prepend_bos=False)
+            return model.run_with_hooks(self._tokens, fwd_hooks=fwd_hooks, prepend_bos=False)[:, positions]
         (residual, *args), kwargs = self._call
         with model.hooks(fwd_hooks=fwd_hooks):
             for block in model.blocks[self.layer :]:
                 made = block(residual, *args, **kwargs)
                 residual = made[0] if isinstance(made, tuple) else made
-            return model.unembed(model.ln_final(residual))
+            return model.unembed(model.ln_final(residual[:, positions]))
 
 
 def n_layers(model: Model) -> int:

@@ -32,12 +32,19 @@ ORDER = (
     ("training.mask",),
     ("training.runner",),
     ("analysis.causal",),
+    ("analysis.show", "analysis.activation_kernels"),
+    ("analysis.prompt", "analysis.activation_sums"),
+    ("analysis.check", "analysis.activations", "analysis.figures", "analysis.ioi_prompts"),
+    ("analysis.attribution", "analysis.heads", "analysis.ioi_scan"),
+    ("analysis.ioi",),
+    ("dashboard.data",),
+    ("dashboard.report",),
     ("__main__",),
 )
 """docs/architecture.md: modules of one row do not import each other."""
 
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-FACADES = ("__init__", "training.__init__", "pretrained.__init__", "analysis.__init__")
+FACADES = ("__init__", "training.__init__", "pretrained.__init__", "analysis.__init__", "dashboard.__init__")
 
 IMPORTED_IN_FUNCTIONS = {
     ("dictionary", "storage"),
@@ -45,6 +52,10 @@ IMPORTED_IN_FUNCTIONS = {
     ("dictionary", "pretrained.folder"),
     ("dictionary", "pretrained.loading"),
     ("dictionary", "pretrained.push"),
+    *(("__main__", name) for name in (
+        "analysis.attribution", "analysis.prompt", "analysis.show", "analysis.activations",
+        "dashboard.data", "dashboard.report", "host",
+    )),
     ("__main__", "config"),
     ("__main__", "training.runner"),
     ("__main__", "dictionary"),
@@ -93,7 +104,7 @@ def imports_of(module: str) -> list[Import]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}:{node.lineno} has a relative import"
             names = [node.module or ""]
-            if node.module in ("sae_lens_qk", "sae_lens_qk.training", "sae_lens_qk.pretrained"):
+            if node.module in ("sae_lens_qk", "sae_lens_qk.training", "sae_lens_qk.pretrained", "sae_lens_qk.analysis"):
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
             found.extend(Import(module, name, node.lineno, in_function, for_types) for name in names)
         function = in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)

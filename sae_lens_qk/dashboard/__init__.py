@@ -1,0 +1,1 @@
+"""Static HTML reports of a dictionary: see `report.write_report`."""
