@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -13,6 +14,8 @@ from rich.console import Console
 from simple_parsing import ArgumentGenerationMode, ArgumentParser, NestedMode
 from simple_parsing.helpers import field
 
+_FIRST_TOKEN_BATCHES = 3
+"""Batches of text on which a report looks for the features of the first token."""
 IOI_PROMPT = "When Mary and John went to the store, John gave a drink to"
 
 
@@ -230,6 +233,7 @@ def _dashboard(arguments: list[str]) -> None:
     from sae_lens_qk.analysis.activations import collect_activations, model_batches
     from sae_lens_qk.analysis.prompt import Prompt
     from sae_lens_qk.dashboard.data import ReportLimits
+    from sae_lens_qk.dashboard.head_tables import head_tables
     from sae_lens_qk.dashboard.report import write_report
     from sae_lens_qk.dictionary import BilinearQKDictionary
     from sae_lens_qk.host import layer_inputs
@@ -244,7 +248,8 @@ def _dashboard(arguments: list[str]) -> None:
     model, layer = load_model(dictionary), dictionary.cfg.layer
     prompts = [Prompt.of(dictionary, model, text) for text in args.prompts]
     tokens = token_rows(model, args.dataset_path, args.text_column, args.n_tokens // args.context_size, args.context_size)
-    statistics = collect_activations(dictionary, model_batches(model, layer, tokens), folder=args.statistics or None)
+    batches = model_batches(model, layer, tokens)
+    statistics = collect_activations(dictionary, batches, folder=args.statistics or None)
     path = write_report(
         args.output,
         dictionary,
@@ -253,6 +258,7 @@ def _dashboard(arguments: list[str]) -> None:
         words=lambda ids: model.tokenizer.batch_decode([[token] for token in ids]),
         limits=ReportLimits(features=args.n_features, pairs=args.n_pairs),
         inputs=lambda rows: layer_inputs(model, layer, rows),
+        tables=head_tables(dictionary, statistics, islice(batches, _FIRST_TOKEN_BATCHES)),
     )
     print(f"wrote {path}")
 

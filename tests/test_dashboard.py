@@ -20,7 +20,7 @@ import sae_lens_qk as qk
 from sae_lens_qk.analysis.activations import ActivationStatistics, collect_activations, model_batches
 from sae_lens_qk.analysis.prompt import Prompt
 from sae_lens_qk.dashboard import report
-from sae_lens_qk.dashboard.data import MAX_PROMPT, ReportLimits, kernel_stretches, report_data
+from sae_lens_qk.dashboard.data import MAX_PROMPT, ReportLimits, choose, kernel_stretches, pair_table, report_data
 from sae_lens_qk.dashboard.report import json_for_script, render, write_report
 
 N_ROWS, N_POS, N_PROMPT = 7, 41, 11
@@ -290,10 +290,13 @@ class TestOverview:
 
     def test_further_tables_keep_a_named_index(self, d, statistics):
         table = pd.DataFrame({"share": [0.123456, np.nan], "n": [3, 4]}, index=pd.Index(["first", "<b>"], name="kind"))
-        tables = {"By kind": table, "Plain": table.reset_index(drop=True)}
-        by_kind, plain = made(d, statistics, tables=tables)["overview"]["tables"]
+        counted = table.reset_index(drop=True)
+        tables = {"By kind": table, "By head": counted.rename_axis("head"), "Plain": counted}
+        by_kind, by_head, plain = made(d, statistics, tables=tables)["overview"]["tables"]
         rows = [["first", 0.1235, 3], ["<b>", None, 4]]
         assert by_kind == {"title": "By kind", "columns": ["kind", "share", "n"], "rows": rows}
+        assert by_head["columns"] == ["head", "share", "n"]
+        assert by_head["rows"] == [[at, *row[1:]] for at, row in enumerate(rows)]
         assert plain == {"title": "Plain", "columns": ["share", "n"], "rows": [row[1:] for row in rows]}
 
 
@@ -322,6 +325,9 @@ class TestLimits:
             for name, most in (("contexts", 2), ("partners", 2), ("neighbours", 1)):
                 assert max(map(len, data["features"][side][name])) == most
         assert max(map(len, data["pairs"]["contexts"])) == 1
+        for row, *positions, _ in (context for listed in data["pairs"]["contexts"] for context in listed):
+            for pos in positions:
+                assert word_at(data["texts"], row, pos) == words([statistics.tokens[row, pos]])[0]
         n_words = sum(len(run) for runs in data["texts"]["rows"].values() for _, run in runs)
         contexts = sum(len(c) for side in ("query", "key") for c in data["features"][side]["contexts"])
         assert n_words <= 3 * (contexts + 2 * 5) < N_ROWS * N_POS
@@ -343,6 +349,15 @@ class TestLimits:
             if a in shown["query"] and b in shown["key"] and (a, b) != (D_QUERY, D_KEY)
         ]
         assert set(possible[:2]) <= set(pages)
+
+    def test_a_feature_that_only_a_prompt_knows(self, d, statistics):
+        pairs, features = pair_table(d, statistics), statistics.features.copy()
+        pairs.loc[pairs["query_feature"] == 4, "importance"] = 0.0
+        features.loc[features.eval("side == 'query' and feature == 4"), "density"] = 0.0
+        texts = SimpleNamespace(features=features)
+        cells = pd.DataFrame({"query_feature": [4], "key_feature": [2], "head": [0], "pattern_effect": [-0.1]})
+        assert 4 in choose(d, texts, pairs, [cells], ReportLimits()).query
+        assert 4 not in choose(d, texts, pairs, [], ReportLimits()).query
 
     def test_without_measured_importance_the_texts_rank(self, model):
         d = tiny_dictionary(model)

@@ -37,7 +37,7 @@ ORDER = (
     ("analysis.check", "analysis.activations", "analysis.figures", "analysis.ioi_prompts"),
     ("analysis.attribution", "analysis.heads", "analysis.ioi_scan"),
     ("analysis.ioi",),
-    ("dashboard.data",),
+    ("dashboard.data", "dashboard.head_tables"),
     ("dashboard.report",),
     ("__main__",),
 )
@@ -52,10 +52,19 @@ IMPORTED_IN_FUNCTIONS = {
     ("dictionary", "pretrained.folder"),
     ("dictionary", "pretrained.loading"),
     ("dictionary", "pretrained.push"),
-    *(("__main__", name) for name in (
-        "analysis.attribution", "analysis.prompt", "analysis.show", "analysis.activations",
-        "dashboard.data", "dashboard.report", "host",
-    )),
+    *(
+        ("__main__", name)
+        for name in (
+            "analysis.attribution",
+            "analysis.prompt",
+            "analysis.show",
+            "analysis.activations",
+            "dashboard.data",
+            "dashboard.head_tables",
+            "dashboard.report",
+            "host",
+        )
+    ),
     ("__main__", "config"),
     ("__main__", "training.runner"),
     ("__main__", "dictionary"),

@@ -56,7 +56,10 @@ from sae_lens_qk.host import (
 )
 
 WORDS = dict(
-    templates=("When {first} and {second} met, {subject} gave a {object} to", "At the {place} {first} saw {second}. {subject} ran to"),
+    templates=(
+        "When {first} and {second} met, {subject} gave a {object} to",
+        "At the {place} {first} saw {second}. {subject} ran to",
+    ),
     names=("Mary", "John", "Tom", "Ann", "Bob", "Sue", "Jo-Jo"),
     places=("sea", "zoo"),
     objects=("pen", "hat", "tea-cup"),
@@ -220,7 +223,7 @@ def test_twins_differ_in_one_name(batches):
 
 def test_unknown_twins_are_refused(batches, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what users meet outside pytest
-    with pytest.raises(ValueError, match="kind must be one of .*'swapped'.*, got 'abc'"):
+    with pytest.raises(ValueError, match=r"kind must be one of .*'swapped'.*, got 'abc'"):
         batches[0].twin("abc")
 
 
@@ -436,13 +439,13 @@ def test_ablations_are_patched_passes(d, model, batches, pairs):
         ("removed", 3): {"source": "model", "ablate_pairs": best[:3]},
         ("kept", 1): {"source": "transcoders", "keep_pairs": best[:1]},
     }
-    for (condition, k), edit in edits.items():
+    by_condition = made.query("head == @HEAD").set_index(["condition", "k"])
+    for condition, edit in edits.items():
         hooks = [] if edit is None else d.fwd_hooks(model, heads=[HEAD], **edit)
         expected = np.concatenate([measured(model, batch, hooks, HEAD) for batch in batches]).mean(axis=0)
-        row = made.query("head == @HEAD and condition == @condition and k == @k")
-        assert row[list(MEASURES)].to_numpy()[0] == pytest.approx(expected, abs=1e-4)
-    removed = made.query("head == @HEAD and condition == 'removed'")["attention_io"]
-    assert (removed < made.query("head == @HEAD and condition == 'model'")["attention_io"].item()).all()
+        assert by_condition.loc[condition, list(MEASURES)].tolist() == pytest.approx(expected, abs=1e-4)
+    attention = by_condition["attention_io"]
+    assert (attention["removed"] < attention["model", 0]).all()
 
 
 def test_removed_scores_by_hand(d, model, batches, pairs):

@@ -398,8 +398,8 @@ def _prompt(d: BilinearQKDictionary, prompt: Prompt, listed: pd.DataFrame) -> di
 
 
 def _table(title: str, table: pd.DataFrame) -> dict[str, Any]:
-    """A table to be shown as it is; an index that is more than a count becomes its first column."""
-    if not isinstance(table.index, pd.RangeIndex):
+    """A table to be shown as it is; an index that has a name, or is more than a count, becomes its first column."""
+    if table.index.name is not None or not isinstance(table.index, pd.RangeIndex):
         table = table.reset_index()
     return {
         "title": title,

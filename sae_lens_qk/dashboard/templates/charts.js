@@ -21,13 +21,23 @@ function paintAll() {
 
 Chart.defaults.font.family = getComputedStyle(document.body).fontFamily;
 
+let colors = {}; // looked up once a theme: every look-up makes the browser restyle the page
+
 /** The value of a colour of the style sheet in the theme of the moment. */
 function color(name) {
-  const probe = el("span", { style: { color: `var(--${name})` } });
-  document.body.append(probe);
-  const value = getComputedStyle(probe).color;
-  probe.remove();
-  return value;
+  if (!colors[name]) {
+    const probe = el("span", { style: { color: `var(--${name})` } });
+    document.body.append(probe);
+    colors[name] = getComputedStyle(probe).color;
+    probe.remove();
+  }
+  return colors[name];
+}
+
+/** Paint everything again, in the colours of another theme. */
+function repaint() {
+  colors = {};
+  paintAll();
 }
 
 /**

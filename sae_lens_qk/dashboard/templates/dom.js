@@ -61,6 +61,8 @@ function share(value) {
 
 const plural = (n, one, many = `${one}s`) => `${whole.format(n)} ${n === 1 ? one : many}`;
 
+const ofAll = (n, all) => `${whole.format(n)} of ${whole.format(all)}`;
+
 // Tokens. Line ends, tabs, control and direction characters are made visible; a token that only is white space, too.
 const VISIBLE = { "\n": "⏎", "\r": "␍", "\t": "⇥" };
 const UNSEEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;

@@ -21,8 +21,13 @@ function promptRoute(at, wanted) {
 
 function notFound(path) {
   const leftOut = /^\/(feature|pair)\//.test(path);
-  const why = leftOut ? "It may have been left out of this file; the overview says how much it holds." : "The address has no view.";
-  return { title: "Not here", nodes: [el("h1", {}, "Not here"), el("p", {}, why), el("p", {}, link("#/", "To the overview"))] };
+  const why = leftOut
+    ? "It may have been left out of this file; the overview says how much it holds."
+    : "The address has no view.";
+  return {
+    title: "Not here",
+    nodes: [el("h1", {}, "Not here"), el("p", {}, why), el("p", {}, link("#/", "To the overview"))],
+  };
 }
 
 const asNumber = (part) => (/^\d+$/.test(part) ? Number(part) : part);
@@ -69,7 +74,8 @@ function show({ moveFocus }) {
 function markCurrent(node, path) {
   const [, menu, side] = node.getAttribute("href").slice(1).split("/");
   const [, place, ofSide] = path.split("/");
-  const same = (place ?? "").replace(/s$/, "") === menu.replace(/s$/, "") && (!menu.startsWith("feature") || side === ofSide);
+  const same =
+    (place ?? "").replace(/s$/, "") === menu.replace(/s$/, "") && (!menu.startsWith("feature") || side === ofSide);
   if (same) node.setAttribute("aria-current", "page");
   else node.removeAttribute("aria-current");
 }
@@ -107,14 +113,14 @@ function setTheme(theme) {
   } catch {
     // it holds until the file is closed
   }
-  paintAll();
+  repaint();
 }
 
 themeButton.addEventListener("click", () => {
   const at = THEMES.indexOf(document.documentElement.dataset.theme);
   setTheme(THEMES[(at + 1) % THEMES.length]);
 });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paintAll);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
 
 addEventListener("hashchange", () => show({ moveFocus: true }));
 setTheme(THEMES.includes(remembered()) ? remembered() : "system");

@@ -114,7 +114,11 @@ function promptView(number, wanted) {
 
 function promptLinks(current) {
   const item = (prompt, number) =>
-    el("li", {}, el("a", { href: `#/prompt/${number}`, "aria-current": number === current && "true" }, `Prompt ${number + 1}`));
+    el(
+      "li",
+      {},
+      el("a", { href: `#/prompt/${number}`, "aria-current": number === current && "true" }, `Prompt ${number + 1}`),
+    );
   return el("nav", { class: "pills", "aria-label": "Prompts" }, el("ul", {}, data("prompts").map(item)));
 }
 
@@ -123,13 +127,23 @@ function promptText(words, i, j) {
     if (pos === i) return { class: pos === j ? "at-query at-key" : "at-query", name: pos === j ? "query and key" : "query" };
     return pos === j ? { class: "at-key", name: "key" } : undefined;
   };
-  return el("p", { class: "passage" }, words.map((word, pos) => token(word, mark(pos))));
+  return el(
+    "p",
+    { class: "passage" },
+    words.map((word, pos) => token(word, mark(pos))),
+  );
 }
 
 /** Radio buttons with small pictures of the heads' patterns. */
 function headPicker(prompt, chosen, onChange) {
   const option = (pattern, head) => {
-    const input = el("input", { type: "radio", name: "head", value: head, checked: head === chosen, on: { change: () => onChange(head) } });
+    const input = el("input", {
+      type: "radio",
+      name: "head",
+      value: head,
+      checked: head === chosen,
+      on: { change: () => onChange(head) },
+    });
     return el("label", {}, input, thumbnail(pattern, prompt.words.length), el("span", {}, hidden("Head "), String(head)));
   };
   return el("fieldset", { class: "heads" }, el("legend", {}, "Head"), prompt.true.map(option));
@@ -154,13 +168,25 @@ function thumbnail(pattern, size) {
 /** A lower triangle of cells, one a (query, key), in which arrow keys move. */
 function patternGrid(words, kind, title, note, onChoose, onPoint) {
   const cells = words.map((_, i) =>
-    words.slice(0, i + 1).map((_, j) => el("div", { role: "gridcell", class: "cell", tabindex: "-1", "data-i": i, "data-j": j })),
+    words
+      .slice(0, i + 1)
+      .map((_, j) => el("div", { role: "gridcell", class: "cell", tabindex: "-1", "data-i": i, "data-j": j })),
   );
   const heading = (word, role) => el("div", { role, class: role }, el("span", {}, standalone(word)));
   const rows = words.map((word, i) => el("div", { role: "row" }, heading(word, "rowheader"), cells[i]));
   const corner = el("div", { role: "columnheader", class: "corner" }, hidden("query"));
-  const top = el("div", { role: "row" }, corner, words.map((word) => heading(word, "columnheader")));
-  const grid = el("div", { class: "grid", role: "grid", on: { keydown, click, pointerover: (event) => at(event, onPoint) } }, top, rows);
+  const top = el(
+    "div",
+    { role: "row" },
+    corner,
+    words.map((word) => heading(word, "columnheader")),
+  );
+  const grid = el(
+    "div",
+    { class: "grid", role: "grid", on: { keydown, click, pointerover: (event) => at(event, onPoint) } },
+    top,
+    rows,
+  );
   let [focus, chosen, pointed] = [cells[0][0], null, null];
 
   function at(event, act) {
@@ -203,7 +229,12 @@ function patternGrid(words, kind, title, note, onChoose, onPoint) {
   }
 
   return {
-    node: el("figure", { class: `pattern ${kind}` }, el("figcaption", {}, el("strong", {}, title), " ", el("span", {}, note)), el("div", { class: "scroll" }, grid)),
+    node: el(
+      "figure",
+      { class: `pattern ${kind}` },
+      el("figcaption", {}, el("strong", {}, title), " ", el("span", {}, note)),
+      el("div", { class: "scroll" }, grid),
+    ),
     fill(valuesAt, describe, head) {
       grid.setAttribute("aria-label", `${title}, ${head}: queries down, keys across`);
       for (const cell of cells.flat()) {
@@ -230,20 +261,46 @@ function patternGrid(words, kind, title, note, onChoose, onPoint) {
 
 function legend() {
   const swatch = (value, sign) =>
-    el("span", { class: "swatch" }, el("span", { class: `cell ${sign}`, style: { "--level": level(value).toFixed(3) } }), String(value));
-  const scale = (text, sign, values) => el("span", { class: "scale" }, text, values.map((value) => swatch(value, sign)));
-  return el("p", { class: "legend" }, scale("weight, or too much", "", LEVELS), scale("too little", "negative", LEVELS.slice(1)));
+    el(
+      "span",
+      { class: "swatch" },
+      el("span", { class: `cell ${sign}`, style: { "--level": level(value).toFixed(3) } }),
+      String(value),
+    );
+  const scale = (text, sign, values) =>
+    el(
+      "span",
+      { class: "scale" },
+      text,
+      values.map((value) => swatch(value, sign)),
+    );
+  return el(
+    "p",
+    { class: "legend" },
+    scale("weight, or too much", "", LEVELS),
+    scale("too little", "negative", LEVELS.slice(1)),
+  );
 }
 
 /** The strongest supporters and inhibitors of an attention weight. */
 function cellPairs(prompt, { head, i, j }, { true: real, rebuilt }) {
   const place = [chip(prompt.words[i]), ` (${i}) attends to `, chip(prompt.words[j]), ` (${j})`];
   const heading = el("h2", {}, `Head ${head}: `, place);
-  const values = el("p", {}, "Weight in the model ", el("strong", {}, real.toFixed(3)), ", rebuilt ", el("strong", {}, rebuilt.toFixed(3)), ".");
+  const values = el(
+    "p",
+    {},
+    "Weight in the model ",
+    el("strong", {}, real.toFixed(3)),
+    ", rebuilt ",
+    el("strong", {}, rebuilt.toFixed(3)),
+    ".",
+  );
   const listed = prompt.cells[`${head}/${i}/${j}`];
   if (!listed) {
     const partly = Object.keys(prompt.cells).length < prompt.n_cells;
-    const why = partly ? "Pairs are listed for the largest attention weights of a prompt; this one is not among them." : "No kept pair is active here.";
+    const why = partly
+      ? "Pairs are listed for the largest attention weights of a prompt; this one is not among them."
+      : "No kept pair is active here.";
     return [heading, values, el("p", { class: "empty" }, why)];
   }
   const most = Math.max(...listed.map((pair) => Math.abs(pair[3])));
@@ -254,7 +311,11 @@ function cellPairs(prompt, { head, i, j }, { true: real, rebuilt }) {
     el(
       "div",
       { class: "halves" },
-      half("Supporting pairs", listed.filter((pair) => pair[3] > 0), "raise this attention weight"),
+      half(
+        "Supporting pairs",
+        listed.filter((pair) => pair[3] > 0),
+        "raise this attention weight",
+      ),
       half("Inhibiting pairs", listed.filter((pair) => pair[3] < 0).reverse(), "lower it"),
     ),
     el(
@@ -275,7 +336,12 @@ function pairList(title, note, rows, head, most) {
       { name: "Query feature", cell: ([a]) => featureName("query", a) },
       { name: "Key feature", cell: ([, b]) => featureName("key", b) },
       { name: "Contribution", numeric: true, value: (row) => row[2], cell: (row) => signed(row[2]) },
-      { name: "Pattern effect", numeric: true, value: (row) => row[3], cell: (row) => [signed(row[3]), meter(row[3], most)] },
+      {
+        name: "Pattern effect",
+        numeric: true,
+        value: (row) => row[3],
+        cell: (row) => [signed(row[3]), meter(row[3], most)],
+      },
       { name: "Pair", cell: ([a, b]) => pairLink(pairNumber(a, b, head)) },
     ],
   });

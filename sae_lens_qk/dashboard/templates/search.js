@@ -8,7 +8,8 @@ function numbered(kind, n) {
   const asked = (name) => !kind || name.startsWith(kind[0].toLowerCase());
   for (const side of SIDES) {
     if (asked(side) && hasPage(side, n)) found.push(el("li", {}, featureName(side, n)));
-    else if (asked(side) && n < sizeOf(side)) found.push(el("li", {}, `${SIDE_NAMES[side]} feature ${n}: `, label(side, n), " left out of this file"));
+    else if (asked(side) && n < sizeOf(side))
+      found.push(el("li", {}, `${SIDE_NAMES[side]} feature ${n}: `, label(side, n), " left out of this file"));
   }
   if (asked("pair") && pairPlaces().has(n)) found.push(el("li", {}, link(pairHref(n), `Pair ${n}`)));
   else if (asked("pair") && n < overview.n_pairs) found.push(el("li", {}, `Pair ${n}: left out of this file`));
@@ -27,7 +28,9 @@ function match(side, at, text) {
 
 function matchingFeatures(text) {
   const found = SIDES.flatMap((side) =>
-    data("features")[side].feature.map((feature, at) => ({ side, feature, at, rank: match(side, at, text) })).filter((f) => f.rank),
+    data("features")
+      [side].feature.map((feature, at) => ({ side, feature, at, rank: match(side, at, text) }))
+      .filter((f) => f.rank),
   );
   const importance = ({ side, at }) => data("features")[side].importance[at];
   return found.sort((x, y) => y.rank - x.rank || importance(y) - importance(x));
@@ -40,7 +43,9 @@ function searchView(text) {
   const best = { query: new Set(), key: new Set() };
   for (const f of features) best[f.side].add(f.feature);
   const p = data("pairs");
-  const pairs = p.pair.map((_, at) => at).filter((at) => best.query.has(p.query_feature[at]) || best.key.has(p.key_feature[at]));
+  const pairs = p.pair
+    .map((_, at) => at)
+    .filter((at) => best.query.has(p.query_feature[at]) || best.key.has(p.key_feature[at]));
   const of = ({ side, at }, name) => data("features")[side][name][at];
   return {
     title: `Search: ${text}`,
@@ -57,7 +62,12 @@ function searchView(text) {
             { name: "Feature", cell: (f) => featureName(f.side, f.feature) },
             { name: "Side", value: (f) => f.side, cell: (f) => f.side },
             { name: "Density", numeric: true, value: (f) => of(f, "density"), cell: (f) => share(of(f, "density")) },
-            { name: "Importance", numeric: true, value: (f) => of(f, "importance"), cell: (f) => number(of(f, "importance")) },
+            {
+              name: "Importance",
+              numeric: true,
+              value: (f) => of(f, "importance"),
+              cell: (f) => number(of(f, "importance")),
+            },
           ],
         }),
       ),

@@ -11,6 +11,7 @@ const PAGE_SIZE = 25;
 function table({ caption, columns, rows, order = null, pageSize = PAGE_SIZE, empty = "None." }) {
   if (!rows.length) return el("p", { class: "empty" }, empty);
   const state = { rows, order, page: 0 };
+  const title = el("caption", {}, caption);
   const body = el("tbody");
   const headings = columns.map((column, at) => heading(column, () => sortBy(at)));
   const count = el("span", { class: "count" });
@@ -41,7 +42,11 @@ function table({ caption, columns, rows, order = null, pageSize = PAGE_SIZE, emp
     const shown = state.rows.slice(first, first + pageSize);
     body.replaceChildren(
       ...shown.map((row) =>
-        el("tr", {}, columns.map((c, at) => el(at ? "td" : "th", { class: c.numeric && "number", scope: !at && "row" }, c.cell(row)))),
+        el(
+          "tr",
+          {},
+          columns.map((c, at) => el(at ? "td" : "th", { class: c.numeric && "number", scope: !at && "row" }, c.cell(row))),
+        ),
       ),
     );
     count.textContent = `${whole.format(first + 1)}–${whole.format(first + shown.length)} of ${whole.format(rows.length)}`;
@@ -58,8 +63,9 @@ function table({ caption, columns, rows, order = null, pageSize = PAGE_SIZE, emp
   return el(
     "div",
     { class: "table" },
-    el("div", { class: "scroll" }, el("table", {}, el("caption", {}, caption), el("thead", {}, el("tr", {}, headings)), body)),
-    lastPage > 0 && el("div", { class: "pager", role: "group", "aria-label": `Pages of: ${caption}` }, count, back, on),
+    el("div", { class: "scroll" }, el("table", {}, title, el("thead", {}, el("tr", {}, headings)), body)),
+    lastPage > 0 &&
+      el("div", { class: "pager", role: "group", "aria-label": `Pages of: ${title.textContent}` }, count, back, on),
   );
 }
 

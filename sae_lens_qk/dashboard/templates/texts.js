@@ -6,7 +6,9 @@ const cellHref = (prompt, head, i, j) => `#/prompt/${prompt}/${head}/${i}/${j}`;
 
 /** A link to a pair's page by its number; a dash where it has none. */
 function pairLink(number) {
-  return number === undefined ? NOT_KNOWN : el("a", { href: pairHref(number), "aria-label": `pair ${number}` }, String(number));
+  return number === undefined
+    ? NOT_KNOWN
+    : el("a", { href: pairHref(number), "aria-label": `pair ${number}` }, String(number));
 }
 
 const badge = (side) => el("span", { class: `badge ${side}`, "aria-hidden": "true" }, side[0].toUpperCase());
@@ -19,21 +21,21 @@ function label(side, feature) {
 
 /** A feature by number, with the words it fires on; a link where it has a page. */
 function featureName(side, feature) {
-  if (isConstant(side, feature)) return el("span", { class: "feature" }, badge(side), hidden(`${side} `), el("i", {}, "constant"));
+  if (isConstant(side, feature))
+    return el("span", { class: "feature" }, badge(side), hidden(`${side} `), el("i", {}, "constant"));
   const name = hasPage(side, feature) ? link(featureHref(side, feature), String(feature)) : String(feature);
   const first = el("span", { class: "nowrap" }, badge(side), hidden(`${side} feature `), name);
   return el("span", { class: "feature" }, first, " ", label(side, feature));
 }
 
-/** "query feature 12", "query constant". */
-function featureText(side, feature) {
-  return isConstant(side, feature) ? `${side} constant` : `${side} feature ${feature}`;
-}
-
 /** How much a number is, as a bar in the colour of its sign. */
 function meter(value, most) {
   const width = most ? `${(100 * Math.min(Math.abs(value) / most, 1)).toFixed(1)}%` : "0";
-  return el("span", { class: `meter ${value < 0 ? "negative" : "positive"}`, "aria-hidden": "true", style: { "--width": width } });
+  return el("span", {
+    class: `meter ${value < 0 ? "negative" : "positive"}`,
+    "aria-hidden": "true",
+    style: { "--width": width },
+  });
 }
 
 /** The positions around one that the report holds. */
@@ -69,7 +71,12 @@ function token(word, mark) {
   if (!mark) return el("span", { class: "token" }, visible(word));
   const style = mark.level === undefined ? {} : { "--level": mark.level.toFixed(3) };
   const tag = mark.name ? "mark" : "span";
-  return el(tag, { class: `token ${mark.class}`, style, title: mark.title }, mark.name && hidden(`${mark.name}: `), visible(word));
+  return el(
+    tag,
+    { class: `token ${mark.class}`, style, title: mark.title },
+    mark.name && hidden(`${mark.name}: `),
+    visible(word),
+  );
 }
 
 /** Where a feature is strongest; every token shaded by its activation where the report knows it. */
@@ -97,7 +104,12 @@ function pairContexts(contexts) {
       return undefined;
     };
     const places = i === j ? `token ${i} attends to itself` : `query at ${i}, key at ${j}, ${i - j} back`;
-    return el("li", {}, passage(row, joined(around(j), around(i)), mark), contextFoot(`score term ${signed(value)}`, row, places));
+    return el(
+      "li",
+      {},
+      passage(row, joined(around(j), around(i)), mark),
+      contextFoot(`score term ${signed(value)}`, row, places),
+    );
   };
   return el("ol", { class: "contexts" }, contexts.map(item));
 }

@@ -14,13 +14,23 @@ function overviewView() {
       el(
         "p",
         { class: "lede" },
-        `Attention of layer ${o.layer} of ${o.model}, rebuilt from ${features} and ${whole.format(o.n_pairs)} kept pairs in `,
+        `Attention of layer ${o.layer} of ${o.model}, rebuilt from ${features} and ${plural(o.n_pairs, "kept pair")} in `,
         `${plural(o.n_heads, "head")}. Contexts come from ${whole.format(o.n_tokens)} tokens of text.`,
       ),
       promptCards(),
       o.metrics?.sources && figuresSection(o.metrics),
       section("Features and heads", el("div", { class: "columns" }, densityChart(), pairsChart())),
-      ...o.tables.map((t) => section(t.title, plainTable(t.title, t.columns, t.rows, { sorts: true }))),
+      ...o.tables.map((t) =>
+        section(
+          t.title,
+          plainTable(
+            hidden(t.title),
+            t.columns.map((name) => name.replaceAll("_", " ")),
+            t.rows,
+            { sorts: true },
+          ),
+        ),
+      ),
       shownSection(),
     ],
   };
@@ -28,7 +38,16 @@ function overviewView() {
 
 function promptCards() {
   const card = (prompt, number) =>
-    el("li", {}, el("a", { href: `#/prompt/${number}` }, el("span", { class: "eyebrow" }, `Prompt ${number + 1}`), prompt.words.map(visible).join("")));
+    el(
+      "li",
+      {},
+      el(
+        "a",
+        { href: `#/prompt/${number}` },
+        el("span", { class: "eyebrow" }, `Prompt ${number + 1}`),
+        prompt.words.map(visible).join(""),
+      ),
+    );
   const prompts = data("prompts");
   return prompts.length > 0 && section("Prompts", el("ul", { class: "cards" }, prompts.map(card)));
 }
@@ -53,7 +72,11 @@ function figuresSection(metrics) {
     ["Key features at a token", number(metrics.features.l0_key), `${whole.format(metrics.features.live_key)} live`],
   ];
   const map = metrics.feature_map && [
-    ["Kept pairs", whole.format(metrics.feature_map.n_pairs), `${whole.format(metrics.feature_map.n_pairs_without_constants)} between features`],
+    [
+      "Kept pairs",
+      whole.format(metrics.feature_map.n_pairs),
+      `${whole.format(metrics.feature_map.n_pairs_without_constants)} between features`,
+    ],
     ["Active at a (query, key)", number(metrics.feature_map.active_pairs), "pairs, all heads together"],
     ["Sparsity", share(metrics.feature_map.sparsity_of_all), `${share(metrics.feature_map.sparsity_of_live)} among live`],
   ];
@@ -79,17 +102,30 @@ function figuresSection(metrics) {
 
 function densityChart() {
   const { log10_edges: edges, query, key } = overview.density;
+  const live = SIDES.map((side) => ofAll(overview.live[side], sizeOf(side)));
   const labels = edges.slice(0, -1).map((edge, at) => `${share(10 ** edge)} to ${share(10 ** edges[at + 1])}`);
   return chart({
     title: "How often features fire",
-    summary: `Share of tokens, logarithmic. ${whole.format(overview.live.query)} of ${whole.format(overview.d_query)} query and ${whole.format(overview.live.key)} of ${whole.format(overview.d_key)} key features fire at all.`,
+    summary: `Share of tokens, logarithmic. ${live[0]} query and ${live[1]} key features fire at all.`,
     configure: () => ({
       type: "bar",
       data: {
         labels,
         datasets: [
-          { label: "query features", data: query, backgroundColor: color("series-1"), categoryPercentage: 0.9, barPercentage: 1 },
-          { label: "key features", data: key, backgroundColor: color("series-2"), categoryPercentage: 0.9, barPercentage: 1 },
+          {
+            label: "query features",
+            data: query,
+            backgroundColor: color("series-1"),
+            categoryPercentage: 0.9,
+            barPercentage: 1,
+          },
+          {
+            label: "key features",
+            data: key,
+            backgroundColor: color("series-2"),
+            categoryPercentage: 0.9,
+            barPercentage: 1,
+          },
         ],
       },
       x: {
@@ -130,17 +166,17 @@ function pairsChart() {
 }
 
 function shownSection() {
-  const [q, k] = SIDES.map((side) => whole.format(data("features")[side].feature.length));
-  const pairs = data("pairs").pair.length;
-  const part = overview.importance_shown === null ? "" : `, which hold ${share(overview.importance_shown)} of all importance`;
+  const [q, k] = SIDES.map((side) => ofAll(data("features")[side].feature.length, sizeOf(side)));
+  const pairs = ofAll(data("pairs").pair.length, overview.n_pairs);
+  const part =
+    overview.importance_shown === null ? "" : `, which hold ${share(overview.importance_shown)} of all importance`;
   return section(
     "What this file holds",
     el(
       "p",
       {},
-      `Pages of ${q} of ${whole.format(overview.d_query)} query features, ${k} of ${whole.format(overview.d_key)} key features and `,
-      `${whole.format(pairs)} of ${whole.format(overview.n_pairs)} pairs${part}. The others appear by number only. Those that the `,
-      "prompts name come first, then the most important ones. ",
+      `Pages of ${q} query features, ${k} key features and ${pairs} pairs${part}. The others appear by number only. `,
+      "Those that the prompts name come first, then the most important ones. ",
       overview.importance_measured
         ? `Importance is ${IMPORTANCE_NOTE}.`
         : "This dictionary carries no measured importance: half of co-occurrence times the squared mean term stands for it.",
@@ -153,7 +189,8 @@ function shownSection() {
 function headsView() {
   const { pairs, with_constant: constant, importance } = overview.heads;
   const map = overview.metrics?.sources?.feature_map;
-  const figure = (name, note, values) => values && { name, note, numeric: true, value: (h) => values[h], cell: (h) => number(values[h]) };
+  const figure = (name, note, values) =>
+    values && { name, note, numeric: true, value: (h) => values[h], cell: (h) => number(values[h]) };
   return {
     title: "Heads",
     nodes: [
@@ -166,13 +203,19 @@ function headsView() {
         columns: [
           { name: "Head", value: (h) => h, cell: (h) => link(`#/pairs/${h}`, `Head ${h}`) },
           figure("Pairs", "", pairs),
-          constant.some((n) => n > 0) && figure("With the constant", "pairs of which one side is the constant feature", constant),
+          constant.some((n) => n > 0) &&
+            figure("With the constant", "pairs of which one side is the constant feature", constant),
           figure("Importance", `sum over its pairs of ${IMPORTANCE_NOTE}`, importance),
           figure("Pattern KL", "of the pattern rebuilt from kept pairs, nats", map?.pattern_kl_per_head),
           figure("Score explained", "by pairs of two features, weighted by the pattern", map?.score_explained),
         ].filter(Boolean),
       }),
-      el("div", { class: "columns" }, pairsChart(), headBars("Importance by head", "Sum over its kept pairs, nats a query.", importance, 220)),
+      el(
+        "div",
+        { class: "columns" },
+        pairsChart(),
+        headBars("Importance by head", "Sum over its kept pairs, nats a query.", importance, 220),
+      ),
     ],
   };
 }
@@ -186,17 +229,27 @@ function featuresView(side) {
     title: `${SIDE_NAMES[side]} features`,
     nodes: [
       el("h1", {}, `${SIDE_NAMES[side]} features`),
-      el("p", { class: "lede" }, `${whole.format(f.feature.length)} of ${whole.format(sizeOf(side))}, with the tokens on which they fire most.`),
+      el("p", { class: "lede" }, `${ofAll(f.feature.length, sizeOf(side))}, with the tokens on which they fire most.`),
       table({
         caption: `${SIDE_NAMES[side]} features, most important first`,
         rows: f.feature.map((_, at) => at),
         order: { column: 4, descending: true },
         columns: [
           { name: "Feature", value: (at) => f.feature[at], cell: (at) => featureName(side, f.feature[at]) },
-          { name: "Density", note: "share of tokens on which it fires", ...of("density"), cell: (at) => share(f.density[at]) },
+          {
+            name: "Density",
+            note: "share of tokens on which it fires",
+            ...of("density"),
+            cell: (at) => share(f.density[at]),
+          },
           { name: "Mean activation", note: "where it fires", ...of("mean"), cell: (at) => number(f.mean[at]) },
           { name: "Pairs", note: "kept, all heads", ...of("pairs"), cell: (at) => whole.format(f.pairs[at]) },
-          { name: "Importance", note: `sum over its pairs of ${IMPORTANCE_NOTE}`, ...of("importance"), cell: (at) => number(f.importance[at]) },
+          {
+            name: "Importance",
+            note: `sum over its pairs of ${IMPORTANCE_NOTE}`,
+            ...of("importance"),
+            cell: (at) => number(f.importance[at]),
+          },
         ],
       }),
     ],
@@ -223,8 +276,18 @@ function featureView(side, feature) {
       el(
         "div",
         { class: "main-and-side" },
-        section("Strongest contexts", contexts.length ? featureContexts(contexts, f.max[at]) : el("p", { class: "empty" }, "It never fires in these texts.")),
-        el("div", {}, partnersSection(side, feature, f.partners[at], f.pairs[at]), neighboursSection(side, f.neighbours[at])),
+        section(
+          "Strongest contexts",
+          contexts.length
+            ? featureContexts(contexts, f.max[at])
+            : el("p", { class: "empty" }, "It never fires in these texts."),
+        ),
+        el(
+          "div",
+          {},
+          partnersSection(side, feature, f.partners[at], f.pairs[at]),
+          neighboursSection(side, f.neighbours[at]),
+        ),
       ),
     ],
   };
@@ -245,7 +308,13 @@ function partnersSection(side, feature, partners, total) {
           { name: `${SIDE_NAMES[other]} feature`, value: (p) => p[0], cell: (p) => featureName(other, p[0]) },
           { name: "Head", numeric: true, value: (p) => p[1], cell: (p) => String(p[1]) },
           { name: "Importance", note: IMPORTANCE_NOTE, numeric: true, value: (p) => p[3], cell: (p) => number(p[3]) },
-          { name: "Mean term", note: "in the score, where both fire", numeric: true, value: (p) => p[4], cell: (p) => signed(p[4]) },
+          {
+            name: "Mean term",
+            note: "in the score, where both fire",
+            numeric: true,
+            value: (p) => p[4],
+            cell: (p) => signed(p[4]),
+          },
           { name: "Pair", cell: ([partner, head]) => pairLink(pairOf(side, feature, partner, head)) },
         ],
       }),
@@ -278,8 +347,20 @@ const pairColumns = (p) => [
   { name: "Key feature", value: (at) => p.key_feature[at], cell: (at) => featureName("key", p.key_feature[at]) },
   { name: "Head", numeric: true, value: (at) => p.head[at], cell: (at) => String(p.head[at]) },
   { name: "Weight", note: "m, from 0 to 1", numeric: true, value: (at) => p.weight[at], cell: (at) => number(p.weight[at]) },
-  { name: "Mean term", note: "in the score, where both fire", numeric: true, value: (at) => p.mean[at], cell: (at) => signed(p.mean[at]) },
-  { name: "Importance", note: IMPORTANCE_NOTE, numeric: true, value: (at) => p.importance[at], cell: (at) => number(p.importance[at]) },
+  {
+    name: "Mean term",
+    note: "in the score, where both fire",
+    numeric: true,
+    value: (at) => p.mean[at],
+    cell: (at) => signed(p.mean[at]),
+  },
+  {
+    name: "Importance",
+    note: IMPORTANCE_NOTE,
+    numeric: true,
+    value: (at) => p.importance[at],
+    cell: (at) => number(p.importance[at]),
+  },
 ];
 
 function pairsTable(caption, places) {
@@ -312,7 +393,13 @@ function pairView(pair) {
     nodes: [
       el("p", { class: "eyebrow" }, link(`#/pairs/${head}`, `Pairs of head ${head}`)),
       el("h1", {}, `Pair ${pair}`),
-      el("p", { class: "pair-name" }, featureName("query", a), el("span", { class: "arrow" }, ` attends in head ${head} to `), featureName("key", b)),
+      el(
+        "p",
+        { class: "pair-name" },
+        featureName("query", a),
+        el("span", { class: "arrow" }, ` attends in head ${head} to `),
+        featureName("key", b),
+      ),
       facts([
         ["Weight", number(p.weight[at]), "m, from 0 to 1"],
         ["Importance", number(p.importance[at]), "nats a query"],
@@ -326,7 +413,12 @@ function pairView(pair) {
         el(
           "div",
           {},
-          section("Largest terms", contexts.length ? pairContexts(contexts) : el("p", { class: "empty" }, "Both never fire together in these texts.")),
+          section(
+            "Largest terms",
+            contexts.length
+              ? pairContexts(contexts)
+              : el("p", { class: "empty" }, "Both never fire together in these texts."),
+          ),
           inPromptsSection(a, b, head),
         ),
         el("div", {}, offsetSection(p, at), sameFeaturesSection(p.heads[at], a, b)),
@@ -336,18 +428,27 @@ function pairView(pair) {
 }
 
 function offsetSection(p, at) {
-  if (!overview.rotary) return section("By distance", el("p", {}, "Without rotary embeddings the score of a pair does not depend on the distance."));
+  if (!overview.rotary)
+    return section(
+      "By distance",
+      el("p", {}, "Without rotary embeddings the score of a pair does not depend on the distance."),
+    );
   const values = p.kernel[at];
   const labels = p.stretches.map(([first, last]) => (first === last ? String(first) : `${first}–${last}`));
-  if (values.some((value) => value === null)) return section("By distance", el("p", { class: "empty" }, "One of both never fires in these texts."));
+  if (values.some((value) => value === null))
+    return section("By distance", el("p", { class: "empty" }, "One of both never fires in these texts."));
   return section(
     "By distance",
     chart({
       title: "Typical score term",
-      summary: "Both features at their mean activation, by how many tokens the key lies before the query; far ones as means.",
+      summary:
+        "Both features at their mean activation, by how many tokens the key lies before the query; far ones as means.",
       configure: () => ({
         type: "line",
-        data: { labels, datasets: [{ data: values, borderColor: color("series-1"), borderWidth: 2, pointRadius: 0, pointHitRadius: 8 }] },
+        data: {
+          labels,
+          datasets: [{ data: values, borderColor: color("series-1"), borderWidth: 2, pointRadius: 0, pointHitRadius: 8 }],
+        },
         x: { title: "query position − key position", ticks: { maxTicksLimit: 14 } },
         y: { title: "score", scale: { suggestedMin: 0, suggestedMax: 0 } },
         tooltip: { callbacks: { title: ([point]) => `${point.label} back`, label: (point) => signed(point.parsed.y) } },
@@ -368,14 +469,27 @@ function sameFeaturesSection(listed, a, b) {
   const rows = listed.map(([head, ...rest]) => [head, ...rest, pairNumber(a, b, head)]);
   return section(
     "The same features in other heads",
-    el("div", { class: "small-charts" }, measures.map(([title, note, column]) => headBars(title, note, byHead(column), 110))),
+    el(
+      "div",
+      { class: "small-charts" },
+      measures.map(([title, note, column]) => headBars(title, note, byHead(column), 110)),
+    ),
     table({
       caption: `Kept in ${plural(rows.length, "head")}`,
       rows,
       pageSize: 64,
       columns: [
-        { name: "Head", cell: (row) => (row[4] === undefined ? `head ${row[0]}` : link(pairHref(row[4]), `head ${row[0]}`)) },
-        ...measures.map(([name, note, at]) => ({ name, note, numeric: true, value: (row) => row[at], cell: (row) => number(row[at]) })),
+        {
+          name: "Head",
+          cell: (row) => (row[4] === undefined ? `head ${row[0]}` : link(pairHref(row[4]), `head ${row[0]}`)),
+        },
+        ...measures.map(([name, note, at]) => ({
+          name,
+          note,
+          numeric: true,
+          value: (row) => row[at],
+          cell: (row) => number(row[at]),
+        })),
       ],
     }),
   );
