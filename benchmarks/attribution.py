@@ -2,8 +2,8 @@
 
     python benchmarks/attribution.py            # layers 0, 10 and 23 of SmolLM2, 50 prompts; 10 minutes
 
-Both are checks of the code: linear in the scores, they hold for any dictionary. Layer 23 has the shipped dictionary, layers 0
-and 10 small ones trained for a few steps. For every head and every row of every prompt:
+Both are checks of the code: linear in the scores, they hold for any dictionary. Layer 23 has the shipped dictionary,
+layers 0 and 10 small ones trained for a few steps. For every head and every row of every prompt:
 
     sum     largest |sum of all terms, errors included - the model's own score|, in full and in kept form
     drop    the 5 strongest pairs of each prompt's last row, removed inside the model's own scores by the patching hooks:

@@ -30,7 +30,7 @@ class DashboardArguments:
     dataset_path: str = ""
     """Text for statistics and contexts: Hub name, .parquet file or folder. Default: the sample of the package."""
     text_column: str = "text"
-    n_tokens: int = 51_200
+    n_tokens: int = 25_600
     """Tokens to read, whole rows."""
     context_size: int = 256
     """Length of a row."""

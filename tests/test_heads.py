@@ -23,6 +23,7 @@ from tiny_models import tiny_tokens
 
 import sae_lens_qk as qk
 from sae_lens_qk.analysis.activations import collect_activations, model_batches
+from sae_lens_qk.analysis.causal import ALWAYS_ON
 from sae_lens_qk.analysis.heads import (
     dense_features,
     first_token_contributions,
@@ -35,6 +36,7 @@ from sae_lens_qk.analysis.heads import (
     shared_reasons,
     superposition,
 )
+from sae_lens_qk.dashboard.head_tables import head_tables
 from sae_lens_qk.feature_map import SparseFeatureMap
 from sae_lens_qk.host import qk_weights
 from sae_lens_qk.text import token_rows
@@ -371,3 +373,33 @@ def test_the_first_token_of_a_real_model():
     contributions = first_token_contributions(d, batches).set_index("key_feature")["contribution"]
     assert contributions[found["key_feature"]].sum() == pytest.approx(heads["contribution"].mean(), abs=1e-3)
     assert contributions.index[0] in {*found["key_feature"], 0}
+
+
+# Tables of a report
+
+
+def test_a_reports_tables_leave_out_what_is_always_on(llama_bridge):
+    d = dictionary_of(llama_bridge)
+    d.query.b_enc[4], d.query.threshold[4] = 100.0, 0.0  # fires on every token
+    batches = model_batches(llama_bridge, d.cfg.layer, tiny_tokens(5, N_POS))
+    statistics = collect_activations(d, batches, progress=False)
+    made = head_tables(d, statistics)
+    assert list(made) == ["How many heads a pair of features serves", "How alike the heads' reasons are (cosine)"]
+    always = dense_features(statistics, ALWAYS_ON)
+    assert 4 in set(always.query("side == 'query'")["feature"])
+    pairs = pair_energies(d, without=always)
+    served, alike = made.values()
+    pd.testing.assert_frame_equal(served, superposition(participation(d, pairs)))
+    assert alike["head"].tolist() == list(range(d.spec.n_heads))
+    np.testing.assert_allclose(alike.drop(columns="head"), shared_reasons(d, pairs))
+
+
+def test_a_reports_tables_name_the_features_of_the_first_token(llama_bridge):
+    d = tiny_dictionary(llama_bridge)  # nothing measured
+    batches = model_batches(llama_bridge, d.cfg.layer, tiny_tokens(5, N_POS))
+    statistics = collect_activations(d, batches, progress=False)
+    assert head_tables(d, statistics) == {}
+    made = head_tables(d, statistics, batches)
+    found = first_token_features(d, batches)
+    pd.testing.assert_frame_equal(made["Key features of the first token"], found)
+    assert ("What they do to attention to the first token" in made) == (len(found) > 0)

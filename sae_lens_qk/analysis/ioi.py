@@ -37,7 +37,7 @@ from sae_lens_qk.analysis.ioi_scan import HeadScan, scan_heads
 from sae_lens_qk.analysis.prompt import Prompt
 from sae_lens_qk.attention import attention_scores, pattern_from_scores
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.host import Hooks, LayerReplay, Model, hook_names, layer_inputs, qk_weights
+from sae_lens_qk.host import Hooks, LayerReplay, Model, hook_names, input_completion, layer_inputs, qk_weights
 from sae_lens_qk.patching import PatchSource, check_model, pattern_hooks
 
 MEASURES = ("attention_io", "attention_s1", "attention_s2", "logit_difference")
@@ -144,16 +144,17 @@ def _grouped(frame: pd.DataFrame, by: list[str], columns: list[str], what: Liter
 
 
 class _Replay:
-    """A batch run once, and its upper layers again and again with another pattern in one layer."""
+    """A batch run once, and its upper layers again and again with another pattern in one layer; x: the layer's input."""
 
     def __init__(self, model: Model, layer: int, batch: IOIPrompts):
-        self.batch, self._pattern, self._replay = batch, hook_names(model, layer).pattern, LayerReplay(model, layer)
-        self._replay.record(batch.tokens, [])
+        self.batch, self._names, self._replay = batch, hook_names(model, layer), LayerReplay(model, layer)
+        _, seen = self._replay.record(batch.tokens, [self._names.input])
+        self.x: Float[Tensor, "prompt pos d_model"] = input_completion(model, layer)(seen[self._names.input])
 
     def measures(self, head: int, hooks: Hooks) -> Float[Tensor, "prompt measure"]:
         """`MEASURES` under hooks."""
         seen: dict[str, Tensor] = {}
-        record = self._pattern, lambda pattern, hook: seen.update(row=pattern[:, head, -1])
+        record = self._names.pattern, lambda pattern, hook: seen.update(row=pattern[:, head, -1])
         logits = self._replay.run([*hooks, record], slice(-1, None))[:, 0]
         attention = seen["row"].gather(1, self.batch.positions)
         return torch.cat([attention, self.batch.logit_difference(logits)[:, None]], dim=1).float().cpu()
@@ -338,7 +339,8 @@ def twin_patterns(
     for clean in batches:
         for kind in ("clean", *get_args(Twin)):
             batch = clean if kind == "clean" else clean.twin(kind)
-            replay, preferences = _Replay(model, d.cfg.layer, batch), _preferences(d, model, batch)
+            replay = _Replay(model, d.cfg.layer, batch)
+            preferences = _preferences(d, model, batch, replay.x)
             for (source, preference), head in product(preferences.items(), heads):
                 hooks = [] if source == "model" else d.fwd_hooks(model, source=source, heads=[head])
                 numbers = n_before + np.arange(len(batch.tokens))
@@ -350,10 +352,10 @@ def twin_patterns(
 
 
 def _preferences(
-    d: BilinearQKDictionary, model: Model, batch: IOIPrompts
+    d: BilinearQKDictionary, model: Model, batch: IOIPrompts, x: Float[Tensor, "prompt pos d_model"]
 ) -> dict[PatchSource, Float[Tensor, "prompt head"]]:
     """s[END, IO] - s[END, S1] of every head, the model's own and as rebuilt."""
-    x, weights = layer_inputs(model, d.cfg.layer, batch.tokens), qk_weights(model, d.cfg.layer)
+    weights = qk_weights(model, d.cfg.layer)
     scores: dict[PatchSource, Tensor] = {"model": attention_scores(weights.queries(x), weights.keys(x), d.spec)}
     scores["transcoders"] = d.scores(x)
     if d.has_feature_map:
@@ -385,12 +387,14 @@ class IOIResult(NamedTuple):
     """What `study_ioi` measures.
 
     Attributes:
+        targets: heads, and the name attention to which is explained.
         scan: of `scan_heads`; features: of `role_features`; ablations: of `pair_ablations`; removals: of
             `feature_removals`; twins: of `twin_patterns`.
         pairs: of `name_pairs`, on other prompts than all the rest.
     """
 
     n_prompts: int
+    targets: dict[int, Name]
     scan: HeadScan
     features: pd.DataFrame
     pairs: pd.DataFrame
@@ -412,7 +416,12 @@ class IOIResult(NamedTuple):
         }
         figures = {name: value for name, value in self.scan._asdict().items() if isinstance(value, float)}
         records = {name: json.loads(str(table.to_json(orient="records"))) for name, table in tables.items()}
-        return {"n_prompts": self.n_prompts, **figures, **records}
+        return {
+            "n_prompts": self.n_prompts,
+            "targets": {str(h): name for h, name in self.targets.items()},
+            **figures,
+            **records,
+        }
 
 
 def study_ioi(
@@ -443,6 +452,7 @@ def study_ioi(
     chosen = name_pairs(dictionary, model, to_choose, list(targets))
     return IOIResult(
         n_prompts,
+        dict(targets),
         scan_heads(model, to_measure),
         role_features(dictionary, model, to_measure),
         chosen,
