@@ -5,6 +5,7 @@ python examples/explain_prompt.py --smoke    # without the causal check
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.console import Console
 import sae_lens_qk as qk
 from sae_lens_qk.analysis.attribution import overview
 from sae_lens_qk.analysis.figures import pattern_triptych
+from sae_lens_qk.analysis.show import rich_table
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 
@@ -23,7 +25,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/explain_prompt"))
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 132)  # a file or pipe has no width of its own
 
     d = qk.BilinearQKDictionary.from_pretrained("smollm2-135m-instruct-L23")
     model = qk.load_model(d)
@@ -31,7 +33,7 @@ def main() -> None:
 
     # Where do the heads look from the last token?
     looks = overview(prompt)
-    console.print(looks.round(3).to_string(index=False))
+    console.print(rich_table(looks, f"from {prompt.words[-1]!r}"))
 
     # All terms of one score: they add up to the model's own.
     key_pos = int(looks["key_pos"].iloc[args.head])
@@ -45,7 +47,7 @@ def main() -> None:
 
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "attribution.json").write_text(a.to_json(indent=2))
-    figure = pattern_triptych(prompt.pattern, prompt.made(), prompt.words, head=args.head)
+    figure = pattern_triptych(prompt.pattern, prompt.made(), prompt.words, heads=[args.head])
     figure.savefig(args.output / "pattern.png", dpi=150)
     console.print(f"wrote {args.output / 'attribution.json'} and {args.output / 'pattern.png'}")
 

@@ -5,12 +5,15 @@ python examples/quick_look.py --smoke    # 2,000
 """
 
 import argparse
+import sys
 
 from rich.console import Console
 
 import sae_lens_qk as qk
 from sae_lens_qk.analysis.activations import collect_activations, model_batches
-from sae_lens_qk.analysis.heads import head_table, participation
+from sae_lens_qk.analysis.causal import ALWAYS_ON
+from sae_lens_qk.analysis.heads import dense_features, head_table, pair_energies, participation
+from sae_lens_qk.analysis.show import rich_table
 from sae_lens_qk.text import token_rows
 
 
@@ -20,23 +23,27 @@ def main() -> None:
     parser.add_argument("--head", type=int, default=0)
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 132)  # a file or pipe has no width of its own
 
-    console.print(qk.pretrained_dictionaries()[["name", "layer", "n_pairs", "pattern_kl", "status"]].to_string(index=False))
+    console.print(rich_table(qk.pretrained_dictionaries()[["name", "layer", "status"]], "dictionaries"))
     d = qk.BilinearQKDictionary.from_pretrained(args.dictionary)
     model = qk.load_model(d)
     tokens = token_rows(model, "", "text", 8 if args.smoke else 160, 256)
     console.print(qk.evaluate(d, model, tokens[: 4 if args.smoke else 16], baselines=("uniform",)))
 
-    console.print("pairs by head", head_table(d).round(3).to_string(index=False), sep="\n")
-    console.print("how many heads a pair serves", participation(d).head(10).round(3).to_string(index=False), sep="\n")
+    console.print(rich_table(head_table(d), "pairs by head"))
 
     # One pass over text: densities, strongest contexts of every feature and every pair.
     statistics = collect_activations(d, model_batches(model, d.cfg.layer, tokens))
-    pairs = d.pair_frame().query("head == @args.head").nlargest(3, "importance")
-    for number, pair in pairs.iterrows():
+    sparse = pair_energies(d, without=dense_features(statistics, ALWAYS_ON))  # the others stand for the mean
+    console.print(
+        "how many heads a pair serves", participation(d, sparse).head(10).round(4).to_string(index=False), sep="\n"
+    )
+    strongest = sparse.query("head == @args.head").nlargest(3, "energy")
+    numbers = d.feature_map.find(strongest[["query_feature", "key_feature", "head"]].to_numpy()).tolist()
+    for number, (_, pair) in zip(numbers, strongest.iterrows(), strict=True):
         console.print(f"\nhead {pair['head']:.0f}: query {pair['query_feature']:.0f} x key {pair['key_feature']:.0f}")
-        for context in statistics.pair_contexts(int(number))[:3]:
+        for context in statistics.pair_contexts(number)[:3]:
             words = [model.to_string(token) for token in statistics.tokens[context.row]]
             before = "".join(words[max(0, context.query_pos - 8) : context.query_pos])
             query, key = words[context.query_pos], words[context.key_pos]

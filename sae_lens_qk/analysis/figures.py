@@ -99,7 +99,7 @@ def density_histogram(
     for (side, densities), colour, style in zip(sides.items(), COLOURS, ("-", "--"), strict=False):
         dead = int((densities == 0).sum())
         label = f"{side}: {len(densities) - dead:,} fire, {dead:,} never"
-        ax.hist(densities[densities > 0], bins=bins, histtype="step", color=colour, linestyle=style, label=label)
+        ax.hist(densities, bins=bins, histtype="step", color=colour, linestyle=style, label=label)
     ax.set_xscale("log")
     _legend(figure)
     return figure
