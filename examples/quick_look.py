@@ -36,9 +36,7 @@ def main() -> None:
     # One pass over text: densities, strongest contexts of every feature and every pair.
     statistics = collect_activations(d, model_batches(model, d.cfg.layer, tokens))
     sparse = pair_energies(d, without=dense_features(statistics, ALWAYS_ON))  # the others stand for the mean
-    console.print(
-        "how many heads a pair serves", participation(d, sparse).head(10).round(4).to_string(index=False), sep="\n"
-    )
+    console.print(rich_table(participation(d, sparse).head(10), "how many heads a pair serves"))
     strongest = sparse.query("head == @args.head").nlargest(3, "energy")
     numbers = d.feature_map.find(strongest[["query_feature", "key_feature", "head"]].to_numpy()).tolist()
     for number, (_, pair) in zip(numbers, strongest.iterrows(), strict=True):

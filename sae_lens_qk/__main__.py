@@ -23,7 +23,7 @@ IOI_PROMPT = "When Mary and John went to the store, John gave a drink to"
 class DashboardArguments:
     """Write what a dictionary has found as one HTML file that needs no server: prompts, heads, features and pairs."""
 
-    dictionary: str = field(default="smollm2-135m-instruct-L23", positional=False)
+    dictionary: str = "smollm2-135m-instruct-L23"
     """Name (see `list`) or folder."""
     prompts: list[str] = field(default_factory=lambda: [IOI_PROMPT])
     """Texts to explain, at most 128 tokens each."""

@@ -258,7 +258,8 @@ def as_pairs(pairs: Pairs, device: torch.device | str = "cpu") -> Int[Tensor, "p
     Raises:
         ValueError: not integers, or not triples.
     """
-    made = torch.as_tensor(np.asarray(pairs) if not isinstance(pairs, Tensor) else pairs, device=device)
+    writable = pairs if isinstance(pairs, Tensor) else np.array(pairs)  # pandas hands out read-only views
+    made = torch.as_tensor(writable, device=device)
     if made.numel() == 0:
         return torch.zeros(0, 3, dtype=torch.int64, device=device)
     if made.is_floating_point() or made.ndim != 2 or made.shape[1] != 3:

@@ -106,7 +106,7 @@ def test_help_shows_the_values_of_the_config_file(config, capsys):
 
 def test_other_help(capsys):
     assert run("--help") == 0
-    assert "{train,evaluate,list,push}" in capsys.readouterr().out
+    assert "{train,evaluate,explain,dashboard,list,push}" in capsys.readouterr().out
     assert run("evaluate", "--help") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "Name (see `list`) or folder." in shown
@@ -115,7 +115,7 @@ def test_other_help(capsys):
 
 def test_debug_shows_where_an_error_comes_from(capsys):
     assert run("--debug") == 2
-    assert "[--debug] {train,evaluate,list,push}" in capsys.readouterr().out
+    assert "[--debug] {train,evaluate,explain,dashboard,list,push}" in capsys.readouterr().out
     with pytest.raises(ValueError, match="There is no dictionary 'nowhere'"):
         run("--debug", "evaluate", "nowhere")
     assert run("evaluate", "nowhere") == 2

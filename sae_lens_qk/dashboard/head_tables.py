@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-import numpy as np
 import pandas as pd
 
 from sae_lens_qk.analysis.activations import ActivationStatistics, Batch
@@ -32,8 +31,7 @@ def head_tables(
     made: dict[str, pd.DataFrame] = {}
     if d.feature_map.statistics.any():
         pairs = pair_energies(d, without=dense_features(statistics, ALWAYS_ON))
-        alike = shared_reasons(d, pairs).set_axis([f"head {head}" for head in range(d.spec.n_heads)], axis=1)
-        alike.insert(0, "head", np.arange(d.spec.n_heads))
+        alike = shared_reasons(d, pairs).set_axis([f"head {head}" for head in range(d.spec.n_heads)], axis=1).reset_index()
         made["How many heads a pair of features serves"] = superposition(participation(d, pairs))
         made["How alike the heads' reasons are (cosine)"] = alike
     batches = list(batches)
