@@ -14,8 +14,8 @@ An explanation holds at k if it drops the score more than 95 % of the random con
 """
 
 import math
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
@@ -30,6 +30,7 @@ from sae_lens_qk.analysis.causal import (
     Directions,
     Place,
     ScoreTerms,
+    Side,
     best_first,
     best_pairs,
     control_removals,
@@ -99,28 +100,50 @@ def check(
         raise ValueError(f"k must be numbers of pairs or features to remove, 1 or more, got {ks}.")
     fitted = prompt.directions if directions is None else directions
     generator = torch.Generator().manual_seed(seed)
-    head, i, j = place
-    row, pattern = prompt.score_row(head, i), prompt.pattern[head, i, : i + 1]
-    features = {side: terms.active(side, j, fit.usable) for side, fit in zip(SIDES, fitted, strict=True)}
-    pairs = best_pairs(pattern_effect(terms.pairs(*features.values()), pattern, j), positive=True)
+    row, j = prompt.score_row(place.head, place.query_pos), place.key_pos
     records = []
-    for side, fit, of_pairs in zip(SIDES, fitted, pairs.T, strict=True):
+    for named in named_removals(prompt, place, terms, ks, fitted):
+        names, factors = _removals(named.removable, named.top, n_controls, generator)
+        measured, predicted = named.removable.remove(row, named.x, named.side, j, factors)
+        change, expected = (Change.of(row.scores, scores, j) for scores in (measured, predicted))
+        record = {"ranking": named.ranking, "side": named.side, "k": named.k, "n_features": int(named.top.sum())}
+        record |= {"predicted": float(expected.score_drop[0]), "score_drop": float(change.score_drop[0])}
+        record["attention_drop"] = float(change.weight_drop[0])
+        records.append(record | _against_controls(names, change.score_drop))
+    columns = ["ranking", "side", "k", "n_features", "predicted", "score_drop", "attention_drop"]
+    table = pd.DataFrame(records, columns=[*columns, *CONTROLS, "beaten", "holds"])
+    return Check(place, float(prompt.pattern[tuple(place)]), table)
+
+
+class NamedRemoval(NamedTuple):
+    """The features that an explanation names for one side of a score, among all that can be removed there."""
+
+    side: Side
+    ranking: Literal["features", "pairs"]
+    k: int
+    x: Float[Tensor, " d_model"]
+    """The input at the place."""
+    removable: Place
+    top: Bool[Tensor, " n"]
+
+
+def named_removals(
+    prompt: Prompt, place: ScorePlace, terms: ScoreTerms, ks: Sequence[int], directions: Directions
+) -> Iterator[NamedRemoval]:
+    """Both sides, both rankings and every k of which there are enough; see the module."""
+    head, i, j = place
+    pattern = prompt.pattern[head, i, : i + 1]
+    features = {side: terms.active(side, j, fit.usable) for side, fit in zip(SIDES, directions, strict=True)}
+    pairs = best_pairs(pattern_effect(terms.pairs(*features.values()), pattern, j), positive=True)
+    for side, fit, of_pairs in zip(SIDES, directions, pairs.T, strict=True):
         x, acts = (prompt.x[i], prompt.query_acts[i]) if side == "query" else (prompt.x[j], prompt.key_acts[j])
         removable = Place(fit.components(acts, features[side]), terms.rows(side, j, features[side]))
         of_features = best_first(pattern_effect(removable.rows, pattern, j), positive=True)
-        for ranking, best in (("features", of_features), ("pairs", of_pairs)):
-            for n in (n for n in ks if n <= len(best)):
-                top = top_features(best, n, len(features[side]))
-                names, factors = _removals(removable, top, n_controls, generator)
-                measured, predicted = removable.remove(row, x, side, j, factors)
-                change, expected = (Change.of(row.scores, scores, j) for scores in (measured, predicted))
-                record = {"ranking": ranking, "side": side, "k": n, "n_features": int(top.sum())}
-                record |= {"predicted": float(expected.score_drop[0]), "score_drop": float(change.score_drop[0])}
-                record["attention_drop"] = float(change.weight_drop[0])
-                records.append(record | _against_controls(names, change.score_drop))
-    columns = ["ranking", "side", "k", "n_features", "predicted", "score_drop", "attention_drop"]
-    table = pd.DataFrame(records, columns=[*columns, *CONTROLS, "beaten", "holds"])
-    return Check(place, float(pattern[j]), table)
+        for k in ks:
+            if k <= len(of_features):
+                yield NamedRemoval(side, "features", k, x, removable, top_features(of_features, k, len(features[side])))
+            if k <= len(of_pairs):
+                yield NamedRemoval(side, "pairs", k, x, removable, top_features(of_pairs, k, len(features[side])))
 
 
 def _removals(
