@@ -47,7 +47,7 @@ def main() -> None:
 
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "attribution.json").write_text(a.to_json(indent=2))
-    figure = pattern_triptych(prompt.pattern, prompt.made(), prompt.words, heads=[args.head])
+    figure = pattern_triptych(prompt.pattern[args.head], prompt.made()[args.head], prompt.words, heads=args.head)
     figure.savefig(args.output / "pattern.png", dpi=150)
     console.print(f"wrote {args.output / 'attribution.json'} and {args.output / 'pattern.png'}")
 
