@@ -24,6 +24,7 @@ from tiny_models import KINDS, tiny_hf_model, tiny_model, tiny_tokens
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import sae_lens_qk as qk
 from sae_lens_qk.analysis import ioi, ioi_scan
 from sae_lens_qk.analysis.causal import Directions, FeatureDirections
 from sae_lens_qk.analysis.ioi import (
@@ -283,6 +284,7 @@ def test_parts_add_up_to_the_logit_difference(any_model, batches):
     ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:A forward hook edited hook_scale")
 def test_direct_effects_predict_an_intervention(any_model, batches):
     """A last-layer head taken out, its MLP and the final norm's scale held: the logit difference falls by its effect."""
     batch = batches[1]
@@ -577,6 +579,7 @@ def test_twins_are_what_the_model_does(d, model, batches):
                     for n in range(len(batch.tokens))
                 ]
                 assert rows["preference"].tolist() == pytest.approx(preferences, abs=1e-4)
+                assert ((rows["order"] == "ABBA").to_numpy() == (batch.io_pos < batch.s1_pos).numpy()).all()
         n_before += len(batch.tokens)
 
 
@@ -643,3 +646,23 @@ def test_a_study_chooses_and_measures_on_different_prompts(studied, tokenizer):
     pd.testing.assert_frame_equal(result.pairs, name_pairs(d, model, chosen, [HEAD, 3]))
     expected = pair_ablations(d, model, measured_on, result.pairs, {HEAD: "io", 3: "s2"}, (1, 2))
     pd.testing.assert_frame_equal(result.ablations, expected)
+
+
+@pytest.mark.slow
+def test_smollm2_suppresses_the_repeated_subject():
+    """Head 3 of layer 23 looks at S2 and takes the subject's logit down; ten pairs of features hold that attention."""
+    d = qk.BilinearQKDictionary.from_pretrained("smollm2-135m-instruct-L23")
+    model = qk.load_model(d)
+    prompts = ioi_prompts(model.tokenizer, 16, templates=TEMPLATES[:2])
+    scan = scan_heads(model, prompts, n_names=8)
+    heads = scan.heads.set_index(["layer", "head"])
+    assert scan.accuracy > 0.9
+    assert heads["direct_effect"].idxmax() == (23, 3)
+    assert heads.loc[(23, 3), "negative_copy_score"] > 0.9
+    assert heads.loc[(23, 0), "copy_score"] > 0.8
+    assert heads.loc[(23, 3), "attention_s2"] > 0.5
+    assert scan.parts["direct_effect"].sum() == pytest.approx(scan.logit_difference, abs=1e-3)
+    chosen = name_pairs(d, model, ioi_prompts(model.tokenizer, 16, 1, templates=TEMPLATES[:2]), [3], ["s2"])
+    made = pair_ablations(d, model, prompts, chosen, {3: "s2"}, ks=(10,)).set_index("condition")
+    assert made.loc["removed", "attention_s2"] < 0.5 * made.loc["control", "attention_s2"]
+    assert made.loc["removed", "logit_difference"] < 0.7 * made.loc["control", "logit_difference"]

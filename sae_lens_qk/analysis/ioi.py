@@ -331,8 +331,9 @@ def twin_patterns(
     Twins need neither decoders nor fitted directions: the model itself computes another x.
 
     Returns:
-        prompt (a number), prompts ("clean" or the kind of twin), head, source (model, transcoders, feature_map), `MEASURES`
-        with this one head attending as the source says, and preference: s[END, IO] - s[END, S1].
+        prompt (a number), order (of the names: ABBA or BABA), prompts ("clean" or the kind of twin), head, source (model,
+        transcoders, feature_map), `MEASURES` with this one head attending as the source says, and preference:
+        s[END, IO] - s[END, S1].
     """
     d, frames, n_before = dictionary, [], 0
     check_model(d, model)
@@ -344,7 +345,9 @@ def twin_patterns(
             for (source, preference), head in product(preferences.items(), heads):
                 hooks = [] if source == "model" else d.fwd_hooks(model, source=source, heads=[head])
                 numbers = n_before + np.arange(len(batch.tokens))
-                frame = pd.DataFrame({"prompt": numbers, "prompts": kind, "head": head, "source": source})
+                order = np.where((clean.io_pos < clean.s1_pos).cpu(), *get_args(Order))
+                where = {"prompt": numbers, "order": order, "prompts": kind, "head": head, "source": source}
+                frame = pd.DataFrame(where)
                 frame[list(MEASURES)] = replay.measures(head, hooks).numpy()
                 frames.append(frame.assign(preference=preference[:, head].float().cpu().numpy()))
         n_before += len(clean.tokens)

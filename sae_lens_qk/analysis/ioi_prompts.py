@@ -28,7 +28,7 @@ TEMPLATES = (
     "Then, {first} and {second} went to the {place}. {subject} gave a {object} to",
     "Then, {first} and {second} were working at the {place}. {subject} decided to give a {object} to",
     "Then, {first} and {second} had a long argument, and afterwards {subject} said to",
-    "Friends {first} and {second} found a {object} at the {place}. {subject} gave it to",
+    "Afterwards, {first} and {second} went to the {place}. {subject} gave a {object} to",
     "The {place} {first} and {second} went to had a {object}. {subject} gave it to",
 )  # fmt: skip
 NAMES = tuple(
