@@ -15,7 +15,8 @@ An explanation holds at k if it drops the score more than 95 % of the random con
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from itertools import product
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -119,7 +120,8 @@ class NamedRemoval(NamedTuple):
     """The features that an explanation names for one side of a score, among all that can be removed there."""
 
     side: Side
-    ranking: Literal["features", "pairs"]
+    ranking: str
+    """features or pairs"""
     k: int
     x: Float[Tensor, " d_model"]
     """The input at the place."""
@@ -139,11 +141,9 @@ def named_removals(
         x, acts = (prompt.x[i], prompt.query_acts[i]) if side == "query" else (prompt.x[j], prompt.key_acts[j])
         removable = Place(fit.components(acts, features[side]), terms.rows(side, j, features[side]))
         of_features = best_first(pattern_effect(removable.rows, pattern, j), positive=True)
-        for k in ks:
-            if k <= len(of_features):
-                yield NamedRemoval(side, "features", k, x, removable, top_features(of_features, k, len(features[side])))
-            if k <= len(of_pairs):
-                yield NamedRemoval(side, "pairs", k, x, removable, top_features(of_pairs, k, len(features[side])))
+        for (ranking, best), k in product((("features", of_features), ("pairs", of_pairs)), ks):
+            if k <= len(best):
+                yield NamedRemoval(side, ranking, k, x, removable, top_features(best, k, len(features[side])))
 
 
 def _removals(

@@ -21,17 +21,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lens_qk.analysis.causal import (
-    SIDES,
-    Directions,
-    Place,
-    ScoreTerms,
-    best_first,
-    best_pairs,
-    control_removals,
-    pattern_effect,
-    top_features,
-)
+from sae_lens_qk.analysis.causal import Directions, ScoreTerms, control_removals
+from sae_lens_qk.analysis.check import named_removals
 from sae_lens_qk.analysis.ioi_prompts import IOIPrompts, Name, Order, Twin, ioi_prompts
 from sae_lens_qk.analysis.ioi_scan import HeadScan, scan_heads
 from sae_lens_qk.analysis.prompt import Prompt
@@ -168,7 +159,7 @@ def pair_ablations(
     pairs: pd.DataFrame,
     targets: Mapping[int, Name],
     ks: Sequence[int] = (1, 2, 5, 10, 20, 50),
-    n_controls: int = 2,
+    n_controls: int = 4,
     seed: int = 0,
 ) -> pd.DataFrame:
     """From pairs to attention to the logit difference: heads without their k best pairs, or with nothing but them.
@@ -271,24 +262,16 @@ def _edits(
     prompt: Prompt, head: int, j: int, directions: Directions, ks: Sequence[int], generator: torch.Generator
 ) -> Iterator[tuple[tuple[str, str, int, str], _Edit]]:
     """All removals that exist for one prompt, head and key, by side, ranking, k and condition."""
-    end = len(prompt.tokens) - 1
-    row = prompt.score_row(head, end)
-    terms = ScoreTerms.of(prompt.dictionary, prompt.query_acts[end], prompt.key_acts, head)
-    features = {side: terms.active(side, j, fit.usable) for side, fit in zip(SIDES, directions, strict=True)}
-    pairs = best_pairs(pattern_effect(terms.pairs(*features.values()), row.pattern, j), positive=True)
-    for side, fit, of_pairs in zip(SIDES, directions, pairs.T, strict=True):
-        x, acts = (prompt.x[end], prompt.query_acts[end]) if side == "query" else (prompt.x[j], prompt.key_acts[j])
-        place = Place(fit.components(acts, features[side]), terms.rows(side, j, features[side]))
-        of_features = best_first(pattern_effect(place.rows, row.pattern, j), positive=True)
-        for (ranking, best), k in product((("features", of_features), ("pairs", of_pairs)), ks):
-            if k > len(best):
-                continue
-            top = top_features(best, k, len(features[side]))
-            removals = {"top": top.to(place.rows.dtype), **control_removals(place, top, generator)}
-            measured, predicted = place.remove(row, x, side, j, torch.stack(list(removals.values())))
-            for condition, scores, expected in zip(removals, measured, predicted, strict=True):
-                edit = _Edit(scores.softmax(dim=-1), float(expected.softmax(dim=-1)[j]))
-                yield (side, ranking, k, condition), edit
+    place = prompt.place(head, -1, j)
+    row = prompt.score_row(head, place.query_pos)
+    terms = ScoreTerms.of(prompt.dictionary, prompt.query_acts[-1], prompt.key_acts, head)
+    for named in named_removals(prompt, place, terms, ks, directions):
+        removals = {"top": named.top.to(named.removable.rows.dtype)}
+        removals |= control_removals(named.removable, named.top, generator)
+        measured, predicted = named.removable.remove(row, named.x, named.side, j, torch.stack(list(removals.values())))
+        for condition, scores, expected in zip(removals, measured, predicted, strict=True):
+            edit = _Edit(scores.softmax(dim=-1), float(expected.softmax(dim=-1)[j]))
+            yield (named.side, named.ranking, named.k, condition), edit
 
 
 def _row_hooks(model: Model, layer: int, head: int, rows: Mapping[int, Float[Tensor, " pos"]]) -> Hooks:
