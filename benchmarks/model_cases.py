@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from measure import time_of
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainingSAE, TrainStepInput
+from sae_lens.saes.transcoder import Transcoder
 from sizes import Sizes
 from torch import Tensor
+from typing_extensions import override
 
 import sae_lens_qk as qk
 from sae_lens_qk.config import QKFields
@@ -21,6 +23,7 @@ from sae_lens_qk.pretrained.registry import shipped_folder
 from sae_lens_qk.text import token_rows
 from sae_lens_qk.training.candidates import firing_rates, rank_pairs
 from sae_lens_qk.training.mask import MaskTrainingSAE
+from sae_lens_qk.training.transcode import Transcoded
 from sae_lens_qk.training.transcoders import TranscodersTrainingSAE
 
 Result = dict[str, Any]
@@ -89,10 +92,21 @@ def patched(sizes: Sizes) -> Result:
 def step_1(sizes: Sizes) -> Result:
     """A step of both transcoders as the shipped recipe trains them, from its initialisation on."""
     d, _, weights, tokens, x = Setting.of(sizes)
-    recipe = qk.BilinearQKRunnerConfig.from_file(RECIPE)
-    sae = TranscodersTrainingSAE(replace(recipe.sae, d_in=d.cfg.d_in, attention=d.cfg.attention, device="cpu"))
-    sae.attach(weights, tokens.shape[1], x.flatten(0, 1))
-    return {"tokens": tokens.numel(), "seconds": _step_seconds(sae, x, recipe.lr, sizes)}
+    recipe, seconds = qk.BilinearQKRunnerConfig.from_file(RECIPE), {}
+    for name, training_class in (("seconds", TranscodersTrainingSAE), ("dense_seconds", _DenseTranscoders)):
+        sae = training_class(replace(recipe.sae, d_in=d.cfg.d_in, attention=d.cfg.attention, device="cpu"))
+        sae.attach(weights, tokens.shape[1], x.flatten(0, 1))
+        seconds[name] = _step_seconds(sae, x, recipe.lr, sizes)
+    return {"tokens": tokens.numel(), **seconds}
+
+
+class _DenseTranscoders(TranscodersTrainingSAE):
+    """Dense products for output and gradients, as on a GPU, in place of sums over active entries."""
+
+    @override
+    def _transcode(self, half: Transcoder, threshold: Tensor, x: Tensor) -> Transcoded:
+        acts = self._encode_half(half, threshold, x).acts
+        return Transcoded(acts, half.decode(acts))
 
 
 def step_2(sizes: Sizes) -> Result:

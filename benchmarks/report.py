@@ -120,6 +120,7 @@ def smollm2(results: Results, sizes: Sizes) -> list[str]:
     plain = patched["rows"][0]["plain_seconds"] if "rows" in patched else None
     n_tokens = sizes["model_rows"] * sizes["model_context"]
     timed = [("plain forward pass of the model", plain), ("step 1: both transcoders", step1.get("seconds"))]
+    timed.append(("the same with dense products", step1.get("dense_seconds")))
     for row in step2.get("rows", []):
         mode = "transcoders tuned along" if row["fine_tune"] else "frozen"
         timed.append((f"step 2: {_count(row['pairs'])} pairs, {mode}", row["seconds"]))

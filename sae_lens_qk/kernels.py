@@ -65,6 +65,30 @@ def first_firings(n_keys, first, n_pos, k_start, k_feature):
 
 
 @numba.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
+def sum_rows(out, start, index, weight, rows):
+    """out[n] = sum over entries e from start[n] to start[n + 1] of weight[e] rows[index[e]]."""
+    for n in numba.prange(len(out)):
+        out[n] = 0
+        for e in range(start[n], start[n + 1]):
+            row, factor = rows[index[e]], weight[e]
+            for c in range(out.shape[1]):
+                out[n, c] += factor * row[c]
+
+
+@numba.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
+def row_products(out, start, index, left, rows):
+    """out[e] = <left[n], rows[index[e]]> for the entries e from start[n] to start[n + 1]."""
+    for n in numba.prange(len(left)):
+        vector = left[n]
+        for e in range(start[n], start[n + 1]):
+            row = rows[index[e]]
+            product = left.dtype.type(0)
+            for c in range(left.shape[1]):
+                product += vector[c] * row[c]
+            out[e] = product
+
+
+@numba.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
 def plain_scores(out, lanes, n_keys, row_start, slot, weights, q_start, q_feature, q_value, k_start, k_feature, k_value):
     """out[row, head, i, j] of all pairs, no rotary embeddings; `weights` are m M.
 

@@ -25,7 +25,7 @@ ORDER = (
     ("pretrained.push",),
     ("patching",),
     ("evals",),
-    ("training.losses", "training.initialization"),
+    ("training.losses", "training.initialization", "training.transcode"),
     ("training.cache",),
     ("training.transcoders",),
     ("training.candidates",),
@@ -82,7 +82,7 @@ FOR_TYPES_ONLY = {("models", "dictionary")}
 TRANSFORMER_LENS = {"host", "models"}
 SAE_LENS = {
     "config", "text", "dictionary", "pretrained.loading",
-    "training.cache", "training.transcoders", "training.mask", "training.runner",
+    "training.cache", "training.losses", "training.transcode", "training.transcoders", "training.mask", "training.runner",
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from sae_lens import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainStepInput
+from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
 from safetensors.torch import load_file
 from tiny_dictionaries import tiny_dictionary
 from tiny_models import KINDS, tiny_model
@@ -22,7 +23,8 @@ from sae_lens_qk.host import FingerprintError, attention_spec, qk_weights
 from sae_lens_qk.training.candidates import rank_pairs
 from sae_lens_qk.training.losses import dead_feature_loss, pattern_losses, sqrt_penalty
 from sae_lens_qk.training.mask import MaskTrainingSAE
-from sae_lens_qk.training.transcoders import NonFiniteLossError, TranscodersTrainingSAE, strength_threshold
+from sae_lens_qk.training.transcode import transcode
+from sae_lens_qk.training.transcoders import NonFiniteLossError, TranscodersTrainingSAE, batch_cutoff, strength_threshold
 
 BATCH = 23 * 8
 """Tokens."""
@@ -267,7 +269,7 @@ def test_pairs_fall_geometrically_and_polish_ends_the_penalty(lr, polish, step_1
         assert output.loss.item() == pytest.approx(total, rel=1e-6)
         if lr:  # k features a token whatever the thresholds say
             for side, k in zip(output.feature_acts.split([29, 31], dim=1), (self.cfg.k_query, self.cfg.k_key), strict=True):
-                assert int((side > 0).sum()) == int(k * BATCH)
+                assert 0 <= int((side > 0).sum()) - int(k * BATCH) < 8  # first tokens are all alike: ties
         else:
             assert torch.equal(output.feature_acts, self.dictionary.encode(step_input.sae_in))
         return output
@@ -450,14 +452,56 @@ def test_losses_against_loops():
 
 def test_dead_feature_loss_wakes_only_dead_features():
     generator = torch.Generator().manual_seed(0)
-    residual = torch.randn(11, 5, generator=generator)
-    W_dec = torch.randn(7, 5, generator=generator, requires_grad=True)
+    half = small_half()
     dead = torch.tensor([True, False, False, True, False, False, True])
-    loss = dead_feature_loss(residual, torch.randn(11, 7, generator=generator), W_dec, dead, k=2)
-    loss.backward()
-    assert W_dec.grad is not None
-    assert (W_dec.grad[~dead] == 0).all()
-    assert (W_dec.grad[dead] != 0).any()
+    residual, x = torch.randn(11, half.cfg.d_out, generator=generator), torch.randn(11, half.cfg.d_in, generator=generator)
+    dead_feature_loss(residual, x, half, dead, k=2).backward()
+    for grad in (half.W_dec.grad, half.W_enc.grad.T, half.b_enc.grad):
+        assert (grad[~dead] == 0).all()
+        assert (grad[dead] != 0).any()
+
+
+def small_half(dtype: str = "float32") -> Transcoder:
+    half = Transcoder(TranscoderConfig(d_in=6, d_sae=7, d_out=5, dtype=dtype, apply_b_dec_to_input=False))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in half.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    return half
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gradients_through_active_entries_are_the_dense_ones(dtype):
+    """With a token at which nothing fires, a feature that never fires and one that always does."""
+    half, dense = small_half(dtype), small_half(dtype)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(11, 6, generator=generator, dtype=half.W_dec.dtype)
+    toward = torch.randn(11, 5, generator=generator, dtype=half.W_dec.dtype)
+    kept = torch.rand(11, 7, generator=generator) < 0.4
+    kept[:, 2], kept[:, 3], kept[4] = True, False, False
+    hidden_pre = x @ dense.W_enc + dense.b_enc
+    expected = hidden_pre * kept @ dense.W_dec + dense.b_dec
+    made = transcode(half, x, x @ half.W_enc + half.b_enc, kept)
+    assert torch.equal(made.acts.to_dense(), hidden_pre * kept)
+    toward_acts = torch.randn(11, 7, generator=generator, dtype=half.W_dec.dtype)
+    for output, acts in ((made.output, made.acts.to_dense()), (expected, hidden_pre * kept)):
+        ((output * toward).sum() + (acts * toward_acts).sum()).backward()
+    assert torch.allclose(made.output, expected, atol=1e-5)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        grad = half.get_parameter(name).grad
+        assert grad.is_contiguous()
+        assert torch.allclose(grad, dense.get_parameter(name).grad, atol=1e-5), name
+    assert half.W_dec.grad[3].abs().max() == 0
+
+
+@pytest.mark.parametrize("k", [0.01, 1.0, 3.7, 64.0, 122.0])
+def test_batch_cutoff_is_the_exact_one(k):
+    """Also where the sample is far off: features that differ in strength, at any place."""
+    generator = torch.Generator().manual_seed(0)
+    uneven, seen, unseen = torch.rand(122, generator=generator), torch.arange(122) % 61 == 0, torch.arange(122) % 61 == 1
+    for scale in (torch.ones(122), uneven, seen, unseen):
+        strength = torch.randn(301, 122, generator=generator) * scale
+        expected = strength.flatten().sort(descending=True).values[int(k * 301) - 1]
+        assert batch_cutoff(strength, k) == expected
 
 
 @pytest.mark.parametrize("k", [1.5, 4.0])

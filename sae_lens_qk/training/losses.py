@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
+from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor
 
 from sae_lens_qk.attention import AttentionSpec, attention_scores, log_pattern, pattern_kl
@@ -25,7 +26,7 @@ class TruePattern(NamedTuple):
 
     def kl(self, scores: Float[Tensor, "batch head pos_q pos_k"]) -> Float[Tensor, "batch head pos_q"]:
         """KL(P || softmax of scores) in nats of each attention row, as `attention.pattern_kl`; compiled on the CPU."""
-        if scores.is_cuda:
+        if scores.device.type != "cpu":
             return pattern_kl(self.log_pattern, log_pattern(scores))
         return _SoftmaxKL.apply(scores, *self)  # type: ignore[return-value]
 
@@ -79,8 +80,8 @@ def relative_mse(
 
 def dead_feature_loss(
     residual: Float[Tensor, "tokens d_out"],
-    hidden_pre: Float[Tensor, "tokens d"],
-    W_dec: Float[Tensor, "d d_out"],
+    x: Float[Tensor, "tokens d_model"],
+    half: Transcoder,
     dead: Bool[Tensor, " d"],
     k: int,
 ) -> Float[Tensor, ""]:
@@ -91,6 +92,7 @@ def dead_feature_loss(
     n_dead = int(dead.sum())
     if n_dead == 0:
         return residual.new_zeros(())
-    strongest = hidden_pre[:, dead].topk(min(k, n_dead), dim=1)
-    acts = torch.zeros_like(hidden_pre[:, dead]).scatter(1, strongest.indices, strongest.values.relu())
-    return relative_mse(residual.detach(), acts @ W_dec[dead]) * min(1.0, n_dead / k)
+    hidden_pre = half.process_sae_in(x) @ half.W_enc[:, dead] + half.b_enc[dead]
+    strongest = hidden_pre.topk(min(k, n_dead), dim=1)
+    acts = torch.zeros_like(hidden_pre).scatter(1, strongest.indices, strongest.values.relu())
+    return relative_mse(residual.detach(), acts @ half.W_dec[dead]) * min(1.0, n_dead / k)

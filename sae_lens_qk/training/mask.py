@@ -23,7 +23,8 @@ from sae_lens_qk.feature_map import SparseFeatureMap
 from sae_lens_qk.host import QKWeights
 from sae_lens_qk.pair_scores import PairScorer, constant_scores
 from sae_lens_qk.training.losses import TruePattern
-from sae_lens_qk.training.transcoders import NonFiniteLossError, batch_top_k, strength_threshold
+from sae_lens_qk.training.transcode import Transcoded, compiled_for, transcode
+from sae_lens_qk.training.transcoders import NonFiniteLossError, batch_cutoff, strength_threshold
 
 
 class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
@@ -106,16 +107,20 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
             self._prune(step)
             q, k = self._weights[0].queries(x), self._weights[0].keys(x)
             true = TruePattern.of(q, k, d.spec)
-        with torch.set_grad_enabled(self.cfg.fine_tune):
-            query_acts = self._encode(d.query, x, self.cfg.k_query)
-            key_acts = self._encode(d.key, x, self.cfg.k_key)
+        tuned = None
+        if self.cfg.fine_tune:
+            tuned = self._transcode(d.query, x, self.cfg.k_query), self._transcode(d.key, x, self.cfg.k_key)
+            query_acts, key_acts = (side.acts.unflatten(0, x.shape[:2]) for side in tuned)
+        else:
+            with torch.no_grad():
+                query_acts, key_acts = d.encode_query(x), d.encode_key(x)
         mask = self.scaled_mask[self.alive] * self.cfg.mask_speed
         scores = self._scores(mask, query_acts, key_acts)
         losses = {"kl": true.kl(scores).mean()}
         if not (self.cfg.polish and step >= self.cfg.prune_steps):
             losses["mask_sparsity"] = step_input.coefficients["mask_sparsity"] * (mask + 1e-7).sqrt().sum()
-        if self.cfg.fine_tune and self.cfg.unmasked_coefficient:
-            made = d.spec.split_queries(d.query.decode(query_acts)), d.spec.split_keys(d.key.decode(key_acts))
+        if tuned and self.cfg.unmasked_coefficient:
+            made = tuned[0].output.view_as(q), tuned[1].output.view_as(k)
             losses["kl_unmasked"] = self.cfg.unmasked_coefficient * true.kl(attention_scores(*made, d.spec)).mean()
         loss = torch.stack(list(losses.values())).sum()
         if not loss.isfinite():
@@ -127,13 +132,18 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
             metrics={"n_pairs": int((mask > 0).sum())},
         )  # fmt: skip
 
-    def _encode(self, half: Transcoder, x: Tensor, k: float) -> Float[Tensor, "batch pos d"]:
-        """The dictionary's own features, or when tuning the k strongest a token: thresholds would let L0 drift."""
-        if not self.cfg.fine_tune:
-            return half.encode(x)
-        acts = (half.process_sae_in(x) @ half.W_enc + half.b_enc).relu()
-        strength = (acts * half.W_dec.norm(dim=1)).detach()
-        return acts * batch_top_k(strength.flatten(0, 1), k).view_as(acts)
+    def _transcode(self, half: Transcoder, x: Tensor, k: float) -> Transcoded:
+        """With the k strongest features a token: thresholds would let L0 drift."""
+        x = x.flatten(0, 1)
+        with torch.no_grad():
+            hidden_pre = half.process_sae_in(x) @ half.W_enc + half.b_enc
+            strength = hidden_pre * half.W_dec.norm(dim=1)
+            kept = (strength >= batch_cutoff(strength, k)) & (strength > 0)
+        if compiled_for(x):
+            made = transcode(half, x, hidden_pre, kept)
+            return Transcoded(made.acts.to_dense(), made.output)
+        acts = (half.process_sae_in(x) @ half.W_enc + half.b_enc) * kept
+        return Transcoded(acts, half.decode(acts))
 
     def _scores(self, mask: Tensor, query_acts: Tensor, key_acts: Tensor) -> Tensor:
         decoders, spec = self.dictionary.decoders, self.dictionary.spec

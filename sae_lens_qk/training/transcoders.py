@@ -21,6 +21,9 @@ from sae_lens_qk.feature_map import pack_indices
 from sae_lens_qk.host import QKWeights
 from sae_lens_qk.training.initialization import Side, from_data, from_scores
 from sae_lens_qk.training.losses import dead_feature_loss, pattern_losses, relative_mse, sqrt_penalty
+from sae_lens_qk.training.transcode import Transcoded, compiled_for, transcode
+
+_STRIDE = 61  # of the sample that tells about where the cutoff of a batch lies; prime, so that it meets every feature
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -140,30 +143,36 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
 
     def _encode_half(self, half: Transcoder, threshold: Tensor, x: Tensor) -> Encoded:
         hidden_pre = half.process_sae_in(x) @ half.W_enc + half.b_enc
-        acts = hidden_pre.relu()
-        if self.cfg.activation == "relu":
-            return Encoded(hidden_pre, acts)
-        with torch.no_grad():
-            strength = acts * half.W_dec.norm(dim=1)
-            if not self.training:
-                kept = strength > threshold
-            elif self.cfg.activation == "topk":
-                kept = torch.zeros_like(strength, dtype=torch.bool).scatter(1, strength.topk(int(self.cfg.k)).indices, True)
-            else:
-                kept = batch_top_k(strength, self.cfg.k)
-                self._follow_threshold(threshold, strength, kept)
-        return Encoded(hidden_pre, acts * kept)
+        return Encoded(hidden_pre, hidden_pre.relu() * self._kept(half, threshold, hidden_pre))
 
-    def _follow_threshold(self, threshold: Tensor, strength: Tensor, kept: Tensor) -> None:
-        smallest = strength[kept & (strength > 0)]
-        if smallest.numel():
-            threshold.lerp_(smallest.min().to(threshold.dtype), self.cfg.threshold_lr if threshold > 0 else 1.0)
+    @torch.no_grad()
+    def _kept(self, half: Transcoder, threshold: Tensor, hidden_pre: Tensor) -> Bool[Tensor, "*batch d"]:
+        """Which positive entries fire; during training `threshold` follows the weakest of them."""
+        if self.cfg.activation == "relu":
+            return hidden_pre > 0
+        strength = hidden_pre * half.W_dec.norm(dim=1)
+        if not self.training:
+            return strength > threshold
+        if self.cfg.activation == "topk":
+            strongest = strength.topk(int(self.cfg.k))
+            return torch.zeros_like(strength, dtype=torch.bool).scatter(1, strongest.indices, strongest.values > 0)
+        cutoff = batch_cutoff(strength, self.cfg.k)
+        threshold.lerp_(cutoff.to(threshold.dtype), self.cfg.threshold_lr if threshold > 0 else 1.0)
+        return (strength >= cutoff) & (strength > 0)
 
     def encode_halves(self, x: Float[Tensor, "*batch d_model"]) -> tuple[Encoded, Encoded]:
         return (
             self._encode_half(self.query, self.query_threshold, x),
             self._encode_half(self.key, self.key_threshold, x),
         )
+
+    def _transcode(self, half: Transcoder, threshold: Tensor, x: Float[Tensor, "tokens d_model"]) -> Transcoded:
+        if self.cfg.activation == "relu" or not compiled_for(x):
+            acts = self._encode_half(half, threshold, x).acts
+            return Transcoded(acts, half.decode(acts))
+        with torch.no_grad():
+            hidden_pre = half.process_sae_in(x) @ half.W_enc + half.b_enc
+        return transcode(half, x, hidden_pre, self._kept(half, threshold, hidden_pre))
 
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,8 +188,8 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         weights, rows = self._attached(step_input.sae_in)
         x, spec = step_input.sae_in, self.spec
-        query, key = self.encode_halves(x)
-        q_hat, k_hat = self.query.decode(query.acts), self.key.decode(key.acts)
+        query, key = self._transcode(self.query, self.query_threshold, x), self._transcode(self.key, self.key_threshold, x)
+        q_hat, k_hat = query.output, key.output
         with torch.no_grad():
             q, k = weights.queries(x).flatten(1), weights.keys(x).flatten(1)
         losses = pattern_losses(
@@ -191,7 +200,7 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
             spec=spec,
         )
         losses = {name: getattr(self.cfg, f"{name}_coefficient") * value for name, value in losses.items()}
-        losses |= self._auxiliary_losses(step_input, (query, key), (q, k), (q_hat, k_hat))
+        losses |= self._auxiliary_losses(step_input, (query, key), (q, k))
         loss = torch.stack(list(losses.values())).sum()
         if not loss.isfinite():
             raise NonFiniteLossError(
@@ -202,30 +211,27 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
         return TrainStepOutput(
             sae_in=torch.cat([q, k], dim=1),
             sae_out=torch.cat([q_hat, k_hat], dim=1),
-            feature_acts=torch.cat([query.acts, key.acts], dim=1).detach(),
-            hidden_pre=torch.cat([query.hidden_pre, key.hidden_pre], dim=1).detach(),
+            feature_acts=(acts := torch.cat([query.acts, key.acts], dim=1).detach()),
+            hidden_pre=acts,
             loss=loss,
             losses=losses,
             metrics={"l0_query": _l0(query.acts), "l0_key": _l0(key.acts)},
         )
 
     def _auxiliary_losses(
-        self, step_input: TrainStepInput, encoded: tuple[Encoded, Encoded], true: tuple[Tensor, Tensor],
-        reconstructed: tuple[Tensor, Tensor],
+        self, step_input: TrainStepInput, sides: tuple[Transcoded, Transcoded], true: tuple[Tensor, Tensor]
     ) -> dict[str, Tensor]:  # fmt: skip
-        cfg, losses = self.cfg, {}
+        cfg, losses, halves = self.cfg, {}, (self.query, self.key)
         if cfg.mse_coefficient:
-            losses["mse"] = cfg.mse_coefficient * sum(map(relative_mse, true, reconstructed))
+            losses["mse"] = cfg.mse_coefficient * sum(relative_mse(t, s.output) for t, s in zip(true, sides, strict=True))
         if cfg.activation == "relu":
-            penalties = [sqrt_penalty(e.acts, h.W_dec) for e, h in zip(encoded, (self.query, self.key), strict=True)]
+            penalties = [sqrt_penalty(s.acts, half.W_dec) for s, half in zip(sides, halves, strict=True)]
             losses["sparsity"] = step_input.coefficients["sparsity"] * sum(penalties)
         elif cfg.dead_coefficient and step_input.dead_neuron_mask is not None and step_input.dead_neuron_mask.any():
             dead_masks = step_input.dead_neuron_mask.split([cfg.d_query, cfg.d_key])
             losses["dead"] = cfg.dead_coefficient * torch.stack([
-                dead_feature_loss(target - output, side.hidden_pre, half.W_dec, dead, cfg.dead_k)
-                for target, output, side, half, dead in zip(
-                    true, reconstructed, encoded, (self.query, self.key), dead_masks, strict=True
-                )
+                dead_feature_loss(target - side.output, step_input.sae_in, half, dead, cfg.dead_k)
+                for target, side, half, dead in zip(true, sides, halves, dead_masks, strict=True)
             ]).sum()  # fmt: skip
         return losses
 
@@ -314,12 +320,16 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
         return self
 
 
-def batch_top_k(strength: Float[Tensor, "tokens d"], k: float) -> Bool[Tensor, "tokens d"]:
-    """The k * tokens strongest positive entries of the whole batch."""
-    n = int(k * strength.shape[0])
-    kept = torch.zeros(strength.numel(), dtype=torch.bool, device=strength.device)
-    kept[strength.flatten().topk(n, sorted=False).indices] = True
-    return kept.view_as(strength) & (strength > 0)
+def batch_cutoff(strength: Float[Tensor, "tokens d"], k: float) -> Float[Tensor, ""]:
+    """The smallest of the k * tokens strongest entries of the whole batch.
+
+    Selecting it among millions is slow, so a sample says first above which value about twice as many lie.
+    """
+    n, strength = max(1, int(k * strength.shape[0])), strength.flatten()
+    sample = strength[::_STRIDE]
+    floor = sample.topk(min(len(sample), max(1, 2 * n * len(sample) // len(strength)))).values[-1]
+    above = strength[strength >= floor]
+    return (above if len(above) >= n else strength).topk(n, sorted=False).values.min()
 
 
 @torch.no_grad()
@@ -334,7 +344,8 @@ def strength_threshold(half: Transcoder, batches: Sequence[Float[Tensor, "tokens
 
 
 def _l0(acts: Tensor) -> float:
-    return acts.count_nonzero().item() / acts.shape[0]
+    n_active = len(acts.values()) if acts.is_sparse else acts.count_nonzero().item()
+    return n_active / acts.shape[0]
 
 
 if TRANSCODERS_ARCHITECTURE not in SAE_TRAINING_CLASS_REGISTRY:
