@@ -1,4 +1,4 @@
-"""Loading models: the embedded default (SmolLM2 out of a pip package), local folders, and names on the Hub."""
+"""Loading models: the embedded default (SmolLM2 out of a pip package), shipped and local folders, names on the Hub."""
 
 import importlib.util
 import logging
@@ -32,10 +32,25 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SAE_LENS_QK_CACHE", default)).expanduser()
 
 
+def shipped_folder() -> Path:
+    """What comes with the package: `_shipped` in an installed wheel, `pretrained/` in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "_shipped"
+    return installed if installed.is_dir() else package.parent / "pretrained"
+
+
+def shipped_model_folder(model_name: str) -> Path | None:
+    """Folder of a model that comes with the package, such as `gpt2-3m`."""
+    folder = shipped_folder() / "models" / model_name
+    return folder if model_name and (folder / "config.json").is_file() else None
+
+
 def hub_name(model_name: str) -> str | None:
     """Repository on the Hub with the model's weights or, for the embedded model, with those it was quantised from."""
     if model_name == EMBEDDED_MODEL:
         return _EMBEDDED_ARCHITECTURE
+    if shipped_model_folder(model_name):
+        return None
     name = _NAMES_OF_HUB_MODELS.get(model_name, model_name)
     return None if not name or Path(name).is_absolute() or Path(name).is_dir() or name.count("/") > 1 else name
 
@@ -46,8 +61,8 @@ def load_model(
     """Load a model as a `TransformerBridge` in float32 with frozen parameters.
 
     Args:
-        model: a dictionary (its own model and mode), `EMBEDDED_MODEL`, a local folder in Hugging Face format, or a
-            model name that transformer_lens knows (this one may download).
+        model: a dictionary (its own model and mode), `EMBEDDED_MODEL`, a shipped model (`gpt2-3m`), a local folder in
+            Hugging Face format, or a model name that transformer_lens knows (this one may download).
         device: where the model goes.
         compatibility_mode: fold LayerNorm as HookedTransformer does. Default: the dictionary's mode, False for names.
     Raises:
@@ -61,6 +76,8 @@ def load_model(
             compatibility_mode = model.cfg.model_mode == "bridge_compatibility"
     if name == EMBEDDED_MODEL:
         bridge = _boot_from_folder(embedded_model_folder(), _EMBEDDED_ARCHITECTURE, device)
+    elif folder := shipped_model_folder(name):
+        bridge = _boot_from_folder(folder, str(folder), device)
     elif Path(name).is_dir():
         bridge = _boot_from_folder(Path(name), name, device)
     else:

@@ -1,6 +1,7 @@
 """Loading models: local folders in both modes, a dictionary's own model, and the embedded one when it is missing."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ from tiny_dictionaries import inputs_and_scores, observe, tiny_dictionary
 from tiny_models import tiny_model, tiny_tokens
 
 import sae_lens_qk as qk
+from sae_lens_qk import models
 from sae_lens_qk.host import FingerprintError, model_mode
-from sae_lens_qk.models import EMBEDDED_MODEL, cache_folder, embedded_model_folder
+from sae_lens_qk.models import EMBEDDED_MODEL, cache_folder, embedded_model_folder, hub_name, shipped_folder
 
 
 @torch.no_grad()
@@ -46,6 +48,22 @@ def test_a_dictionary_loads_its_own_model(mode, gpt2_folder):
     assert model_mode(other) != mode
     with pytest.raises(FingerprintError):
         d.fwd_hooks(other)
+
+
+def test_shipped_files_are_found_in_a_wheel_and_in_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "__file__", str(tmp_path / "sae_lens_qk" / "models.py"))
+    assert shipped_folder() == tmp_path / "pretrained"
+    (tmp_path / "sae_lens_qk" / "_shipped").mkdir(parents=True)
+    assert shipped_folder() == tmp_path / "sae_lens_qk" / "_shipped"
+
+
+def test_shipped_models_go_by_name(tmp_path, monkeypatch, gpt2_folder, gpt2_bridge):
+    assert hub_name("mine") == "mine"
+    (tmp_path / "models").mkdir()
+    shutil.copytree(gpt2_folder, tmp_path / "models" / "mine")
+    monkeypatch.setattr(models, "shipped_folder", lambda: tmp_path)
+    torch.testing.assert_close(log_probs(qk.load_model("mine")), log_probs(gpt2_bridge), rtol=0, atol=1e-6)
+    assert hub_name("mine") is None
 
 
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):

@@ -13,9 +13,9 @@ import yaml
 
 import sae_lens_qk as qk
 from sae_lens_qk.__main__ import main
-from sae_lens_qk.pretrained import registry as module
+from sae_lens_qk.models import shipped_folder
 from sae_lens_qk.pretrained.checksums import verify_folder
-from sae_lens_qk.pretrained.registry import Entry, headline_figures, recipe_file, registry, shipped_folder
+from sae_lens_qk.pretrained.registry import Entry, headline_figures, recipe_file, registry
 
 COLUMNS = [
     "name", "model", "layer", "status", "d_query", "d_key", "n_pairs", "pattern_kl", "ce_recovered", "logit_kl_recovered",
@@ -241,13 +241,6 @@ def test_headline_figures_are_those_of_the_map_where_there_is_one():
     assert headline_figures({"sources": {"transcoders": transcoders}}) == dict.fromkeys(FIGURES, 0.25)
     assert headline_figures({"sources": {"feature_map": {"pattern_kl": {"value": 0.5}}}}) == {"pattern_kl": 0.5}
     assert headline_figures({}) == headline_figures({"sources": {}}) == {}
-
-
-def test_shipped_files_are_found_in_a_wheel_and_in_a_checkout(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "sae_lens_qk" / "pretrained" / "registry.py"))
-    assert shipped_folder() == tmp_path / "pretrained"
-    (tmp_path / "sae_lens_qk" / "_shipped").mkdir(parents=True)
-    assert shipped_folder() == tmp_path / "sae_lens_qk" / "_shipped"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pandas as pd
 import yaml
 
 from sae_lens_qk.config import BilinearQKRunnerConfig
+from sae_lens_qk.models import shipped_folder
 from sae_lens_qk.pretrained.checksums import CONFIG, METRICS
 
 Status = Literal["shipped", "published", "unpublished"]
@@ -73,13 +74,6 @@ class Entry:
         """What trains it."""
         config = self.recipe.stem if self.recipe == recipe_file(self.recipe.stem) else self.recipe
         return f"python -m sae_lens_qk train --config {shlex.quote(str(config))}"
-
-
-def shipped_folder() -> Path:
-    """Registry, recipes and shipped dictionaries: `_shipped` in an installed wheel, `pretrained/` in a checkout."""
-    package = Path(__file__).parents[1]
-    installed = package / "_shipped"
-    return installed if installed.is_dir() else package.parent / "pretrained"
 
 
 def recipe_file(recipe: str | Path) -> Path:
