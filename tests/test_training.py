@@ -412,6 +412,20 @@ def test_cache_of_other_inputs_is_refused(tmp_path, text_dataset):
         other.fill_input_cache()
 
 
+def test_inputs_computed_in_bfloat16_are_a_cache_of_their_own(tmp_path, text_dataset):
+    model, rows = tiny_model("llama"), {}
+    run = {"output_path": None, "checkpoint_path": None}
+    for name, autocast in (("exact", False), ("half", True)):
+        cfg = tiny_config(tmp_path, input_cache_path=str(tmp_path / name), autocast_lm=autocast, **run)
+        rows[name] = qk.BilinearQKTrainingRunner(cfg, model, text_dataset).fill_input_cache().rows(slice(None))
+    difference = (rows["half"] - rows["exact"]).norm() / rows["exact"].norm()
+    assert 1e-3 < difference < 0.03
+    for name, autocast in (("exact", True), ("half", False)):
+        cfg = tiny_config(tmp_path, input_cache_path=str(tmp_path / name), autocast_lm=autocast, **run)
+        with pytest.raises(ValueError, match=r"caches other inputs: it has \{'autocast_lm'"):
+            qk.BilinearQKTrainingRunner(cfg, model, text_dataset).fill_input_cache()
+
+
 def test_cache_holds_the_models_inputs_and_resumes(tmp_path, text_dataset):
     model = tiny_model("llama")
     changes = {"input_cache_path": str(tmp_path / "cache"), "output_path": None, "checkpoint_path": None}

@@ -97,10 +97,10 @@ def fill_cache(store: ActivationsStore, folder: str | Path, n_rows: int, identit
     info = {"identity": identity, "n_rows": 0, "complete": False}
     if (folder / _INFO).exists():
         info = json.loads((folder / _INFO).read_text())
-        different = [key for key in identity if info["identity"].get(key) != identity[key]]
+        different = [key for key in info["identity"] | identity if info["identity"].get(key) != identity.get(key)]
         if different:
             was = {key: info["identity"].get(key) for key in different}
-            now = {key: identity[key] for key in different}
+            now = {key: identity.get(key) for key in different}
             raise ValueError(f"{folder} caches other inputs: it has {was}, this run needs {now}. Use another folder.")
     if info["n_rows"] >= n_rows or info["complete"]:
         return InputCache(folder)

@@ -204,7 +204,8 @@ class BilinearQKTrainingRunner:
                 f"The dataset is shorter than one batch of {n_rows} rows of {self.cfg.context_size} tokens: "
                 "give a longer dataset or a smaller train_batch_size_tokens."
             ) from end
-        expected = layer_inputs(self.model, self.cfg.layer, tokens)
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.cfg.autocast_lm):
+            expected = layer_inputs(self.model, self.cfg.layer, tokens)
         batch = next(self._store()).unflatten(0, (n_rows, self.cfg.context_size))
         difference = float((batch - expected.to(batch)).abs().max())
         if difference > 1e-4 * max(1.0, float(batch.abs().max())):
@@ -223,6 +224,7 @@ class BilinearQKTrainingRunner:
         identity = dict(
             model_name=cfg.model_name, hook_name=cfg.hook_name, context_size=cfg.context_size, d_in=cfg.sae.d_in,
             dataset=cfg.dataset_path or getattr(self.dataset, "_fingerprint", ""), fingerprint=cfg.sae.fingerprint[:8],
+            **({"autocast_lm": True} if cfg.autocast_lm else {}),
         )  # fmt: skip
         n_rows = (cfg.input_cache_tokens or cfg.training_tokens) // cfg.context_size
         return fill_cache(self._store(), os.path.expandvars(cfg.input_cache_path), n_rows, identity)
