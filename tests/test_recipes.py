@@ -134,6 +134,7 @@ CACHE = {"input_cache_path": "cache", "input_cache_tokens": STEPS * 2048}
         ("gpt2-small-L2", SHORT_ROWS),  # from a stream without a cache, as the recipe says
         slow("gpt2-small-L6", CACHE),
         slow("gpt2-small-L10", CACHE),
+        slow("gpt2-small-L10-batchtopk", CACHE),
         ("smollm2-135m-instruct-L1", SHORT_ROWS | {"input_cache_path": "cache"}),
         slow("smollm2-135m-instruct-L17", CACHE),
         slow("smollm2-135m-instruct-L23", CACHE),
@@ -237,7 +238,7 @@ def test_every_dictionary_has_a_recipe():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_is_of_its_own_dictionary(recipe):
     cfg = qk.BilinearQKRunnerConfig.from_file(recipe_path(recipe))
-    dictionary = recipe.removesuffix("-authors")
+    dictionary = recipe.removesuffix("-authors").removesuffix("-batchtopk")
     model = {"gpt2": "gpt2-small", "smollm2": "smollm2-135m-instruct-q4_1"}[family(recipe)]
     assert (cfg.model_name, cfg.layer) == (model, int(dictionary.split("-L")[1]))
     assert (cfg.output_path, cfg.checkpoint_path) == (f"output/{recipe}", f"checkpoints/{recipe}")
@@ -255,7 +256,23 @@ def test_a_recipe_runs_on_any_machine(recipe):
     assert "device" not in yaml.safe_load(text)
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name.startswith("gpt2")])
+@pytest.mark.parametrize("recipe", ["gpt2-small-L2", "gpt2-small-L6", "gpt2-small-L10"])
+def test_the_variants_differ_from_the_post_in_how_they_train_alone(recipe):
+    """Model, layer, text, tokens and widths stay; activation, initialisation, learning rate and step 2 are as on SmolLM2."""
+    post, variant = (options_of(yaml.safe_load(recipe_path(name).read_text())) for name in (recipe, f"{recipe}-batchtopk"))
+    best = options_of(yaml.safe_load(recipe_path("smollm2-135m-instruct-L23").read_text()))
+    changed = {name for name in post | variant if post.get(name) != variant.get(name)}
+    ours = {
+        "lr", "sae.activation", "sae.k", "sae.decoder_bias", "mask.lr", "mask.fine_tune_lr", "mask.sparsity_coefficient",
+        "mask.n_pairs", "mask.n_candidates", "mask.prune_until",
+    }  # fmt: skip
+    assert changed <= ours | {
+        "lr_warm_up_steps", "sae.sparsity_coefficient", "sae.initialization", "mask.compact", "checkpoint_path", "output_path"
+    }  # fmt: skip
+    assert {name: variant[name] for name in ours} == {name: best[name] for name in ours}
+
+
+@pytest.mark.parametrize("recipe", ["gpt2-small-L2", "gpt2-small-L6", "gpt2-small-L10"])
 def test_gpt2_recipes_are_at_the_settings_of_the_post(recipe):
     cfg = qk.BilinearQKRunnerConfig.from_file(recipe_path(recipe))
     assert (cfg.sae.d_query, cfg.sae.d_key, cfg.sae.activation, cfg.sae.initialization) == (2400, 2400, "relu", "kaiming")
