@@ -3,7 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo demo-train test test-all check bench bench-quality clean
+.PHONY: setup demo demo-train tutorial test test-all check bench bench-quality clean
 
 setup: $(VENV)/.installed
 
@@ -18,6 +18,10 @@ demo: setup  ## load the dictionary, evaluate it, explain one attention weight, 
 
 demo-train: setup  ## train a small dictionary, both steps
 	$(PY) examples/demo_train.py
+
+tutorial: setup  ## run the tutorial notebook and keep its outputs in it
+	$(VENV)/bin/jupyter-nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
+		examples/tutorial.ipynb
 
 test: setup  ## the fast tests
 	$(PY) -m pytest -m "not slow"

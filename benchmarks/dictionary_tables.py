@@ -63,7 +63,6 @@ def heads(evaluation: Figures) -> list[str]:
     """A row a head; transcoders first, feature map second."""
     there = [evaluation["sources"][name] for name in SOURCES if name in evaluation["sources"]]
     per_head = evaluation["feature_map"]["pairs_per_head"] if evaluation["feature_map"] else None
-
     written = {
         "pattern_kl_per_head": partial(number, digits=4),
         **dict.fromkeys(("score_explained", "score_explained_unweighted", "norm_share"), partial(percent, digits=1)),
@@ -123,7 +122,7 @@ def beside(report: Report) -> list[str]:
     ours, others = report["dictionary"], report["beside"]
     evaluations = {ours: report["evaluation"], **{name: other["evaluation"] for name, other in others.items()}}
     rows = [
-        [name, SOURCES[source], *(nats(found[figure], "+") for figure in ("pattern_kl", "ce_loss", "logit_kl"))]
+        [name, SOURCES[source], *(nats(interval, "+") for interval in found.values())]
         for name, other in others.items()
         for source, found in other["difference"].items()
     ]

@@ -475,6 +475,19 @@ def test_dead_feature_loss_wakes_only_dead_features():
         assert (grad[dead] != 0).any()
 
 
+def test_the_penalty_on_active_entries_alone_is_the_same():
+    half, dense = small_half("float64"), small_half("float64")
+    x = torch.randn(11, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    hidden_pre = x @ dense.W_enc + dense.b_enc
+    made = transcode(half, x, x @ half.W_enc + half.b_enc, hidden_pre > 0).acts
+    penalties = sqrt_penalty(made, half.W_dec), sqrt_penalty(hidden_pre.relu(), dense.W_dec)
+    assert float(penalties[0]) == pytest.approx(float(penalties[1]), rel=1e-12)
+    for penalty in penalties:
+        penalty.backward()
+    for name in ("W_enc", "b_enc", "W_dec"):
+        assert torch.allclose(half.get_parameter(name).grad, dense.get_parameter(name).grad), name
+
+
 def small_half(dtype: str = "float32") -> Transcoder:
     half = Transcoder(TranscoderConfig(d_in=6, d_sae=7, d_out=5, dtype=dtype, apply_b_dec_to_input=False))
     generator = torch.Generator().manual_seed(1)

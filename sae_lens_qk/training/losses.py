@@ -66,7 +66,11 @@ def pattern_losses(
 
 def sqrt_penalty(acts: Float[Tensor, "tokens d"], W_dec: Float[Tensor, "d d_out"], eps: float = 1e-7) -> Float[Tensor, ""]:
     """mean over tokens of sum over features of sqrt(act * ||decoder row|| + eps): independent of the batch size."""
-    return (acts * W_dec.norm(dim=1) + eps).sqrt().sum(dim=1).mean()
+    if not acts.is_sparse:
+        return (acts * W_dec.norm(dim=1) + eps).sqrt().sum(dim=1).mean()
+    values, (_, feature) = acts.values(), acts.indices()
+    of_active = (values * W_dec.norm(dim=1)[feature] + eps).sqrt().sum()
+    return (of_active + (acts.numel() - len(values)) * eps**0.5) / len(acts)
 
 
 def relative_mse(

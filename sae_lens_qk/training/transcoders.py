@@ -23,6 +23,7 @@ from sae_lens_qk.training.initialization import Side, from_data, from_scores
 from sae_lens_qk.training.losses import dead_feature_loss, pattern_losses, relative_mse, sqrt_penalty
 from sae_lens_qk.training.transcode import Transcoded, compiled_for, transcode
 
+_SPARSE = 0.05  # share of active relu entries below which sums over them are faster than dense products
 _STRIDE = 61  # of the sample that tells about where the cutoff of a batch lies; prime, so that it meets every feature
 
 
@@ -167,12 +168,14 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
         )
 
     def _transcode(self, half: Transcoder, threshold: Tensor, x: Float[Tensor, "tokens d_model"]) -> Transcoded:
-        if self.cfg.activation == "relu" or not compiled_for(x):
-            acts = self._encode_half(half, threshold, x).acts
-            return Transcoded(acts, half.decode(acts))
         with torch.no_grad():
             hidden_pre = half.process_sae_in(x) @ half.W_enc + half.b_enc
-        return transcode(half, x, hidden_pre, self._kept(half, threshold, hidden_pre))
+            kept = self._kept(half, threshold, hidden_pre)
+        sparse = self.cfg.activation != "relu" or kept.count_nonzero() < _SPARSE * kept.numel()
+        if sparse and compiled_for(x):
+            return transcode(half, x, hidden_pre, kept)
+        acts = (half.process_sae_in(x) @ half.W_enc + half.b_enc) * kept
+        return Transcoded(acts, half.decode(acts))
 
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
