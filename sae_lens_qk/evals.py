@@ -126,7 +126,18 @@ class Evaluation(NamedTuple):
         return Group(table, features, feature_map)
 
 
-@torch.no_grad()
+class RowFigures(NamedTuple):
+    """Result of `evaluate_by_row`: an evaluation, and what its means are made of."""
+
+    evaluation: Evaluation
+    rows: dict[str, dict[str, np.ndarray]]
+    """By source, then figure, with the names of `PatternResult`: pattern_kl [row, head]; pattern_tv, argmax_agreement,
+    ce_loss and logit_kl [row]. The zero pattern has neither pattern_kl nor argmax_agreement."""
+    fired_query: np.ndarray
+    """Tokens on which each feature fires, [d_query]."""
+    fired_key: np.ndarray
+
+
 def evaluate(
     dictionary: BilinearQKDictionary,
     model: Model,
@@ -147,6 +158,23 @@ def evaluate(
         ValueError: fewer than two rows, or an unknown baseline.
         FingerprintError: the model is not the dictionary's.
     """
+    return evaluate_by_row(
+        dictionary, model, tokens, batch_size=batch_size, baselines=baselines, seed=seed, progress=progress
+    ).evaluation
+
+
+@torch.no_grad()
+def evaluate_by_row(
+    dictionary: BilinearQKDictionary,
+    model: Model,
+    tokens: Int[Tensor, "row pos"],
+    *,
+    batch_size: int = 8,
+    baselines: tuple[str, ...] = BASELINES,
+    seed: int = 0,
+    progress: bool = False,
+) -> RowFigures:
+    """`evaluate`, arguments and errors as there, with the figures of every row and the firing of every feature."""
     unknown = set(baselines) - set(BASELINES)
     if unknown or tokens.ndim != 2 or len(tokens) < 2 or batch_size < 2:
         raise ValueError(
@@ -165,7 +193,9 @@ def evaluate(
             run.add(batch)
     finally:
         dictionary.train(was_training)
-    return run.result(np.random.default_rng(seed))
+    tables = run.tables()
+    fired_query, fired_key = (fired.long().numpy() for fired in run.fired)
+    return RowFigures(run.result(tables, np.random.default_rng(seed)), tables, fired_query, fired_key)
 
 
 class _Run:
@@ -204,7 +234,7 @@ class _Run:
             made = torch.zeros_like(true) if log_made is None else log_made.exp()
             hooks = pattern_hooks(self.model, self.layer, lambda x, scores, made=made: made)
             patched = self.replay.run(hooks).float().log_softmax(dim=-1)
-            self._add(name, "ce", _cross_entropy(patched, tokens))
+            self._add(name, "ce_loss", _cross_entropy(patched, tokens))
             self._add(name, "logit_kl", (log_probs.exp() * (log_probs - patched)).sum(dim=-1).mean(dim=1))
         self._add_features(x, scores, true.exp())
 
@@ -228,12 +258,12 @@ class _Run:
     def _add_pattern(self, name: str, true: Tensor, made: Tensor | None) -> None:
         probabilities = true.exp()
         other = torch.zeros_like(probabilities) if made is None else made.exp()
-        self._add(name, "tv", 0.5 * (probabilities - other).abs().sum(dim=-1)[..., 1:].mean(dim=(1, 2)))
+        self._add(name, "pattern_tv", 0.5 * (probabilities - other).abs().sum(dim=-1)[..., 1:].mean(dim=(1, 2)))
         if made is None:
             return
-        self._add(name, "kl", pattern_kl(true, made)[..., 1:].mean(dim=2))
+        self._add(name, "pattern_kl", pattern_kl(true, made)[..., 1:].mean(dim=2))
         same = probabilities.argmax(dim=-1) == other.argmax(dim=-1)
-        self._add(name, "argmax", same[..., 1:].double().mean(dim=(1, 2)))
+        self._add(name, "argmax_agreement", same[..., 1:].double().mean(dim=(1, 2)))
 
     def _add_features(self, x: Tensor, scores: Tensor, pattern: Tensor) -> None:
         d, spec = self.d, self.d.spec
@@ -256,8 +286,10 @@ class _Run:
         by_head = explained_sums(scores, features, pattern)
         self.explained[name] = self.explained.get(name, torch.zeros_like(by_head)) + by_head
 
-    def result(self, generator: np.random.Generator) -> Evaluation:
-        tables = {name: {f: torch.cat(v).numpy() for f, v in rows.items()} for name, rows in self.rows.items()}
+    def tables(self) -> dict[str, dict[str, np.ndarray]]:
+        return {name: {f: torch.cat(v).numpy() for f, v in rows.items()} for name, rows in self.rows.items()}
+
+    def result(self, tables: dict[str, dict[str, np.ndarray]], generator: np.random.Generator) -> Evaluation:
         clean = torch.cat(self.clean_ce).double().numpy()
         picks = generator.integers(0, len(clean), (_N_BOOTSTRAP, len(clean)))
         return Evaluation(
@@ -273,19 +305,20 @@ class _Run:
         self, name: str, tables: dict[str, dict[str, np.ndarray]], clean: np.ndarray, picks: np.ndarray
     ) -> PatternResult:
         rows, zero = tables[name], tables["zero"]
-        kl = rows.get("kl")
+        kl = rows.get("pattern_kl")
         explained = None
         if name in self.explained:
             explained = [shares.tolist() for shares in explained_shares(self.explained[name])]
         return PatternResult(
             pattern_kl=None if kl is None else _interval(lambda at: kl[at].mean(axis=(-1, -2)), picks),
             pattern_kl_per_head=None if kl is None else kl.mean(axis=0).tolist(),
-            pattern_tv=float(rows["tv"].mean()),
-            argmax_agreement=float(rows["argmax"].mean()) if "argmax" in rows else None,
-            ce_loss=float(rows["ce"].mean()),
+            pattern_tv=float(rows["pattern_tv"].mean()),
+            argmax_agreement=float(rows["argmax_agreement"].mean()) if "argmax_agreement" in rows else None,
+            ce_loss=float(rows["ce_loss"].mean()),
             logit_kl=float(rows["logit_kl"].mean()),
             ce_recovered=_interval(
-                lambda at: (zero["ce"][at] - rows["ce"][at]).mean(-1) / (zero["ce"][at] - clean[at]).mean(-1), picks
+                lambda at: (zero["ce_loss"][at] - rows["ce_loss"][at]).mean(-1) / (zero["ce_loss"][at] - clean[at]).mean(-1),
+                picks,
             ),
             logit_kl_recovered=_interval(
                 lambda at: 1 - rows["logit_kl"][at].mean(-1) / zero["logit_kl"][at].mean(-1), picks

@@ -23,6 +23,7 @@ from tiny_models import tiny_model, tiny_tokens
 
 import sae_lens_qk as qk
 from sae_lens_qk.attention import attention_scores
+from sae_lens_qk.evals import evaluate_by_row
 from sae_lens_qk.host import FingerprintError, qk_weights
 
 PATTERN = f"blocks.{LAYER}.attn.hook_pattern"
@@ -93,13 +94,13 @@ def kl_by_head(true, other) -> list[float]:
     figures = []
     for head in range(true.shape[1]):
         total = 0.0
-        for row in range(N_ROWS):
+        for row in range(len(true)):
             for i in range(1, N_POS):
                 total += sum(
                     p * math.log(p / o)
                     for p, o in zip(true[row, head, i, : i + 1].tolist(), other[row, head, i, : i + 1].tolist(), strict=True)
                 )
-        figures.append(total / (N_ROWS * (N_POS - 1)))
+        figures.append(total / (len(true) * (N_POS - 1)))
     return figures
 
 
@@ -275,6 +276,24 @@ def test_feature_map(dictionary, model, rows, result):
     assert found.sparsity_of_live == pytest.approx(1 - len(both_live) / (len(live_query) * len(live_key) * n_heads))
     assert found.pairs_per_head == [sum(h == head for _, _, h in pairs) for head in range(n_heads)]
     assert found.active_pairs == pytest.approx(active / (N_ROWS * N_POS * (N_POS + 1) / 2))
+
+
+def test_figures_by_row(dictionary, model, rows, patterns, result):
+    made = evaluate_by_row(dictionary, model, rows, batch_size=N_ROWS)
+    assert made.evaluation == result
+    alone = evaluate_by_row(dictionary, model, rows[2:5], baselines=("uniform",))
+    for name in (*SOURCES, "zero", "uniform"):
+        figures = ("pattern_tv", "ce_loss", "logit_kl") + ("pattern_kl", "argmax_agreement") * (name != "zero")
+        assert set(made.rows[name]) == set(figures)
+        for figure in figures:
+            found = made.rows[name][figure]
+            assert found.shape == (N_ROWS, *[dictionary.spec.n_heads] * (figure == "pattern_kl"))
+            assert alone.rows[name][figure] == pytest.approx(found[2:5], rel=1e-3, abs=1e-6)
+    true, other = patterns["clean"][3:4], patterns["transcoders"][3:4]
+    assert made.rows["transcoders"]["pattern_kl"][3] == pytest.approx(kl_by_head(true, other), rel=1e-3)
+    x, _ = inputs_and_scores(model, rows)
+    for fired, acts in ((made.fired_query, dictionary.encode_query(x)), (made.fired_key, dictionary.encode_key(x))):
+        assert fired.tolist() == (acts > 0).sum(dim=(0, 1)).tolist()
 
 
 def test_batches_do_not_matter(dictionary, model, rows, result):

@@ -267,7 +267,8 @@ def test_the_variants_differ_from_the_post_in_how_they_train_alone(recipe):
         "mask.n_pairs", "mask.n_candidates", "mask.prune_until",
     }  # fmt: skip
     assert changed <= ours | {
-        "lr_warm_up_steps", "sae.sparsity_coefficient", "sae.initialization", "mask.compact", "checkpoint_path", "output_path"
+        "lr_warm_up_steps", "sae.sparsity_coefficient", "sae.initialization", "mask.compact", "checkpoint_path",
+        "output_path",
     }  # fmt: skip
     assert {name: variant[name] for name in ours} == {name: best[name] for name in ours}
 
