@@ -105,8 +105,8 @@ class _DenseTranscoders(TranscodersTrainingSAE):
 
     @override
     def _transcode(self, half: Transcoder, threshold: Tensor, x: Tensor) -> Transcoded:
-        acts = self._encode_half(half, threshold, x).acts
-        return Transcoded(acts, half.decode(acts))
+        encoded = self._encode_half(half, threshold, x)
+        return Transcoded(encoded.hidden_pre, encoded.acts, half.decode(encoded.acts))
 
 
 def step_2(sizes: Sizes) -> Result:

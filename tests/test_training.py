@@ -469,7 +469,7 @@ def test_dead_feature_loss_wakes_only_dead_features():
     half = small_half()
     dead = torch.tensor([True, False, False, True, False, False, True])
     residual, x = torch.randn(11, half.cfg.d_out, generator=generator), torch.randn(11, half.cfg.d_in, generator=generator)
-    dead_feature_loss(residual, x, half, dead, k=2).backward()
+    dead_feature_loss(residual, x, x @ half.W_enc + half.b_enc, half, dead, k=2).backward()
     for grad in (half.W_dec.grad, half.W_enc.grad.T, half.b_enc.grad):
         assert (grad[~dead] == 0).all()
         assert (grad[dead] != 0).any()

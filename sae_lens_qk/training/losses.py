@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sae_lens_qk.attention import AttentionSpec, attention_scores, log_pattern, pattern_kl
 from sae_lens_qk.kernels import softmax_kl
+from sae_lens_qk.training.transcode import transcode
 
 
 class TruePattern(NamedTuple):
@@ -85,6 +86,7 @@ def relative_mse(
 def dead_feature_loss(
     residual: Float[Tensor, "tokens d_out"],
     x: Float[Tensor, "tokens d_model"],
+    hidden_pre: Float[Tensor, "tokens d"],
     half: Transcoder,
     dead: Bool[Tensor, " d"],
     k: int,
@@ -96,7 +98,8 @@ def dead_feature_loss(
     n_dead = int(dead.sum())
     if n_dead == 0:
         return residual.new_zeros(())
-    hidden_pre = half.process_sae_in(x) @ half.W_enc[:, dead] + half.b_enc[dead]
-    strongest = hidden_pre.topk(min(k, n_dead), dim=1)
-    acts = torch.zeros_like(hidden_pre).scatter(1, strongest.indices, strongest.values.relu())
-    return relative_mse(residual.detach(), acts @ half.W_dec[dead]) * min(1.0, n_dead / k)
+    strongest = hidden_pre[:, dead].topk(min(k, n_dead), dim=1)
+    kept = torch.zeros_like(hidden_pre, dtype=torch.bool)
+    kept.scatter_(1, dead.nonzero()[:, 0][strongest.indices], strongest.values > 0)
+    made = transcode(half, x, hidden_pre, kept).output - half.b_dec
+    return relative_mse(residual.detach(), made) * min(1.0, n_dead / k)

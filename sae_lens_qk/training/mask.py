@@ -23,7 +23,7 @@ from sae_lens_qk.feature_map import SparseFeatureMap
 from sae_lens_qk.host import QKWeights
 from sae_lens_qk.pair_scores import PairScorer, constant_scores
 from sae_lens_qk.training.losses import TruePattern
-from sae_lens_qk.training.transcode import Transcoded, compiled_for, transcode
+from sae_lens_qk.training.transcode import Transcoded, transcode
 from sae_lens_qk.training.transcoders import NonFiniteLossError, batch_cutoff, strength_threshold
 
 
@@ -110,7 +110,7 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
         tuned = None
         if self.cfg.fine_tune:
             tuned = self._transcode(d.query, x, self.cfg.k_query), self._transcode(d.key, x, self.cfg.k_key)
-            query_acts, key_acts = (side.acts.unflatten(0, x.shape[:2]) for side in tuned)
+            query_acts, key_acts = (side.acts.to_dense().unflatten(0, x.shape[:2]) for side in tuned)
         else:
             with torch.no_grad():
                 query_acts, key_acts = d.encode_query(x), d.encode_key(x)
@@ -139,11 +139,7 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
             hidden_pre = half.process_sae_in(x) @ half.W_enc + half.b_enc
             strength = hidden_pre * half.W_dec.norm(dim=1)
             kept = (strength >= batch_cutoff(strength, k)) & (strength > 0)
-        if compiled_for(x):
-            made = transcode(half, x, hidden_pre, kept)
-            return Transcoded(made.acts.to_dense(), made.output)
-        acts = (half.process_sae_in(x) @ half.W_enc + half.b_enc) * kept
-        return Transcoded(acts, half.decode(acts))
+        return transcode(half, x, hidden_pre, kept)
 
     def _scores(self, mask: Tensor, query_acts: Tensor, key_acts: Tensor) -> Tensor:
         decoders, spec = self.dictionary.decoders, self.dictionary.spec

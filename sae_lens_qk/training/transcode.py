@@ -18,8 +18,12 @@ from torch import Tensor
 
 from sae_lens_qk import kernels
 
+_FEW, _SPARSE = 1 << 14, 0.05  # number and of kept entries below which sums over them are taken
+
 
 class Transcoded(NamedTuple):
+    hidden_pre: Float[Tensor, "tokens d"]
+    """Outside the graph."""
     acts: Float[Tensor, "tokens d"]
     """Sparse (COO) where made from active entries."""
     output: Float[Tensor, "tokens d_out"]
@@ -31,20 +35,21 @@ def transcode(
     hidden_pre: Float[Tensor, "tokens d"],
     kept: Bool[Tensor, "tokens d"],
 ) -> Transcoded:
-    """Features and output of `half` where exactly the `kept` entries fire; differentiable in its weights, not in x.
+    """Features and output of `half` where exactly the `kept` entries fire; differentiable in its weights.
 
     Args:
         hidden_pre: of `half` at x; its graph is not used.
     """
+    hidden_pre = hidden_pre.detach()
+    compiled = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    if not compiled or kept.count_nonzero() > max(_SPARSE * kept.numel(), _FEW):
+        acts = (half.process_sae_in(x) @ half.W_enc + half.b_enc) * kept
+        return Transcoded(hidden_pre, acts, half.decode(acts))
     entries = _Entries(kept)
-    values: Any = _Encode.apply(half.W_enc, half.b_enc, x, hidden_pre.detach()[entries.at], entries)
+    values: Any = _Encode.apply(half.W_enc, half.b_enc, x, hidden_pre[entries.at], entries)
     decoded: Any = _Decode.apply(half.W_dec, values, entries)
     acts = torch.sparse_coo_tensor(torch.stack(entries.at), values, kept.shape, is_coalesced=True, check_invariants=False)
-    return Transcoded(acts, decoded + half.b_dec)
-
-
-def compiled_for(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    return Transcoded(hidden_pre, acts, decoded + half.b_dec)
 
 
 class _Entries:

@@ -21,9 +21,8 @@ from sae_lens_qk.feature_map import pack_indices
 from sae_lens_qk.host import QKWeights
 from sae_lens_qk.training.initialization import Side, from_data, from_scores
 from sae_lens_qk.training.losses import dead_feature_loss, pattern_losses, relative_mse, sqrt_penalty
-from sae_lens_qk.training.transcode import Transcoded, compiled_for, transcode
+from sae_lens_qk.training.transcode import Transcoded, transcode
 
-_SPARSE = 0.05  # share of active relu entries below which sums over them are faster than dense products
 _STRIDE = 61  # of the sample that tells about where the cutoff of a batch lies; prime, so that it meets every feature
 
 
@@ -170,12 +169,7 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
     def _transcode(self, half: Transcoder, threshold: Tensor, x: Float[Tensor, "tokens d_model"]) -> Transcoded:
         with torch.no_grad():
             hidden_pre = half.process_sae_in(x) @ half.W_enc + half.b_enc
-            kept = self._kept(half, threshold, hidden_pre)
-        sparse = self.cfg.activation != "relu" or kept.count_nonzero() < _SPARSE * kept.numel()
-        if sparse and compiled_for(x):
-            return transcode(half, x, hidden_pre, kept)
-        acts = (half.process_sae_in(x) @ half.W_enc + half.b_enc) * kept
-        return Transcoded(acts, half.decode(acts))
+        return transcode(half, x, hidden_pre, self._kept(half, threshold, hidden_pre))
 
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,7 +227,7 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
         elif cfg.dead_coefficient and step_input.dead_neuron_mask is not None and step_input.dead_neuron_mask.any():
             dead_masks = step_input.dead_neuron_mask.split([cfg.d_query, cfg.d_key])
             losses["dead"] = cfg.dead_coefficient * torch.stack([
-                dead_feature_loss(target - side.output, step_input.sae_in, half, dead, cfg.dead_k)
+                dead_feature_loss(target - side.output, step_input.sae_in, side.hidden_pre, half, dead, cfg.dead_k)
                 for target, side, half, dead in zip(true, sides, halves, dead_masks, strict=True)
             ]).sum()  # fmt: skip
         return losses
