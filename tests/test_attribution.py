@@ -356,6 +356,14 @@ def test_the_terminal_shows_what_the_tables_hold(a, prompt):
     assert "supporting pairs" in shown and "inhibiting pairs" in shown and "constant" in shown
 
 
+def test_they_name_themselves_in_a_line(a, prompt):
+    text, n = "".join(prompt.words), len(prompt.words)
+    assert repr(prompt) == f"Prompt({text!r}, {n} tokens, layer {prompt.dictionary.cfg.layer})"
+    assert repr(a) == f"Attribution({a})"
+    assert "attends to" in repr(a)
+    assert "\n" not in repr(a)
+
+
 def test_notebooks_show_tables_and_escape_tokens(a, prompt):
     assert f"{a.top(1, 'supporting')['pattern_effect'].iloc[0]:.3f}" in a._repr_html_()
     words = list(prompt.words)

@@ -60,7 +60,7 @@ class Marginals(NamedTuple):
     key: pd.DataFrame
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Attribution:
     """The terms of one score; made by `attribute`, explained in the module's docstring.
 
@@ -156,8 +156,6 @@ class Attribution:
         """
         if sign not in ("both", "supporting", "inhibiting"):
             raise ValueError(f"sign must be 'both', 'supporting' or 'inhibiting', got {sign!r}.")
-        if sign not in ("both", "supporting", "inhibiting"):
-            raise ValueError(f"sign must be 'both', 'supporting' or 'inhibiting', got {sign!r}.")
         frame = self._of_features(form)
         supporting = frame.query("pattern_effect > 0").nlargest(n, "pattern_effect")
         inhibiting = frame.query("pattern_effect < 0").nsmallest(n, "pattern_effect")
@@ -251,6 +249,9 @@ class Attribution:
         (head, i, j), words = self.place, self.prompt.words
         layer = self.prompt.dictionary.cfg.layer
         return f"layer {layer}, head {head}: {words[i]!r} ({i}) attends to {words[j]!r} ({j}) with {self.attention:.3f}"
+
+    def __repr__(self) -> str:
+        return f"Attribution({self})"
 
     def shown(self, n: int = 10, form: Form | None = None) -> RenderableType:
         """For rich: the score by kind of term, n supporting and n inhibiting terms, and the features behind them."""

@@ -3,7 +3,7 @@
 import html
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ class ScorePlace(NamedTuple):
     key_pos: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Prompt:
     """One sequence, run through a model up to a dictionary's layer.
 
@@ -42,14 +42,17 @@ class Prompt:
     """
 
     dictionary: BilinearQKDictionary
-    model: Model = field(repr=False)
+    model: Model
     tokens: Int[Tensor, " pos"]
     words: list[str]
-    x: Float[Tensor, "pos d_model"] = field(repr=False)
-    scores: Float[Tensor, "head pos_q pos_k"] = field(repr=False)
-    pattern: Float[Tensor, "head pos_q pos_k"] = field(repr=False)
-    query_acts: Float[Tensor, "pos d_query"] = field(repr=False)
-    key_acts: Float[Tensor, "pos d_key"] = field(repr=False)
+    x: Float[Tensor, "pos d_model"]
+    scores: Float[Tensor, "head pos_q pos_k"]
+    pattern: Float[Tensor, "head pos_q pos_k"]
+    query_acts: Float[Tensor, "pos d_query"]
+    key_acts: Float[Tensor, "pos d_key"]
+
+    def __repr__(self) -> str:
+        return f"Prompt({''.join(self.words)!r}, {len(self.words)} tokens, layer {self.dictionary.cfg.layer})"
 
     @classmethod
     @torch.no_grad()
