@@ -20,6 +20,7 @@ from tiny_dictionaries import LAYER, tiny_dictionary
 from tiny_models import tiny_model, tiny_tokens
 
 import sae_lens_qk as qk
+import sae_lens_qk.pretrained.loading  # what loading imports, while Python's own files can be read; see without_privileges
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.host import Model
 
