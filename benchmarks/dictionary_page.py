@@ -26,7 +26,7 @@ from torch import Tensor
 import sae_lens_qk as qk
 from benchmarks.dictionary_tables import ALWAYS_ON, frontier_figure, render
 from sae_lens_qk.analysis.figures import density_histogram
-from sae_lens_qk.evals import BASELINES, Interval, RowFigures, evaluate_by_row
+from sae_lens_qk.evals import BASELINES, Evaluation, Interval, evaluate
 from sae_lens_qk.host import Model
 from sae_lens_qk.text import token_rows
 
@@ -74,36 +74,34 @@ def load(names: Iterable[str]) -> dict[str, qk.BilinearQKDictionary]:
 
 def measure(
     dictionaries: dict[str, qk.BilinearQKDictionary], model: Model, tokens: Tensor, batch_size: int
-) -> dict[str, RowFigures]:
+) -> dict[str, Evaluation]:
     """Each dictionary on the same rows; the first one with all baselines, which are the same for all."""
     first = next(iter(dictionaries))
     return {
-        name: evaluate_by_row(
-            d, model, tokens, batch_size=batch_size, baselines=BASELINES if name == first else (), progress=True
-        )
+        name: evaluate(d, model, tokens, batch_size=batch_size, baselines=BASELINES if name == first else (), progress=True)
         for name, d in dictionaries.items()
     }
 
 
 def make_report(
-    measured: dict[str, RowFigures], beside: Iterable[str] = (), frontier: Iterable[str] = (), **facts: Any
+    measured: dict[str, Evaluation], beside: Iterable[str] = (), frontier: Iterable[str] = (), **facts: Any
 ) -> dict[str, Any]:
     """Plain JSON values: the facts, then all figures of the first dictionary, and the others beside it."""
     name, ours = next(iter(measured.items()))
-    n_tokens = ours.evaluation.n_tokens
+    rows, n_tokens = {other: evaluation.by_row for other, evaluation in measured.items()}, ours.n_tokens
     return {
         "dictionary": name,
         **facts,
-        "evaluation": ours.evaluation.to_dict(),
-        "features": {"query": firing(ours.fired_query, n_tokens), "key": firing(ours.fired_key, n_tokens)},
+        "evaluation": ours.to_dict(),
+        "features": {"query": firing(rows[name].fired_query, n_tokens), "key": firing(rows[name].fired_key, n_tokens)},
         "beside": {
             other: {
-                "evaluation": measured[other].evaluation.to_dict(),
-                "difference": differences(ours.rows, measured[other].rows),
+                "evaluation": measured[other].to_dict(),
+                "difference": differences(rows[name].sources, rows[other].sources),
             }
             for other in beside
         },
-        "frontier": {other: measured[other].evaluation.to_dict() for other in frontier},
+        "frontier": {other: measured[other].to_dict() for other in frontier},
     }
 
 

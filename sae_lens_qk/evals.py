@@ -86,6 +86,17 @@ class MapResult(NamedTuple):
     """Mean number of kept pairs active at a (query, key) position, all heads together."""
 
 
+class RowFigures(NamedTuple):
+    """What the means of an evaluation are made of."""
+
+    sources: dict[str, dict[str, np.ndarray]]
+    """By source, then figure, with the names of `PatternResult`: pattern_kl [row, head]; pattern_tv, argmax_agreement,
+    ce_loss and logit_kl [row]. The zero pattern has neither pattern_kl nor argmax_agreement."""
+    fired_query: np.ndarray
+    """Tokens on which each feature fires, [d_query]."""
+    fired_key: np.ndarray
+
+
 class Evaluation(NamedTuple):
     """Result of `evaluate`."""
 
@@ -96,10 +107,11 @@ class Evaluation(NamedTuple):
     """By name: the dictionary's sources, then the baselines."""
     features: FeatureResult
     feature_map: MapResult | None
+    by_row: RowFigures | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return _plain(self)
+        """Plain JSON values, without `by_row`."""
+        return {name: _plain(value) for name, value in self._asdict().items() if name != "by_row"}
 
     def __rich__(self) -> Group:
         """Readable tables, for `rich.print`."""
@@ -126,18 +138,7 @@ class Evaluation(NamedTuple):
         return Group(table, features, feature_map)
 
 
-class RowFigures(NamedTuple):
-    """Result of `evaluate_by_row`: an evaluation, and what its means are made of."""
-
-    evaluation: Evaluation
-    rows: dict[str, dict[str, np.ndarray]]
-    """By source, then figure, with the names of `PatternResult`: pattern_kl [row, head]; pattern_tv, argmax_agreement,
-    ce_loss and logit_kl [row]. The zero pattern has neither pattern_kl nor argmax_agreement."""
-    fired_query: np.ndarray
-    """Tokens on which each feature fires, [d_query]."""
-    fired_key: np.ndarray
-
-
+@torch.no_grad()
 def evaluate(
     dictionary: BilinearQKDictionary,
     model: Model,
@@ -158,23 +159,6 @@ def evaluate(
         ValueError: fewer than two rows, or an unknown baseline.
         FingerprintError: the model is not the dictionary's.
     """
-    return evaluate_by_row(
-        dictionary, model, tokens, batch_size=batch_size, baselines=baselines, seed=seed, progress=progress
-    ).evaluation
-
-
-@torch.no_grad()
-def evaluate_by_row(
-    dictionary: BilinearQKDictionary,
-    model: Model,
-    tokens: Int[Tensor, "row pos"],
-    *,
-    batch_size: int = 8,
-    baselines: tuple[str, ...] = BASELINES,
-    seed: int = 0,
-    progress: bool = False,
-) -> RowFigures:
-    """`evaluate`, arguments and errors as there, with the figures of every row and the firing of every feature."""
     unknown = set(baselines) - set(BASELINES)
     if unknown or tokens.ndim != 2 or len(tokens) < 2 or batch_size < 2:
         raise ValueError(
@@ -193,9 +177,7 @@ def evaluate_by_row(
             run.add(batch)
     finally:
         dictionary.train(was_training)
-    tables = run.tables()
-    fired_query, fired_key = (fired.long().numpy() for fired in run.fired)
-    return RowFigures(run.result(tables, np.random.default_rng(seed)), tables, fired_query, fired_key)
+    return run.result(np.random.default_rng(seed))
 
 
 class _Run:
@@ -286,10 +268,8 @@ class _Run:
         by_head = explained_sums(scores, features, pattern)
         self.explained[name] = self.explained.get(name, torch.zeros_like(by_head)) + by_head
 
-    def tables(self) -> dict[str, dict[str, np.ndarray]]:
-        return {name: {f: torch.cat(v).numpy() for f, v in rows.items()} for name, rows in self.rows.items()}
-
-    def result(self, tables: dict[str, dict[str, np.ndarray]], generator: np.random.Generator) -> Evaluation:
+    def result(self, generator: np.random.Generator) -> Evaluation:
+        tables = {name: {f: torch.cat(v).numpy() for f, v in rows.items()} for name, rows in self.rows.items()}
         clean = torch.cat(self.clean_ce).double().numpy()
         picks = generator.integers(0, len(clean), (_N_BOOTSTRAP, len(clean)))
         return Evaluation(
@@ -299,6 +279,7 @@ class _Run:
             sources={name: self._source_result(name, tables, clean, picks) for name in tables},
             features=self._feature_result(),
             feature_map=self._map_result() if self.d.has_feature_map else None,
+            by_row=RowFigures(tables, *(fired.long().cpu().numpy() for fired in self.fired)),
         )
 
     def _source_result(

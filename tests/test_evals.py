@@ -23,7 +23,6 @@ from tiny_models import tiny_model, tiny_tokens
 
 import sae_lens_qk as qk
 from sae_lens_qk.attention import attention_scores
-from sae_lens_qk.evals import evaluate_by_row
 from sae_lens_qk.host import FingerprintError, qk_weights
 
 PATTERN = f"blocks.{LAYER}.attn.hook_pattern"
@@ -279,18 +278,16 @@ def test_feature_map(dictionary, model, rows, result):
 
 
 def test_figures_by_row(dictionary, model, rows, patterns, result):
-    made = evaluate_by_row(dictionary, model, rows, batch_size=N_ROWS)
-    assert made.evaluation == result
-    alone = evaluate_by_row(dictionary, model, rows[2:5], baselines=("uniform",))
+    made, alone = result.by_row, qk.evaluate(dictionary, model, rows[2:5], baselines=("uniform",)).by_row
     for name in (*SOURCES, "zero", "uniform"):
         figures = ("pattern_tv", "ce_loss", "logit_kl") + ("pattern_kl", "argmax_agreement") * (name != "zero")
-        assert set(made.rows[name]) == set(figures)
+        assert set(made.sources[name]) == set(figures)
         for figure in figures:
-            found = made.rows[name][figure]
+            found = made.sources[name][figure]
             assert found.shape == (N_ROWS, *[dictionary.spec.n_heads] * (figure == "pattern_kl"))
-            assert alone.rows[name][figure] == pytest.approx(found[2:5], rel=1e-3, abs=1e-6)
+            assert alone.sources[name][figure] == pytest.approx(found[2:5], rel=1e-3, abs=1e-6)
     true, other = patterns["clean"][3:4], patterns["transcoders"][3:4]
-    assert made.rows["transcoders"]["pattern_kl"][3] == pytest.approx(kl_by_head(true, other), rel=1e-3)
+    assert made.sources["transcoders"]["pattern_kl"][3] == pytest.approx(kl_by_head(true, other), rel=1e-3)
     x, _ = inputs_and_scores(model, rows)
     for fired, acts in ((made.fired_query, dictionary.encode_query(x)), (made.fired_key, dictionary.encode_key(x))):
         assert fired.tolist() == (acts > 0).sum(dim=(0, 1)).tolist()

@@ -488,6 +488,26 @@ def test_the_penalty_on_active_entries_alone_is_the_same():
         assert torch.allclose(half.get_parameter(name).grad, dense.get_parameter(name).grad), name
 
 
+def test_one_side_through_active_entries_beside_a_dense_one():
+    """As penalised ReLU sides pass to few active features at different steps."""
+    model = tiny_model("llama")
+    x = torch.randn(23 * 40, 20, generator=torch.Generator().manual_seed(0))
+    spec = attention_spec(model, 1).to_dict()
+    sae = TranscodersTrainingSAE(
+        qk.TranscodersTrainingConfig(d_in=20, d_query=29, d_key=31, activation="relu", attention=spec)
+    )
+    sae.attach(qk_weights(model, 1), 23, x)
+    sae.query.b_enc.data -= 2.0
+    sae.key.b_enc.data += 2.0
+    made = sae.training_forward_pass(TrainStepInput(x, {"sparsity": 1e-3}, None, 0, is_logging_step=False))
+    made.loss.backward()
+    torch.testing.assert_close(made.feature_acts.to_dense(), sae.encode(x))
+    fired = made.feature_acts.to_dense().bool().float().mean(dim=0).split([29, 31])
+    assert 0 < fired[0].mean() < 0.5 < fired[1].mean()  # so that one side is sparse, the other dense
+    assert sae.query.W_enc.grad.any()
+    assert sae.key.W_enc.grad.any()
+
+
 def small_half(dtype: str = "float32") -> Transcoder:
     half = Transcoder(TranscoderConfig(d_in=6, d_sae=7, d_out=5, dtype=dtype, apply_b_dec_to_input=False))
     generator = torch.Generator().manual_seed(1)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae_lens_qk import kernels
 
-_FEW, _SPARSE = 1 << 14, 0.05  # number and of kept entries below which sums over them are taken
+_FEW, _SPARSE = 1 << 14, 0.05  # kept entries, number and share, up to which sums over them are taken
 
 
 class Transcoded(NamedTuple):

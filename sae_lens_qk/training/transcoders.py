@@ -156,7 +156,7 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
         if self.cfg.activation == "topk":
             strongest = strength.topk(int(self.cfg.k))
             return torch.zeros_like(strength, dtype=torch.bool).scatter(1, strongest.indices, strongest.values > 0)
-        cutoff = batch_cutoff(strength, self.cfg.k)
+        cutoff = batch_cutoff(strength, self.cfg.k).clamp(min=0)
         threshold.lerp_(cutoff.to(threshold.dtype), self.cfg.threshold_lr if threshold > 0 else 1.0)
         return (strength >= cutoff) & (strength > 0)
 
@@ -186,14 +186,13 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
         weights, rows = self._attached(step_input.sae_in)
         x, spec = step_input.sae_in, self.spec
         query, key = self._transcode(self.query, self.query_threshold, x), self._transcode(self.key, self.key_threshold, x)
-        q_hat, k_hat = query.output, key.output
         with torch.no_grad():
             q, k = weights.queries(x).flatten(1), weights.keys(x).flatten(1)
         losses = pattern_losses(
             queries=spec.split_queries(q).unflatten(0, rows),
             keys=spec.split_keys(k).unflatten(0, rows),
-            q_hat=spec.split_queries(q_hat).unflatten(0, rows),
-            k_hat=spec.split_keys(k_hat).unflatten(0, rows),
+            q_hat=spec.split_queries(query.output).unflatten(0, rows),
+            k_hat=spec.split_keys(key.output).unflatten(0, rows),
             spec=spec,
         )
         losses = {name: getattr(self.cfg, f"{name}_coefficient") * value for name, value in losses.items()}
@@ -207,9 +206,9 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
             )
         return TrainStepOutput(
             sae_in=torch.cat([q, k], dim=1),
-            sae_out=torch.cat([q_hat, k_hat], dim=1),
-            feature_acts=(acts := torch.cat([query.acts, key.acts], dim=1).detach()),
-            hidden_pre=acts,
+            sae_out=torch.cat([query.output, key.output], dim=1),
+            feature_acts=_joined(query.acts, key.acts).detach(),
+            hidden_pre=torch.cat([query.hidden_pre, key.hidden_pre], dim=1),
             loss=loss,
             losses=losses,
             metrics={"l0_query": _l0(query.acts), "l0_key": _l0(key.acts)},
@@ -338,6 +337,13 @@ def strength_threshold(half: Transcoder, batches: Sequence[Float[Tensor, "tokens
         strongest = torch.cat([strongest, strength[strength > 0]])
         strongest = strongest.topk(min(keep + 1, len(strongest))).values
     return strongest[-1] if len(strongest) > keep else torch.zeros(())
+
+
+def _joined(query_acts: Tensor, key_acts: Tensor) -> Float[Tensor, "tokens both"]:
+    """Sparse where both sides are."""
+    if query_acts.is_sparse != key_acts.is_sparse:
+        query_acts, key_acts = query_acts.to_dense(), key_acts.to_dense()
+    return torch.cat([query_acts, key_acts], dim=1)
 
 
 def _l0(acts: Tensor) -> float:
