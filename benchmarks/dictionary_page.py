@@ -21,13 +21,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 from simple_parsing import ArgumentParser
 from simple_parsing.helpers import field, list_field
-from torch import Tensor
 
 import sae_lens_qk as qk
 from benchmarks.dictionary_tables import ALWAYS_ON, frontier_figure, render
 from sae_lens_qk.analysis.figures import density_histogram
-from sae_lens_qk.evals import BASELINES, Evaluation, Interval, evaluate
-from sae_lens_qk.host import Model
+from sae_lens_qk.evals import Evaluation, Interval, compare
 from sae_lens_qk.text import token_rows
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -70,17 +68,6 @@ def load(names: Iterable[str]) -> dict[str, qk.BilinearQKDictionary]:
     if len(set(layers.values())) > 1:
         raise ValueError(f"Dictionaries on one page must be of one layer, got {layers}.")
     return loaded
-
-
-def measure(
-    dictionaries: dict[str, qk.BilinearQKDictionary], model: Model, tokens: Tensor, batch_size: int
-) -> dict[str, Evaluation]:
-    """Each dictionary on the same rows; the first one with all baselines, which are the same for all."""
-    first = next(iter(dictionaries))
-    return {
-        name: evaluate(d, model, tokens, batch_size=batch_size, baselines=BASELINES if name == first else (), progress=True)
-        for name, d in dictionaries.items()
-    }
 
 
 def make_report(
@@ -168,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     n_rows = args.n_tokens // args.context_size if args.n_tokens else sys.maxsize
     tokens = token_rows(model, f"$QK_CORPUS/{args.split}.parquet", "text", n_rows, args.context_size)
     report = make_report(
-        measure(dictionaries, model, tokens, args.batch_size),
+        compare(dictionaries, model, tokens, batch_size=args.batch_size, progress=True),
         beside=[Path(name).name for name in args.beside],
         frontier=[Path(name).name for name in args.frontier],
         model=first.cfg.model_name,

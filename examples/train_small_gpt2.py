@@ -1,6 +1,6 @@
 """A small language model of GPT-2's architecture, trained from scratch: how `gpt2-3m` was made.
 
-    python examples/train_small_gpt2.py --text train.parquet --without abc webtext --output output/gpt2-3m  # hours
+    python examples/train_small_gpt2.py --text train.parquet --without abc webtext --output output/gpt2-3m  # an hour
     python examples/train_small_gpt2.py --smoke
 
 `--text` is a parquet file with a column `text`, and `source` where some sources are left out; default: the sample that comes
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--without", nargs="*", default=[], metavar="SOURCE")
     parser.add_argument("--output", type=Path, default=Path("output/gpt2-small-from-scratch"))
-    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     set_seed(0)
@@ -53,7 +53,7 @@ def main() -> None:
             output_dir=str(checkpoints), num_train_epochs=args.epochs, max_steps=3 if args.smoke else -1,
             per_device_train_batch_size=16, learning_rate=2e-3, lr_scheduler_type="cosine", warmup_steps=100,
             weight_decay=0.1, adam_beta2=0.98, max_grad_norm=1.0, logging_steps=50, save_steps=200, save_total_limit=1,
-            report_to=[], use_cpu=not torch.cuda.is_available(), seed=0, disable_tqdm=True,
+            report_to=[], bf16=True, use_cpu=not torch.cuda.is_available(), seed=0, disable_tqdm=True,
         ),
         train_dataset=as_dataset(rows),
         eval_dataset=as_dataset(held_out),

@@ -15,7 +15,7 @@ allowed keys) and shuffled (the true pattern of another row of the same batch, s
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -138,7 +138,6 @@ class Evaluation(NamedTuple):
         return Group(table, features, feature_map)
 
 
-@torch.no_grad()
 def evaluate(
     dictionary: BilinearQKDictionary,
     model: Model,
@@ -155,9 +154,33 @@ def evaluate(
         tokens: whole rows, BOS first; the protocol is 256 tokens a row and the full split.
         batch_size: rows in a forward pass, at least 2.
         baselines: of `BASELINES`; "zero" is always measured, the recovered shares need it.
+
     Raises:
         ValueError: fewer than two rows, or an unknown baseline.
         FingerprintError: the model is not the dictionary's.
+    """
+    shared: dict[str, Any] = dict(batch_size=batch_size, baselines=baselines, seed=seed, progress=progress)
+    return compare({"": dictionary}, model, tokens, **shared)[""]
+
+
+@torch.no_grad()
+def compare(
+    dictionaries: Mapping[str, BilinearQKDictionary],
+    model: Model,
+    tokens: Int[Tensor, "row pos"],
+    *,
+    batch_size: int = 8,
+    baselines: tuple[str, ...] = BASELINES,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Evaluation]:
+    """`evaluate` for several dictionaries of one layer, by name; the model and the baselines run once for all of them.
+
+    All see the same rows: `Evaluation.by_row` gives paired differences.
+
+    Raises:
+        ValueError: as there; or dictionaries of several layers, or none.
+        FingerprintError: the model is not that of a dictionary.
     """
     unknown = set(baselines) - set(BASELINES)
     if unknown or tokens.ndim != 2 or len(tokens) < 2 or batch_size < 2:
@@ -165,94 +188,134 @@ def evaluate(
             f"evaluate needs tokens [row >= 2, pos], batch_size >= 2 and baselines of {BASELINES}, "
             f"got {list(tokens.shape)}, {batch_size} and {baselines}."
         )
-    check_model(dictionary, model)
-    was_training = dictionary.training
-    dictionary.eval()
-    run = _Run(dictionary, model, tuple(dict.fromkeys(("zero", *baselines))))
+    layers = {dictionary.cfg.layer for dictionary in dictionaries.values()}
+    if len(layers) != 1:
+        raise ValueError(f"compare needs dictionaries of one layer, got those of {sorted(layers)}.")
+    for dictionary in dictionaries.values():
+        check_model(dictionary, model)
+    training = [dictionary for dictionary in dictionaries.values() if dictionary.training]
+    run = _Run(dictionaries, model, layers.pop(), tuple(dict.fromkeys(("zero", *baselines))))
     batches = tokens.tensor_split(max(1, len(tokens) // batch_size))
     try:
+        for dictionary in training:
+            dictionary.eval()
         if "mean" in baselines:
             run.average_pattern(batches)
         for batch in tqdm(batches, desc="Evaluating", unit="batch", disable=not progress):
             run.add(batch)
     finally:
-        dictionary.train(was_training)
+        for dictionary in training:
+            dictionary.train()
     return run.result(np.random.default_rng(seed))
 
 
-class _Run:
-    """Sums over batches; one row of every table is one row of tokens, so that rows can be resampled."""
+class _Batch:
+    """The layer's inputs and pattern and the model's predictions on some rows, and what another pattern makes of them."""
 
-    def __init__(self, dictionary: BilinearQKDictionary, model: Model, baselines: tuple[str, ...]):
-        self.d, self.model = dictionary, model
-        self.layer = dictionary.cfg.layer
-        self.baselines = baselines
-        self.dictionary_sources: tuple[Source, ...] = (
-            ("transcoders", "feature_map") if dictionary.has_feature_map else ("transcoders",)
-        )
-        self.rows: dict[str, dict[str, list[Tensor]]] = {}
-        self.clean_ce: list[Tensor] = []
-        self.explained: dict[str, Tensor] = {}
-        self.fired = [torch.zeros(dictionary.cfg.d_query), torch.zeros(dictionary.cfg.d_key)]
-        self.active_pairs, self.n_tokens = 0.0, 0
+    def __init__(self, model: Model, layer: int, replay: LayerReplay, tokens: Int[Tensor, "row pos"]):
+        self.model, self.layer, self.replay, self.tokens = model, layer, replay, tokens
+        names = hook_names(model, layer)
+        logits, seen = replay.record(tokens, (names.input, names.scores))
+        self.x, self.scores = input_completion(model, layer)(seen[names.input]), seen[names.scores].float()
+        self.log_pattern = log_pattern(self.scores)
+        self.log_probs = logits.float().log_softmax(dim=-1)
+        self.ce = _cross_entropy(self.log_probs, tokens)
+
+    def with_pattern(self, log_made: Float[Tensor, "row head pos_q pos_k"] | None) -> dict[str, Tensor]:
+        """The figures of `RowFigures.sources`, by row; None is the zero pattern."""
+        true = self.log_pattern
+        made = torch.zeros_like(true) if log_made is None else log_made.exp()
+        found = {"pattern_tv": 0.5 * (true.exp() - made).abs().sum(dim=-1)[..., 1:].mean(dim=(1, 2))}
+        if log_made is not None:
+            same = true.argmax(dim=-1) == made.argmax(dim=-1)
+            found["pattern_kl"] = pattern_kl(true, log_made)[..., 1:].mean(dim=2)
+            found["argmax_agreement"] = same[..., 1:].double().mean(dim=(1, 2))
+        patched = self.replay.run(pattern_hooks(self.model, self.layer, lambda x, scores: made)).float().log_softmax(dim=-1)
+        found["ce_loss"] = _cross_entropy(patched, self.tokens)
+        found["logit_kl"] = (self.log_probs.exp() * (self.log_probs - patched)).sum(dim=-1).mean(dim=1)
+        return {name: by_row.double().cpu() for name, by_row in found.items()}
+
+
+class _Rows:
+    """Figures by source and row."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, list[Tensor]]] = {}
+
+    def add(self, source: str, figures: Mapping[str, Tensor]) -> None:
+        for name, by_row in figures.items():
+            self.found.setdefault(source, {}).setdefault(name, []).append(by_row)
+
+    def tables(self) -> dict[str, dict[str, np.ndarray]]:
+        return {source: {f: torch.cat(v).numpy() for f, v in rows.items()} for source, rows in self.found.items()}
+
+
+class _Run:
+    """Sums over batches."""
+
+    def __init__(
+        self, dictionaries: Mapping[str, BilinearQKDictionary], model: Model, layer: int, baselines: tuple[str, ...]
+    ):
+        self.model, self.layer, self.baselines = model, layer, baselines
+        self.sums = {name: _DictionarySums(dictionary) for name, dictionary in dictionaries.items()}
+        self.rows, self.clean_ce = _Rows(), []
         self.mean_pattern: Tensor | None = None
-        self.replay, self.names = LayerReplay(model, self.layer), hook_names(model, self.layer)
+        self.replay = LayerReplay(model, layer)
 
     def average_pattern(self, batches: tuple[Tensor, ...]) -> None:
-        name, stop = self.names.scores, self.layer + 1
+        name, stop = hook_names(self.model, self.layer).scores, self.layer + 1
         scores = (run_recording(self.model, batch, [name], stop_at_layer=stop)[1][name] for batch in batches)
         total = sum(pattern_from_scores(batch.float()).sum(dim=0) for batch in scores)
         assert isinstance(total, Tensor)
         self.mean_pattern = total / sum(len(batch) for batch in batches)
 
     def add(self, tokens: Tensor) -> None:
-        logits, seen = self.replay.record(tokens, (self.names.input, self.names.scores))
-        x, scores = input_completion(self.model, self.layer)(seen[self.names.input]), seen[self.names.scores].float()
-        true = log_pattern(scores)
-        log_probs = logits.float().log_softmax(dim=-1)
-        self.clean_ce.append(_cross_entropy(log_probs, tokens))
-        for name, log_made in self._patterns(x, true):
-            self._add_pattern(name, true, log_made)
-            made = torch.zeros_like(true) if log_made is None else log_made.exp()
-            hooks = pattern_hooks(self.model, self.layer, lambda x, scores, made=made: made)
-            patched = self.replay.run(hooks).float().log_softmax(dim=-1)
-            self._add(name, "ce_loss", _cross_entropy(patched, tokens))
-            self._add(name, "logit_kl", (log_probs.exp() * (log_probs - patched)).sum(dim=-1).mean(dim=1))
-        self._add_features(x, scores, true.exp())
-
-    def _patterns(self, x: Tensor, true: Tensor) -> Iterator[tuple[str, Tensor | None]]:
-        for source in self.dictionary_sources:
-            yield source, log_pattern(self.d.scores(x, source))
+        batch = _Batch(self.model, self.layer, self.replay, tokens)
+        self.clean_ce.append(batch.ce.double().cpu())
+        for sums in self.sums.values():
+            sums.add(batch)
         for name in self.baselines:
-            if name == "zero":
-                yield name, None
-            elif name == "mean":
-                assert self.mean_pattern is not None
-                yield name, self.mean_pattern.log().expand_as(true)
-            elif name == "uniform":
-                yield name, log_pattern(torch.zeros_like(true))
-            else:
-                yield name, true.roll(1, dims=0)
+            self.rows.add(name, batch.with_pattern(self._baseline(name, batch.log_pattern)))
 
-    def _add(self, name: str, figure: str, by_row: Tensor) -> None:
-        self.rows.setdefault(name, {}).setdefault(figure, []).append(by_row.double().cpu())
+    def _baseline(self, name: str, true: Tensor) -> Tensor | None:
+        if name == "zero":
+            return None
+        if name == "uniform":
+            return log_pattern(torch.zeros_like(true))
+        if name == "shuffled":
+            return true.roll(1, dims=0)
+        assert self.mean_pattern is not None
+        return self.mean_pattern.log().expand_as(true)
 
-    def _add_pattern(self, name: str, true: Tensor, made: Tensor | None) -> None:
-        probabilities = true.exp()
-        other = torch.zeros_like(probabilities) if made is None else made.exp()
-        self._add(name, "pattern_tv", 0.5 * (probabilities - other).abs().sum(dim=-1)[..., 1:].mean(dim=(1, 2)))
-        if made is None:
-            return
-        self._add(name, "pattern_kl", pattern_kl(true, made)[..., 1:].mean(dim=2))
-        same = probabilities.argmax(dim=-1) == other.argmax(dim=-1)
-        self._add(name, "argmax_agreement", same[..., 1:].double().mean(dim=(1, 2)))
+    def result(self, generator: np.random.Generator) -> dict[str, Evaluation]:
+        clean, baselines = torch.cat(self.clean_ce).numpy(), self.rows.tables()
+        picks = generator.integers(0, len(clean), (_N_BOOTSTRAP, len(clean)))
+        return {name: sums.result(baselines, clean, picks) for name, sums in self.sums.items()}
+
+
+class _DictionarySums:
+    """What is summed over batches of one dictionary."""
+
+    def __init__(self, dictionary: BilinearQKDictionary):
+        self.d, self.rows = dictionary, _Rows()
+        self.sources: tuple[Source, ...] = ("transcoders", "feature_map") if dictionary.has_feature_map else ("transcoders",)
+        self.explained: dict[str, Tensor] = {}
+        self.fired = [torch.zeros(dictionary.cfg.d_query), torch.zeros(dictionary.cfg.d_key)]
+        self.active_pairs, self.n_tokens, self.n_allowed = 0.0, 0, 0.0
+
+    def add(self, batch: _Batch) -> None:
+        for source in self.sources:
+            self.rows.add(source, batch.with_pattern(log_pattern(self.d.scores(batch.x, source))))
+        n_rows, n_pos = batch.tokens.shape
+        self.n_tokens += n_rows * n_pos
+        self.n_allowed += n_rows * n_pos * (n_pos + 1) / 2
+        self._add_features(batch.x, batch.scores, batch.log_pattern.exp())
 
     def _add_features(self, x: Tensor, scores: Tensor, pattern: Tensor) -> None:
         d, spec = self.d, self.d.spec
         query_acts, key_acts = d.encode_query(x), d.encode_key(x)
         for fired, acts in zip(self.fired, (query_acts, key_acts), strict=True):
             fired += (acts > 0).sum(dim=(0, 1)).cpu()
-        self.n_tokens += x.shape[0] * x.shape[1]
         without_bias = attention_scores(
             spec.split_queries(query_acts @ d.query.W_dec), spec.split_keys(key_acts @ d.key.W_dec), spec
         )
@@ -268,10 +331,8 @@ class _Run:
         by_head = explained_sums(scores, features, pattern)
         self.explained[name] = self.explained.get(name, torch.zeros_like(by_head)) + by_head
 
-    def result(self, generator: np.random.Generator) -> Evaluation:
-        tables = {name: {f: torch.cat(v).numpy() for f, v in rows.items()} for name, rows in self.rows.items()}
-        clean = torch.cat(self.clean_ce).double().numpy()
-        picks = generator.integers(0, len(clean), (_N_BOOTSTRAP, len(clean)))
+    def result(self, baselines: dict[str, dict[str, np.ndarray]], clean: np.ndarray, picks: np.ndarray) -> Evaluation:
+        tables = self.rows.tables() | baselines
         return Evaluation(
             n_tokens=self.n_tokens,
             n_rows=len(clean),
@@ -325,15 +386,13 @@ class _Run:
         live = [fired > 0 for fired in self.fired]
         both_live = live[0][query[features_only].cpu()] & live[1][key[features_only].cpu()]
         n_live_entries = int(live[0].sum()) * int(live[1].sum()) * n_heads
-        rows = sum(len(batch) for batch in self.clean_ce)
-        n_pos = self.n_tokens // rows
         return MapResult(
             n_pairs=len(listed),
             n_pairs_without_constants=between_features,
             sparsity_of_all=1 - between_features / (math.prod(cfg.original_sizes) * n_heads),
             sparsity_of_live=1 - int(both_live.sum()) / max(1, n_live_entries),
             pairs_per_head=torch.bincount(head, minlength=n_heads).tolist(),
-            active_pairs=self.active_pairs / (rows * n_pos * (n_pos + 1) / 2),
+            active_pairs=self.active_pairs / self.n_allowed,
         )
 
 

@@ -49,12 +49,10 @@ def evaluations(folder, gpt2_folder) -> dict[str, qk.evals.Evaluation]:
     """What `evaluate` says of the same rows."""
     model = qk.load_model(str(gpt2_folder))
     tokens = token_rows(model, str(folder / "held.parquet"), "text", N_ROWS, CONTEXT)
-    names = {"ours": qk.evals.BASELINES, "other": (), "mapless": ()}
     return {
-        name: qk.evaluate(qk.BilinearQKDictionary.from_pretrained(str(folder / name)), model, tokens, batch_size=BATCH,
-                          baselines=baselines)
-        for name, baselines in names.items()
-    }  # fmt: skip
+        name: qk.evaluate(qk.BilinearQKDictionary.from_pretrained(str(folder / name)), model, tokens, batch_size=BATCH)
+        for name in ("ours", "other", "mapless")
+    }
 
 
 def table_after(text: str, heading: str, number: int = 0) -> list[list[str]]:
