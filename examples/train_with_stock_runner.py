@@ -40,7 +40,7 @@ def train(
         n_batches_in_buffer=8,
         activations_mixing_fraction=0.0,
         training_tokens=n_steps * 8 * context_size,
-        lr=1e-3,
+        lr=4e-3,
         logger=LoggingConfig(log_to_wandb=False),
         checkpoint_path=None,
         output_path=None,

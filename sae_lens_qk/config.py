@@ -282,7 +282,8 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
     n_batches_in_buffer: int = 8
     activations_mixing_fraction: float = 0.0
     training_tokens: int = 5_000_000
-    lr: float = 1e-3
+    lr: float = 4e-3
+    """Of step 1. ReLU transcoders want less: the authors' 1e-3."""
     lr_scheduler_name: str = "cosineannealing"
     lr_warm_up_steps: int = 100
     dead_feature_window: int = 200
