@@ -34,6 +34,7 @@ TOLERANCE = 1e-5
 
 # Relative distance of fingerprints: equal weights, weights rounded to bfloat16, the same model in another precision.
 _SAME, _ROUNDED, _NEAR = 1e-5, 4e-3, 0.15
+_FOLDED = ("bridge_compatibility", "hooked_processed")
 
 _PROVEN: WeakKeyDictionary[Any, dict[int, tuple[float, ...]]] = WeakKeyDictionary()
 """Layers already proven by `check_host`, with the fingerprint they had: a memo, dropped with its model."""
@@ -428,11 +429,14 @@ def prove_once(model: Model, layer: int) -> None:
         proven[layer] = fingerprint
 
 
-def check_fingerprint(expected: Sequence[float], model: Model, layer: int, trained_on: str) -> None:
+def check_fingerprint(
+    expected: Sequence[float], model: Model, layer: int, trained_on: str, trained_mode: str = "bridge"
+) -> None:
     """Compare a dictionary's fingerprint with a model's layer.
 
     Relative distance up to 1e-5: the same weights; up to 4e-3 (rounding to bfloat16): a notice in the log; up to 0.15:
-    a warning with the distance (another precision of the same model); more: an error.
+    a warning with the distance (another precision of the same model); more: an error. Where LayerNorm is folded in one of
+    the two only, x has another scale however near the weights are: there a warning is an error too.
 
     Raises:
         FingerprintError: other weights, another layer, or the same model with LayerNorm folded.
@@ -440,7 +444,8 @@ def check_fingerprint(expected: Sequence[float], model: Model, layer: int, train
     found = torch.tensor(qk_weights(model, layer).fingerprint(), dtype=torch.float64)
     wanted = torch.tensor(expected, dtype=torch.float64)
     distance = math.inf if len(found) != len(wanted) else float((found - wanted).norm() / wanted.norm())
-    if not distance <= _NEAR:  # NaN weights included
+    alike = (trained_mode in _FOLDED) == (model_mode(model) in _FOLDED)
+    if not distance <= (_NEAR if alike else _ROUNDED):  # NaN weights included
         raise FingerprintError(
             f"This dictionary was trained on {trained_on}; layer {layer} of this model ({model_mode(model)}) has other "
             f"weights (relative distance {distance:.2g}). Load its own model with qk.load_model(d)."

@@ -34,7 +34,8 @@ def check_model(dictionary: BilinearQKDictionary, model: Model) -> None:
         UnsupportedModelError, HostMismatchError: see `qk.check_host`.
     """
     cfg = dictionary.cfg
-    check_fingerprint(cfg.fingerprint, model, cfg.layer, f"layer {cfg.layer} of {cfg.model_name} ({cfg.model_mode})")
+    trained_on = f"layer {cfg.layer} of {cfg.model_name} ({cfg.model_mode})"
+    check_fingerprint(cfg.fingerprint, model, cfg.layer, trained_on, cfg.model_mode)
     prove_once(model, cfg.layer)
 
 

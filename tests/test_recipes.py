@@ -239,8 +239,9 @@ def test_every_dictionary_has_a_recipe():
 def test_a_recipe_is_of_its_own_dictionary(recipe):
     cfg = qk.BilinearQKRunnerConfig.from_file(recipe_path(recipe))
     dictionary = recipe.removesuffix("-authors").removesuffix("-batchtopk")
-    model = {"gpt2": "gpt2-small", "smollm2": "smollm2-135m-instruct-q4_1"}[family(recipe)]
-    assert (cfg.model_name, cfg.layer) == (model, int(dictionary.split("-L")[1]))
+    model, layer = dictionary.rsplit("-L", 1)
+    model = {"smollm2-135m-instruct": "smollm2-135m-instruct-q4_1"}.get(model, model)
+    assert (cfg.model_name, cfg.layer) == (model, int(layer))
     assert (cfg.output_path, cfg.checkpoint_path) == (f"output/{recipe}", f"checkpoints/{recipe}")
     assert cfg.input_cache_path in (None, f"cache/{dictionary}")  # shared by recipes of one layer, and by no others
     assert cfg.from_pretrained_path is None

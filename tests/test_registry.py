@@ -58,10 +58,12 @@ def row(name: str) -> dict[str, Any]:
 
 
 def test_what_the_package_knows():
-    assert SHIPPED == ["smollm2-135m-instruct-L23"]
+    assert SHIPPED == [
+        "smollm2-135m-instruct-L23", "smollm2-135m-instruct-L17", "smollm2-135m-instruct-L1", "gpt2-3m-L2",
+    ]  # fmt: skip
     assert UNPUBLISHED == [
-        "smollm2-135m-instruct-L17", "smollm2-135m-instruct-L1", "gpt2-small-L2", "gpt2-small-L6", "gpt2-small-L10",
-        "gpt2-small-L2-batchtopk", "gpt2-small-L6-batchtopk", "gpt2-small-L10-batchtopk",
+        "gpt2-small-L2", "gpt2-small-L6", "gpt2-small-L10", "gpt2-small-L2-batchtopk", "gpt2-small-L6-batchtopk",
+        "gpt2-small-L10-batchtopk",
     ]  # fmt: skip
     for name, entry in registry().items():
         assert (entry.name, entry.recipe) == (name, shipped_folder() / "recipes" / f"{name}.yaml")

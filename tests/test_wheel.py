@@ -84,7 +84,7 @@ def test_the_wheel_holds_registry_recipes_and_shipped_dictionaries(content):
     prefix = "sae_lens_qk/_shipped/"
     shipped = {name.removeprefix(prefix): data for name, data in content.items() if name.startswith(prefix)}
     assert shipped == content_of(PRETRAINED)
-    assert {"registry.yaml", "recipes/gpt2-small-L10.yaml"} < set(shipped)
+    assert {"registry.yaml", "recipes/gpt2-small-L10.yaml", "models/gpt2-3m/model.safetensors"} < set(shipped)
     for name, entry in REGISTRY.items():
         assert f"recipes/{entry.get('recipe', f'{name}.yaml')}" in shipped
     assert SHIPPED
