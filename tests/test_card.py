@@ -193,13 +193,13 @@ def test_the_description_stands_under_the_heading(with_map):
     [
         (
             {},
-            "Step 1, transcoders: batchtopk with k = 16.0, 5,000,000 tokens, 2,048 a step, learning rate 0.001 "
+            "Step 1, transcoders: batchtopk with k = 16.0, 5,000,000 tokens, 2,048 a step, learning rate 0.004 "
             "(cosineannealing), data initialisation.\nStep 2, mask: 1,000,000 tokens, from 200,000 candidates to at most "
             "50,000 pairs.\nData: `Skylion007/openwebtext`, rows of 256 tokens, BOS first. Seed 7.",
         ),
         (
             {"sae": qk.TranscodersTrainingConfig(d_in=1, activation="relu", initialization="kaiming")},
-            "transcoders: relu with the sqrt penalty at 0.0031, 5,000,000 tokens, 2,048 a step, learning rate 0.001 "
+            "transcoders: relu with the sqrt penalty at 0.0031, 5,000,000 tokens, 2,048 a step, learning rate 0.004 "
             "(cosineannealing), kaiming initialisation.",
         ),
         ({"mask": qk.MaskStepConfig(fine_tune_lr=3e-4)}, "50,000 pairs, transcoders tuned along at learning rate 0.0003.\n"),
