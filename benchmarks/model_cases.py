@@ -23,7 +23,7 @@ from sae_lens_qk.models import shipped_folder
 from sae_lens_qk.text import token_rows
 from sae_lens_qk.training.candidates import firing_rates, rank_pairs
 from sae_lens_qk.training.mask import MaskTrainingSAE
-from sae_lens_qk.training.transcode import Transcoded
+from sae_lens_qk.training.transcode import Transcoded, strengths
 from sae_lens_qk.training.transcoders import TranscodersTrainingSAE
 
 Result = dict[str, Any]
@@ -105,8 +105,8 @@ class _DenseTranscoders(TranscodersTrainingSAE):
 
     @override
     def _transcode(self, half: Transcoder, threshold: Tensor, x: Tensor) -> Transcoded:
-        encoded = self._encode_half(half, threshold, x)
-        return Transcoded(encoded.hidden_pre, encoded.acts, half.decode(encoded.acts))
+        acts = self._encode_half(half, threshold, x).acts
+        return Transcoded(strengths(half, x), acts, half.decode(acts))
 
 
 def step_2(sizes: Sizes) -> Result:

@@ -138,6 +138,9 @@ class TranscodersTrainingConfig(_ForTraining):
     """Weight of the auxiliary loss: dead features reconstruct what is left of q and k."""
     dead_k: int = 32
     """Dead features per token and side that the auxiliary loss wakes."""
+    bfloat16_selection: bool = False
+    """Decide on bfloat16 products which features fire; activations stay float32. Faster where the processor multiplies
+    bfloat16."""
     initialization: Literal["scores", "data", "kaiming"] = "data"
     """data: encoders are centred unit-norm data points, decoders those points through W_Q and W_K. scores: the same, but
     the points differ and the encoders read only what scores depend on (`training.initialization`)."""
@@ -186,6 +189,8 @@ class MaskTrainingConfig(_ForTraining):
     k_key: float = 0.0
     unmasked_coefficient: float = 1.0
     """Weight of KL(P || P[q_hat, k_hat]) while tuning, so that the transcoders stay good without a map."""
+    output_coefficient: float = 0.0
+    """Weight of the squared error of what the heads write with the rebuilt pattern, relative to its variance."""
     half_architecture: Half = "jumprelu_transcoder"
 
     def __post_init__(self):
@@ -213,6 +218,9 @@ class MaskStepConfig:
     """Of the transcoders while the mask is trained; 0: they stay frozen."""
     unmasked_coefficient: float = 1.0
     """When tuning, the weight of the KL without the map."""
+    output_coefficient: float = 0.0
+    """Weight of the squared error of what the heads write with the rebuilt pattern, relative to its variance, beside each
+    KL: errors of the pattern then count by what they do. 0: the pattern alone counts, as in the post."""
     sparsity_coefficient: float = 1e-6
     """Weight of the sum over pairs of sqrt(m + 1e-7)."""
     n_pairs: int = 50_000

@@ -33,6 +33,7 @@ from sae_lens_qk.patching import check_model, pattern_hooks
 
 BASELINES = ("zero", "mean", "uniform", "shuffled")
 _N_BOOTSTRAP = 2000
+_POSITIONS = 64  # whose predictions over the vocabulary are compared at a time
 
 
 class Interval(NamedTuple):
@@ -230,10 +231,19 @@ class _Batch:
             same = true.argmax(dim=-1) == made.argmax(dim=-1)
             found["pattern_kl"] = pattern_kl(true, log_made)[..., 1:].mean(dim=2)
             found["argmax_agreement"] = same[..., 1:].double().mean(dim=(1, 2))
-        patched = self.replay.run(pattern_hooks(self.model, self.layer, lambda x, scores: made)).float().log_softmax(dim=-1)
-        found["ce_loss"] = _cross_entropy(patched, self.tokens)
-        found["logit_kl"] = (self.log_probs.exp() * (self.log_probs - patched)).sum(dim=-1).mean(dim=1)
+        found |= self._predictions(self.replay.run(pattern_hooks(self.model, self.layer, lambda x, scores: made)))
         return {name: by_row.double().cpu() for name, by_row in found.items()}
+
+    def _predictions(self, logits: Float[Tensor, "row pos vocab"]) -> dict[str, Tensor]:
+        """Loss and divergence from the model's own predictions, by row; a few positions at a time, which a cache holds."""
+        of_next, kl = [], []
+        by_position = (t.flatten(0, 1).split(_POSITIONS) for t in (logits, self.log_probs, self.tokens.roll(-1, dims=1)))
+        for made, clean, following in zip(*by_position, strict=True):
+            patched = made.float().log_softmax(dim=-1)
+            of_next.append(patched.gather(1, following[:, None])[:, 0])
+            kl.append((clean.exp() * (clean - patched)).sum(dim=-1))
+        log_prob, divergence = (torch.cat(found).unflatten(0, self.tokens.shape) for found in (of_next, kl))
+        return {"ce_loss": -log_prob[:, :-1].mean(dim=1), "logit_kl": divergence.mean(dim=1)}
 
 
 class _Rows:

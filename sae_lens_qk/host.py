@@ -96,6 +96,9 @@ class OVWeights(NamedTuple):
     W_O: Float[Tensor, "head d_head d_model"]
     b_O: Float[Tensor, " d_model"]
 
+    def to(self, *args: Any) -> "OVWeights":
+        return OVWeights(*(tensor.to(*args) for tensor in self))
+
 
 class ResidualNames(NamedTuple):
     """Canonical hook names of what one layer reads from and writes to the residual stream."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from io import StringIO
 
 import pytest
@@ -370,3 +371,13 @@ def test_wrong_arguments_are_refused(dictionary, model, rows, options, n_rows, g
 def test_another_model_is_refused(dictionary, rows):
     with pytest.raises(FingerprintError, match="other weights"):
         qk.evaluate(dictionary, tiny_model("gpt2", seed=3), rows)
+
+
+def test_compared_dictionaries_are_of_one_layer(dictionary, model, rows, result):
+    alike = qk.evals.compare({"a": dictionary, "b": dictionary}, model, rows, batch_size=N_ROWS)
+    assert [found.to_dict() for found in alike.values()] == [result.to_dict()] * 2
+    other = tiny_dictionary(model)
+    other.cfg.layer = LAYER - 1
+    for chosen, said in (({"a": dictionary, "b": other}, [LAYER - 1, LAYER]), ({}, [])):
+        with pytest.raises(ValueError, match=rf"dictionaries of one layer, got those of {re.escape(str(said))}"):
+            qk.evals.compare(chosen, model, rows)

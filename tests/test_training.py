@@ -19,11 +19,11 @@ from torch import Tensor
 
 import sae_lens_qk as qk
 from sae_lens_qk.attention import attention_scores, log_pattern, pattern_from_scores, pattern_kl
-from sae_lens_qk.host import FingerprintError, attention_spec, qk_weights
+from sae_lens_qk.host import FingerprintError, attention_spec, ov_weights, qk_weights, run_recording
 from sae_lens_qk.training.candidates import rank_pairs
-from sae_lens_qk.training.losses import dead_feature_loss, pattern_losses, sqrt_penalty
+from sae_lens_qk.training.losses import Moved, TruePattern, dead_feature_loss, pattern_losses, sqrt_penalty
 from sae_lens_qk.training.mask import MaskTrainingSAE
-from sae_lens_qk.training.transcode import transcode
+from sae_lens_qk.training.transcode import strengths, transcode
 from sae_lens_qk.training.transcoders import NonFiniteLossError, TranscodersTrainingSAE, batch_cutoff, strength_threshold
 
 BATCH = 23 * 8
@@ -464,12 +464,113 @@ def test_losses_against_loops():
     assert float(sqrt_penalty(acts, W_dec)) == pytest.approx(by_hand, rel=1e-5)
 
 
+def test_difference_of_patterns_and_its_gradient():
+    """Of the compiled loop, against autograd through a plain softmax; alone and together with the divergence."""
+    generator = torch.Generator().manual_seed(0)
+    true = TruePattern.of(torch.randn(2, 7, 3, 5, generator=generator), torch.randn(2, 7, 3, 5, generator=generator),
+                          qk.AttentionSpec(n_heads=3, n_kv_heads=3, d_head=5, d_model=11, scale=0.4))  # fmt: skip
+    true = TruePattern(*(tensor.double() for tensor in true))
+    toward, start = (torch.randn(2, 3, 7, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    for of_kl in (0.0, 1.7):
+        compiled, plain = (start.clone().requires_grad_() for _ in range(2))
+        kl, difference = true.compare(compiled)
+        log_made = log_pattern(plain)
+        assert torch.allclose(difference, log_made.exp() - true.pattern, atol=1e-12)
+        loss = (difference * toward).sum()
+        (loss + of_kl * kl.sum() if of_kl else loss).backward()
+        ((log_made.exp() * toward).sum() + of_kl * pattern_kl(true.log_pattern, log_made).sum()).backward()
+        assert torch.allclose(compiled.grad, plain.grad, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_heads_write_is_the_hosts(kind):
+    """The model's own pattern and its own inputs give its attention output, up to b_O."""
+    model = tiny_model(kind)
+    names = [f"blocks.1.attn.{name}" for name in ("hook_in", "hook_pattern", "hook_out")]
+    tokens = torch.randint(0, model.cfg.d_vocab, (3, 13), generator=torch.Generator().manual_seed(0))
+    x, pattern, written = run_recording(model, tokens, names)[1].values()
+    ov = ov_weights(model, 1)
+    torch.testing.assert_close(Moved.of(x, ov).output(pattern) + ov.b_O, written, rtol=1e-5, atol=1e-5)
+
+
+def test_error_of_what_the_heads_write_is_a_share_of_variance():
+    generator = torch.Generator().manual_seed(0)
+    moved = Moved(torch.randn(2, 7, 2, 3, generator=generator), torch.randn(4, 3, 5, generator=generator))
+    P, other = torch.rand(2, 2, 4, 7, 7, generator=generator).softmax(dim=-1)
+    true, off = (torch.zeros(2, 7, 5) for _ in range(2))
+    for pattern, out in ((P, true), (other - P, off)):
+        for row in range(2):
+            for i in range(7):
+                for head in range(4):
+                    out[row, i] += (
+                        sum(pattern[row, head, i, j] * moved.values[row, j, head // 2] for j in range(7)) @ moved.W_O[head]
+                    )
+    expected = off.square().sum() / (true - true.flatten(0, 1).mean(dim=0)).square().sum()
+    assert float(moved.error(P, other - P)) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_the_output_coefficient_lowers_the_error_of_what_the_heads_write(tmp_path, text_dataset):
+    """Of both sources, tuned from the same transcoders; and it needs W_V and W_O."""
+    model, errors = tiny_model("llama"), {}
+    step_1 = tiny_config(tmp_path, mask={"training_tokens": 0})
+    qk.BilinearQKTrainingRunner(step_1, model, text_dataset).run()
+    x = layer_inputs(model, 1, model.tokenizer(text_dataset[5]["text"], return_tensors="pt").input_ids[:, :23])
+    moved, weights = Moved.of(x, ov_weights(model, 1)), qk_weights(model, 1)
+    true = pattern_from_scores(attention_scores(weights.queries(x), weights.keys(x), attention_spec(model, 1)))
+    for coefficient in (0.0, 30.0):
+        mask = {"fine_tune_lr": 3e-3, "output_coefficient": coefficient, "training_tokens": BATCH * 60}
+        cfg = tiny_config(tmp_path / str(coefficient), mask=mask, from_pretrained_path=str(tmp_path / "output"))
+        tuned = qk.BilinearQKTrainingRunner(cfg, model, text_dataset).run()
+        made = {source: tuned.pattern(x, source) for source in ("transcoders", "feature_map")}
+        errors[coefficient] = {source: float(moved.error(true, pattern - true)) for source, pattern in made.items()}
+    for source, error in errors[30.0].items():
+        assert error < 0.9 * errors[0.0][source], source
+    cfg = qk.MaskTrainingConfig(
+        d_in=20, d_query=29, d_key=31, attention=attention_spec(model, 1).to_dict(), output_coefficient=1.0
+    )
+    with pytest.raises(ValueError, match=r"pass ov=qk\.host\.ov_weights"):
+        MaskTrainingSAE(cfg).attach(weights, 23)
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "topk"])
+def test_query_features_are_silent_at_position_0(activation, tmp_path, text_dataset):
+    """They do not compete there, and by the end the published ones do not fire there; key features do."""
+    model = tiny_model("llama")
+    cfg = tiny_config(tmp_path, sae={"activation": activation, "decoder_bias": False}, mask={"training_tokens": 0},
+                      training_tokens=BATCH * 120)  # fmt: skip
+    runner = qk.BilinearQKTrainingRunner(cfg, model, text_dataset)
+    x = next(runner._some_rows(None, 8))
+    sae = TranscodersTrainingSAE(runner.cfg.sae)
+    sae.attach(runner.weights, 23, x.flatten(0, 1))
+    made = sae.training_forward_pass(TrainStepInput(x.flatten(0, 1), {}, None, 0, is_logging_step=False))
+    query, key = made.feature_acts.to_dense().unflatten(0, (-1, 23)).split([29, 31], dim=-1)
+    assert not query[:, 0].any()
+    assert key[:, 0].any()
+    assert made.losses["first_position"] > 0
+    assert made.metrics["l0_query"] == pytest.approx(4 if activation == "batchtopk" else 4 * 22 / 23, abs=0.05)
+    dictionary = runner.run()
+    assert not dictionary.encode_query(x)[:, 0].any()
+    assert dictionary.encode_key(x)[:, 0].any()
+
+
+def test_selection_in_bfloat16_keeps_float32_activations():
+    half = small_half()
+    x = torch.randn(301, 6, generator=torch.Generator().manual_seed(0))
+    exact, rounded = strengths(half, x), strengths(half, x, torch.bfloat16)
+    assert rounded.dtype == torch.bfloat16
+    assert torch.allclose(rounded.float(), exact, rtol=0.02, atol=0.05)
+    kept = rounded >= batch_cutoff(rounded, 2.0)
+    assert 2.0 <= kept.sum() / len(x) < 2.1
+    acts = transcode(half, x, rounded, kept).acts.to_dense()
+    assert torch.allclose(acts, (x @ half.W_enc + half.b_enc) * kept, atol=1e-5)
+
+
 def test_dead_feature_loss_wakes_only_dead_features():
     generator = torch.Generator().manual_seed(0)
     half = small_half()
     dead = torch.tensor([True, False, False, True, False, False, True])
     residual, x = torch.randn(11, half.cfg.d_out, generator=generator), torch.randn(11, half.cfg.d_in, generator=generator)
-    dead_feature_loss(residual, x, x @ half.W_enc + half.b_enc, half, dead, k=2).backward()
+    dead_feature_loss(residual, x, strengths(half, x), half, dead, k=2).backward()
     for grad in (half.W_dec.grad, half.W_enc.grad.T, half.b_enc.grad):
         assert (grad[~dead] == 0).all()
         assert (grad[dead] != 0).any()
@@ -479,7 +580,7 @@ def test_the_penalty_on_active_entries_alone_is_the_same():
     half, dense = small_half("float64"), small_half("float64")
     x = torch.randn(11, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     hidden_pre = x @ dense.W_enc + dense.b_enc
-    made = transcode(half, x, x @ half.W_enc + half.b_enc, hidden_pre > 0).acts
+    made = transcode(half, x, strengths(half, x), hidden_pre > 0).acts
     penalties = sqrt_penalty(made, half.W_dec), sqrt_penalty(hidden_pre.relu(), dense.W_dec)
     assert float(penalties[0]) == pytest.approx(float(penalties[1]), rel=1e-12)
     for penalty in penalties:
@@ -523,12 +624,16 @@ def test_gradients_through_active_entries_are_the_dense_ones(dtype):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(11, 6, generator=generator, dtype=half.W_dec.dtype)
     toward = torch.randn(11, 5, generator=generator, dtype=half.W_dec.dtype)
-    kept = torch.rand(11, 7, generator=generator) < 0.4
-    kept[:, 2], kept[:, 3], kept[4] = True, False, False
     hidden_pre = x @ dense.W_enc + dense.b_enc
+    for of_half in (half, dense):
+        of_half.b_enc.data[2] -= float(hidden_pre[:, 2].min()) - 0.1  # so that it is positive everywhere
+    hidden_pre = x @ dense.W_enc + dense.b_enc
+    kept = (torch.rand(11, 7, generator=generator) < 0.7) & (hidden_pre > 0)
+    kept[:, 2], kept[:, 3], kept[4] = True, False, False
     expected = hidden_pre * kept @ dense.W_dec + dense.b_dec
-    made = transcode(half, x, x @ half.W_enc + half.b_enc, kept)
-    assert torch.equal(made.acts.to_dense(), hidden_pre * kept)
+    made = transcode(half, x, strengths(half, x), kept)
+    assert torch.allclose(made.acts.to_dense(), hidden_pre * kept, atol=1e-5)
+    assert torch.allclose(made.strength, hidden_pre * dense.W_dec.norm(dim=1), atol=1e-5)
     toward_acts = torch.randn(11, 7, generator=generator, dtype=half.W_dec.dtype)
     for output, acts in ((made.output, made.acts.to_dense()), (expected, hidden_pre * kept)):
         ((output * toward).sum() + (acts * toward_acts).sum()).backward()

@@ -20,10 +20,10 @@ from sae_lens_qk.attention import attention_scores
 from sae_lens_qk.config import MASK_ARCHITECTURE, BilinearQKConfig, MaskTrainingConfig
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.feature_map import SparseFeatureMap
-from sae_lens_qk.host import QKWeights
+from sae_lens_qk.host import OVWeights, QKWeights
 from sae_lens_qk.pair_scores import PairScorer, constant_scores
-from sae_lens_qk.training.losses import TruePattern
-from sae_lens_qk.training.transcode import Transcoded, transcode
+from sae_lens_qk.training.losses import Moved, TruePattern
+from sae_lens_qk.training.transcode import Transcoded, strengths, transcode
 from sae_lens_qk.training.transcoders import NonFiniteLossError, batch_cutoff, strength_threshold
 
 
@@ -31,7 +31,8 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
     """A mask m in [0, 1] over candidate pairs.
 
         loss = KL(P || P[m]) + lambda_m * sum over pairs of sqrt(m + 1e-7)
-               (+ coefficient * KL(P || P[q_hat, k_hat]) where the transcoders are tuned along)
+               (+ coefficient * KL(P || P[q_hat, k_hat]) where the transcoders are tuned along,
+                + output_coefficient * squared error of what the heads write, beside each of both)
 
     m starts at 1 and is clamped before each step and on saving (SAETrainer has no hook after the optimizer step).
     During the first `prune_steps` steps the number of pairs falls geometrically to `max_pairs`; those with the smallest
@@ -67,9 +68,21 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
         context_size: int,
         dictionary: BilinearQKDictionary | None = None,
         candidates: SparseFeatureMap | None = None,
+        ov: OVWeights | None = None,
     ) -> None:
-        """Give the true W_Q and W_K, and for a new run the dictionary and its candidate pairs with their statistics."""
+        """Give the true W_Q and W_K, and for a new run the dictionary and its candidate pairs with their statistics.
+
+        Args:
+            weights: from `sae_lens_qk.host.qk_weights`; not saved with the checkpoints.
+            context_size: length of the sequences that batches are made of.
+            ov: from `sae_lens_qk.host.ov_weights`; what `output_coefficient` needs.
+        Raises:
+            ValueError: no `ov` where it is needed.
+        """
+        if self.cfg.output_coefficient and ov is None:
+            raise ValueError("output_coefficient needs what the heads move: pass ov=qk.host.ov_weights(model, layer).")
         self._weights, self._context_size = [weights.to(self.device)], context_size
+        self._ov = [ov.to(self.device)] if ov and self.cfg.output_coefficient else []
         if dictionary is None:
             return
         assert candidates is not None and len(candidates) == self.cfg.n_pairs
@@ -107,6 +120,7 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
             self._prune(step)
             q, k = self._weights[0].queries(x), self._weights[0].keys(x)
             true = TruePattern.of(q, k, d.spec)
+        moved = Moved.of(x, self._ov[0]) if self._ov else None
         tuned = None
         if self.cfg.fine_tune:
             tuned = self._transcode(d.query, x, self.cfg.k_query), self._transcode(d.key, x, self.cfg.k_key)
@@ -116,12 +130,13 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
                 query_acts, key_acts = d.encode_query(x), d.encode_key(x)
         mask = self.scaled_mask[self.alive] * self.cfg.mask_speed
         scores = self._scores(mask, query_acts, key_acts)
-        losses = {"kl": true.kl(scores).mean()}
+        losses = self._divergence(true, scores, moved)
         if not (self.cfg.polish and step >= self.cfg.prune_steps):
             losses["mask_sparsity"] = step_input.coefficients["mask_sparsity"] * (mask + 1e-7).sqrt().sum()
         if tuned and self.cfg.unmasked_coefficient:
             made = tuned[0].output.view_as(q), tuned[1].output.view_as(k)
-            losses["kl_unmasked"] = self.cfg.unmasked_coefficient * true.kl(attention_scores(*made, d.spec)).mean()
+            unmasked = self._divergence(true, attention_scores(*made, d.spec), moved)
+            losses |= {f"{name}_unmasked": self.cfg.unmasked_coefficient * loss for name, loss in unmasked.items()}
         loss = torch.stack(list(losses.values())).sum()
         if not loss.isfinite():
             raise NonFiniteLossError(f"The mask loss is {loss.item()} at step {step}: training stopped before the update.")
@@ -132,14 +147,20 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
             metrics={"n_pairs": int((mask > 0).sum())},
         )  # fmt: skip
 
+    def _divergence(self, true: TruePattern, scores: Tensor, moved: Moved | None) -> dict[str, Tensor]:
+        kl, difference = true.compare(scores)
+        if moved is None:
+            return {"kl": kl.mean()}
+        return {"kl": kl.mean(), "output": self.cfg.output_coefficient * moved.error(true.pattern, difference)}
+
     def _transcode(self, half: Transcoder, x: Tensor, k: float) -> Transcoded:
-        """With the k strongest features a token: thresholds would let L0 drift."""
+        """With the k strongest features a token: thresholds would let L0 drift. None of the query at position 0."""
         x = x.flatten(0, 1)
-        with torch.no_grad():
-            hidden_pre = half.process_sae_in(x) @ half.W_enc + half.b_enc
-            strength = hidden_pre * half.W_dec.norm(dim=1)
-            kept = (strength >= batch_cutoff(strength, k)) & (strength > 0)
-        return transcode(half, x, hidden_pre, kept)
+        strength = strengths(half, x)
+        if half is self.dictionary.query:
+            strength[:: self._context_size] = -torch.inf
+        kept = (strength >= batch_cutoff(strength, k)) & (strength > 0)
+        return transcode(half, x, strength, kept)
 
     def _scores(self, mask: Tensor, query_acts: Tensor, key_acts: Tensor) -> Tensor:
         decoders, spec = self.dictionary.decoders, self.dictionary.spec

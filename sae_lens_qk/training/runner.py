@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae_lens_qk.config import BilinearQKRunnerConfig, MaskTrainingConfig, QKFields
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.host import Model, attention_spec, hook_names, layer_inputs, model_mode, prove_once, qk_weights
+from sae_lens_qk.host import Model, attention_spec, hook_names, layer_inputs, model_mode, ov_weights, prove_once, qk_weights
 from sae_lens_qk.models import load_model
 from sae_lens_qk.patching import check_model
 from sae_lens_qk.text import load_text
@@ -137,9 +137,10 @@ class BilinearQKTrainingRunner:
             mask_speed=settings.lr / settings.fine_tune_lr if fine_tune else 1.0,
             k_query=float(rates.query.sum()) if rates else 0.0, k_key=float(rates.key.sum()) if rates else 0.0,
             unmasked_coefficient=settings.unmasked_coefficient,
+            output_coefficient=settings.output_coefficient,
         )  # fmt: skip
         sae = MaskTrainingSAE(mask_cfg)
-        sae.attach(self.weights, self.cfg.context_size, dictionary, candidates)
+        sae.attach(self.weights, self.cfg.context_size, dictionary, candidates, ov_weights(self.model, self.cfg.layer))
         self._fit(sae, self.cfg.mask_step(), _MASK, cache, checkpoint, seed=self.cfg.seed + 1)
         if not fine_tune:
             return sae.to_dictionary()

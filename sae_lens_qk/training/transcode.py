@@ -1,9 +1,9 @@
 """A transcoder in training, whose output and gradients touch active entries only.
 
-    out = acts W_dec + b_dec,   acts = hidden_pre where kept, 0 elsewhere,   hidden_pre = x W_enc + b_enc
+    out = acts W_dec + b_dec,   acts = x W_enc + b_enc where kept, 0 elsewhere
 
-About 16 of thousands of features are active at a token. Only `hidden_pre`, which decides which ones, needs a dense product;
-the output and the gradients of W_enc, b_enc and W_dec are sums over active entries, compiled for the CPU.
+About 16 of thousands of features are active at a token. Only the strengths, which decide which ones, need a dense product;
+activations, output and the gradients of W_enc, b_enc and W_dec are sums over active entries, compiled for the CPU.
 """
 
 from functools import cached_property
@@ -22,34 +22,47 @@ _FEW, _SPARSE = 1 << 14, 0.05  # kept entries, number and share, up to which sum
 
 
 class Transcoded(NamedTuple):
-    hidden_pre: Float[Tensor, "tokens d"]
+    strength: Float[Tensor, "tokens d"]
     """Outside the graph."""
     acts: Float[Tensor, "tokens d"]
     """Sparse (COO) where made from active entries."""
     output: Float[Tensor, "tokens d_out"]
 
 
+@torch.no_grad()
+def strengths(
+    half: Transcoder, x: Float[Tensor, "tokens d_model"], dtype: torch.dtype | None = None
+) -> Float[Tensor, "tokens d"]:
+    """(x W_enc + b_enc) * ||decoder row||, by which features compete.
+
+    Args:
+        dtype: of the product and of the result, such as bfloat16; default: that of the weights.
+    """
+    norms = half.W_dec.norm(dim=1)
+    b_enc, x, W_enc = (t.to(dtype or norms.dtype) for t in (half.b_enc * norms, half.process_sae_in(x), half.W_enc * norms))
+    return torch.addmm(b_enc, x, W_enc)
+
+
 def transcode(
     half: Transcoder,
     x: Float[Tensor, "tokens d_model"],
-    hidden_pre: Float[Tensor, "tokens d"],
+    strength: Float[Tensor, "tokens d"],
     kept: Bool[Tensor, "tokens d"],
 ) -> Transcoded:
     """Features and output of `half` where exactly the `kept` entries fire; differentiable in its weights.
 
     Args:
-        hidden_pre: of `half` at x; its graph is not used.
+        strength: what `kept` was decided by, passed on.
     """
-    hidden_pre = hidden_pre.detach()
     compiled = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
     if not compiled or kept.count_nonzero() > max(_SPARSE * kept.numel(), _FEW):
         acts = (half.process_sae_in(x) @ half.W_enc + half.b_enc) * kept
-        return Transcoded(hidden_pre, acts, half.decode(acts))
+        return Transcoded(strength, acts, half.decode(acts))
     entries = _Entries(kept)
-    values: Any = _Encode.apply(half.W_enc, half.b_enc, x, hidden_pre[entries.at], entries)
+    values: Any = _Encode.apply(half.W_enc, half.b_enc, half.process_sae_in(x), entries)
     decoded: Any = _Decode.apply(half.W_dec, values, entries)
     acts = torch.sparse_coo_tensor(torch.stack(entries.at), values, kept.shape, is_coalesced=True, check_invariants=False)
-    return Transcoded(hidden_pre, acts, decoded + half.b_dec)
+    return Transcoded(strength, acts, decoded + half.b_dec)
 
 
 class _Entries:
@@ -77,19 +90,21 @@ class _Entries:
 
 
 class _Encode(torch.autograd.Function):
-    """The pre-activations at the entries, given as `values`."""
+    """The activations at the entries."""
 
     @staticmethod
-    def forward(ctx, W_enc, b_enc, x, values, entries):  # type: ignore[override]
+    def forward(ctx, W_enc, b_enc, x, entries):  # type: ignore[override]
         ctx.x, ctx.entries = x, entries
-        return values.clone()
+        values, columns = x.new_empty(len(entries.feature)), W_enc.detach().T.contiguous().numpy()
+        kernels.row_products(values.numpy(), entries.by_token, entries.feature.numpy(), x.contiguous().numpy(), columns)
+        return values.add_(b_enc.detach()[entries.feature]).clamp_(min=0)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         grad, entries = grad.contiguous(), ctx.entries
         of_W_enc = entries.summed_by_feature(grad, ctx.x.contiguous()).T.contiguous()
         of_b_enc = grad.new_zeros(entries.shape[1]).index_add_(0, entries.feature, grad)
-        return of_W_enc, of_b_enc, None, None, None
+        return of_W_enc, of_b_enc, None, None
 
 
 class _Decode(torch.autograd.Function):

@@ -21,8 +21,9 @@ from sae_lens_qk.feature_map import pack_indices
 from sae_lens_qk.host import QKWeights
 from sae_lens_qk.training.initialization import Side, from_data, from_scores
 from sae_lens_qk.training.losses import dead_feature_loss, pattern_losses, relative_mse, sqrt_penalty
-from sae_lens_qk.training.transcode import Transcoded, transcode
+from sae_lens_qk.training.transcode import Transcoded, strengths, transcode
 
+_SILENCE = 1e-3  # weight of the loss that keeps query features silent at position 0: any small one does under Adam
 _STRIDE = 61  # of the sample that tells about where the cutoff of a batch lies; prime, so that it meets every feature
 
 
@@ -42,7 +43,8 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
                + sparsity (relu) + auxiliary loss for dead features + MSE (off by default)
 
     Batches are whole sequences `[n_rows * context_size, d_model]` in order. The true q and k come from the model's
-    weights, given once with `attach`. Features compete by activation times decoder norm (batchtopk, topk).
+    weights, given once with `attach`. Features compete by activation times decoder norm (batchtopk, topk). Query features
+    take no part in that at position 0, whose pattern is trivial, and learn to be silent there.
     """
 
     cfg: TranscodersTrainingConfig
@@ -143,14 +145,13 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
 
     def _encode_half(self, half: Transcoder, threshold: Tensor, x: Tensor) -> Encoded:
         hidden_pre = half.process_sae_in(x) @ half.W_enc + half.b_enc
-        return Encoded(hidden_pre, hidden_pre.relu() * self._kept(half, threshold, hidden_pre))
+        return Encoded(hidden_pre, hidden_pre.relu() * self._kept(hidden_pre * half.W_dec.norm(dim=1), threshold))
 
     @torch.no_grad()
-    def _kept(self, half: Transcoder, threshold: Tensor, hidden_pre: Tensor) -> Bool[Tensor, "*batch d"]:
+    def _kept(self, strength: Float[Tensor, "*batch d"], threshold: Tensor) -> Bool[Tensor, "*batch d"]:
         """Which positive entries fire; during training `threshold` follows the weakest of them."""
         if self.cfg.activation == "relu":
-            return hidden_pre > 0
-        strength = hidden_pre * half.W_dec.norm(dim=1)
+            return strength > 0
         if not self.training:
             return strength > threshold
         if self.cfg.activation == "topk":
@@ -167,9 +168,10 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
         )
 
     def _transcode(self, half: Transcoder, threshold: Tensor, x: Float[Tensor, "tokens d_model"]) -> Transcoded:
-        with torch.no_grad():
-            hidden_pre = half.process_sae_in(x) @ half.W_enc + half.b_enc
-        return transcode(half, x, hidden_pre, self._kept(half, threshold, hidden_pre))
+        strength = strengths(half, x, torch.bfloat16 if self.cfg.bfloat16_selection else None)
+        if half is self.query and self.cfg.activation != "relu":
+            strength[:: self._context_size] = -torch.inf
+        return transcode(half, x, strength, self._kept(strength, threshold))
 
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,11 +206,12 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
                 + ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
                 + "): training stopped before the update. Check the inputs, or resume with a lower lr."
             )
+        acts = _joined(query.acts, key.acts).detach()
         return TrainStepOutput(
             sae_in=torch.cat([q, k], dim=1),
             sae_out=torch.cat([query.output, key.output], dim=1),
-            feature_acts=_joined(query.acts, key.acts).detach(),
-            hidden_pre=torch.cat([query.hidden_pre, key.hidden_pre], dim=1),
+            feature_acts=acts,
+            hidden_pre=acts,
             loss=loss,
             losses=losses,
             metrics={"l0_query": _l0(query.acts), "l0_key": _l0(key.acts)},
@@ -223,13 +226,22 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
         if cfg.activation == "relu":
             penalties = [sqrt_penalty(s.acts, half.W_dec) for s, half in zip(sides, halves, strict=True)]
             losses["sparsity"] = step_input.coefficients["sparsity"] * sum(penalties)
-        elif cfg.dead_coefficient and step_input.dead_neuron_mask is not None and step_input.dead_neuron_mask.any():
-            dead_masks = step_input.dead_neuron_mask.split([cfg.d_query, cfg.d_key])
+            return losses
+        losses["first_position"] = _SILENCE * self._first_position(step_input.sae_in)
+        dead = step_input.dead_neuron_mask
+        if cfg.dead_coefficient and dead is not None and dead.any():
+            dead_masks = dead.split([cfg.d_query, cfg.d_key])
             losses["dead"] = cfg.dead_coefficient * torch.stack([
-                dead_feature_loss(target - side.output, step_input.sae_in, side.hidden_pre, half, dead, cfg.dead_k)
+                dead_feature_loss(target - side.output, step_input.sae_in, side.strength, half, dead, cfg.dead_k)
                 for target, side, half, dead in zip(true, sides, halves, dead_masks, strict=True)
             ]).sum()  # fmt: skip
         return losses
+
+    def _first_position(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, ""]:
+        """How strongly query features would fire at position 0: mean over rows of the sum over features."""
+        first = self.query.process_sae_in(x[:: self._context_size])
+        strength = (first @ self.query.W_enc + self.query.b_enc) * self.query.W_dec.detach().norm(dim=1)
+        return strength.relu().sum(dim=1).mean()
 
     def _attached(self, x: Tensor) -> tuple[QKWeights, tuple[int, int]]:
         if self._context_size is None:
