@@ -264,12 +264,12 @@ def test_the_variants_differ_from_the_post_in_how_they_train_alone(recipe):
     best = options_of(yaml.safe_load(recipe_path("smollm2-135m-instruct-L23").read_text()))
     changed = {name for name in post | variant if post.get(name) != variant.get(name)}
     ours = {
-        "lr", "sae.activation", "sae.k", "sae.decoder_bias", "mask.lr", "mask.fine_tune_lr", "mask.sparsity_coefficient",
-        "mask.n_pairs", "mask.n_candidates", "mask.prune_until",
+        "lr", "sae.activation", "sae.k", "sae.decoder_bias", "sae.kl_query_coefficient", "sae.kl_key_coefficient", "mask.lr",
+        "mask.fine_tune_lr", "mask.sparsity_coefficient", "mask.n_pairs", "mask.n_candidates", "mask.prune_until",
+        "mask.compact", "mask.output_coefficient",
     }  # fmt: skip
     assert changed <= ours | {
-        "lr_warm_up_steps", "sae.sparsity_coefficient", "sae.initialization", "mask.compact", "checkpoint_path",
-        "output_path",
+        "lr_warm_up_steps", "sae.sparsity_coefficient", "sae.initialization", "checkpoint_path", "output_path",
     }  # fmt: skip
     assert {name: variant[name] for name in ours} == {name: best[name] for name in ours}
 
