@@ -558,6 +558,20 @@ def test_query_features_are_silent_at_position_0(activation, tmp_path, text_data
     assert dictionary.encode_key(x)[:, 0].any()
 
 
+@pytest.mark.parametrize("few", [0, 1 << 14], ids=["dense", "active entries"])
+def test_activations_are_never_negative(few, monkeypatch):
+    """Strengths are rounded otherwise than pre-activations, so that one may be positive and the other not: the square root
+    of the authors' penalty was NaN there."""
+    monkeypatch.setattr("sae_lens_qk.training.transcode._FEW", few)
+    half = small_half()
+    x = torch.randn(11, 6, generator=torch.Generator().manual_seed(0))
+    made = transcode(half, x, strengths(half, x), torch.ones(11, 7, dtype=torch.bool))
+    assert made.acts.is_sparse == (few > 0)
+    hidden_pre = x @ half.W_enc + half.b_enc
+    assert (hidden_pre < 0).any()
+    assert torch.allclose(made.acts.to_dense(), hidden_pre.relu(), atol=1e-5)
+
+
 def test_selection_in_bfloat16_keeps_float32_activations():
     half = small_half()
     x = torch.randn(301, 6, generator=torch.Generator().manual_seed(0))

@@ -1,6 +1,6 @@
 """A transcoder in training, whose output and gradients touch active entries only.
 
-    out = acts W_dec + b_dec,   acts = x W_enc + b_enc where kept, 0 elsewhere
+    out = acts W_dec + b_dec,   acts = relu(x W_enc + b_enc) where kept, 0 elsewhere
 
 About 16 of thousands of features are active at a token. Only the strengths, which decide which ones, need a dense product;
 activations, output and the gradients of W_enc, b_enc and W_dec are sums over active entries, compiled for the CPU.
@@ -56,7 +56,7 @@ def transcode(
     """
     compiled = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
     if not compiled or kept.count_nonzero() > max(_SPARSE * kept.numel(), _FEW):
-        acts = (half.process_sae_in(x) @ half.W_enc + half.b_enc) * kept
+        acts = (half.process_sae_in(x) @ half.W_enc + half.b_enc).relu() * kept
         return Transcoded(strength, acts, half.decode(acts))
     entries = _Entries(kept)
     values: Any = _Encode.apply(half.W_enc, half.b_enc, half.process_sae_in(x), entries)
