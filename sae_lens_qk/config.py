@@ -212,6 +212,8 @@ class MaskStepConfig:
 
     training_tokens: int = 1_000_000
     """Tokens seen by step 2; 0 leaves the dictionary without a feature map."""
+    train_batch_size_tokens: int | None = None
+    """Tokens of one step, whole rows; None: as many as in step 1."""
     lr: float = 1e-2
     """Of the mask."""
     fine_tune_lr: float = 0.0
@@ -326,31 +328,32 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
             raise ValueError("logger.log_to_wandb must be False: this runner does not open a wandb run.")
         if self.autocast:
             raise ValueError("autocast must be False: scores and KL are computed in float32.")
-        if self.train_batch_size_tokens % self.context_size:
-            raise ValueError(
-                f"train_batch_size_tokens must be a multiple of context_size, got {self.train_batch_size_tokens} "
-                f"and {self.context_size}."
-            )
-        if self.n_batches_in_buffer * self.context_size < self.train_batch_size_tokens:
-            raise ValueError(
-                f"n_batches_in_buffer * context_size must hold one batch of {self.train_batch_size_tokens} tokens, "
-                f"got {self.n_batches_in_buffer} * {self.context_size}."
-            )
-        if self.training_tokens < self.train_batch_size_tokens:
-            raise ValueError(
-                f"training_tokens must cover one batch of {self.train_batch_size_tokens}, got {self.training_tokens}."
-            )
-        if 0 < self.mask.training_tokens < self.train_batch_size_tokens:
-            raise ValueError(
-                f"mask.training_tokens must be 0 or cover one batch of {self.train_batch_size_tokens}, "
-                f"got {self.mask.training_tokens}."
-            )
+        for step, size, tokens in (
+            ("", self.train_batch_size_tokens, self.training_tokens),
+            ("mask.", self.mask_batch_size_tokens, self.mask.training_tokens or self.mask_batch_size_tokens),
+        ):
+            if size < 1 or size % self.context_size:
+                raise ValueError(
+                    f"{step}train_batch_size_tokens must be a multiple of context_size, got {size} and {self.context_size}."
+                )
+            if self.n_batches_in_buffer * self.context_size < size:
+                raise ValueError(
+                    f"n_batches_in_buffer * context_size must hold one batch of {size} tokens, "
+                    f"got {self.n_batches_in_buffer} * {self.context_size}."
+                )
+            if tokens < size:
+                zero = "be 0 or " if step else ""
+                raise ValueError(f"{step}training_tokens must {zero}cover one batch of {size}, got {tokens}.")
         if self.layer < 0:
             raise ValueError(f"layer must not be negative, got {self.layer}.")
 
     @property
     def rows_per_batch(self) -> int:
         return self.train_batch_size_tokens // self.context_size
+
+    @property
+    def mask_batch_size_tokens(self) -> int:
+        return self.train_batch_size_tokens if self.mask.train_batch_size_tokens is None else self.mask.train_batch_size_tokens
 
     def to_dict(self) -> dict[str, Any]:
         blocks = {"mask": asdict(self.mask), "card": asdict(self.card)}
@@ -410,10 +413,10 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
         path.write_text(text)
 
     def mask_step(self) -> "BilinearQKRunnerConfig":
-        """This config with step 2's learning rate, tokens and checkpoints in the top-level fields SAELens reads."""
+        """This config with step 2's learning rate, batch, tokens and checkpoints in the top-level fields SAELens reads."""
         return replace(
-            self, training_tokens=self.mask.training_tokens, lr=self.mask.fine_tune_lr or self.mask.lr, lr_end=None,
-            n_checkpoints=self.mask.n_checkpoints, lr_warm_up_steps=0,
+            self, training_tokens=self.mask.training_tokens, train_batch_size_tokens=self.mask_batch_size_tokens,
+            lr=self.mask.fine_tune_lr or self.mask.lr, lr_end=None, n_checkpoints=self.mask.n_checkpoints, lr_warm_up_steps=0,
         )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ def changed_config() -> qk.BilinearQKRunnerConfig:
         sae=qk.TranscodersTrainingConfig(d_in=5, d_query=29, d_key=31, k=4.5, kl_full_coefficient=2.0, dead_k=3),
         mask=qk.MaskStepConfig(
             training_tokens=640,
+            train_batch_size_tokens=32,
             n_pairs=11,
             n_candidates=13,
             sparsity_coefficient=1e-7,
@@ -146,6 +147,14 @@ def test_numbers_in_scientific_notation_are_numbers(text, tmp_path):
             lambda: qk.BilinearQKRunnerConfig(mask=qk.MaskStepConfig(training_tokens=100)),
             "mask.training_tokens must be 0 or cover one batch of 2048, got 100",
         ),
+        (
+            lambda: qk.BilinearQKRunnerConfig(mask=qk.MaskStepConfig(train_batch_size_tokens=500)),
+            r"mask.train_batch_size_tokens must be a multiple of context_size, got 500 and 256",
+        ),
+        (
+            lambda: qk.BilinearQKRunnerConfig(mask=qk.MaskStepConfig(train_batch_size_tokens=0)),
+            r"mask.train_batch_size_tokens must be a multiple of context_size, got 0 and 256",
+        ),
         (lambda: qk.BilinearQKRunnerConfig(logger=LoggingConfig(log_to_wandb=True)), "log_to_wandb must be False"),
         (lambda: qk.BilinearQKRunnerConfig(n_batches_in_buffer=7), r"must hold one batch of 2048 tokens, got 7 \* 256"),
         (lambda: qk.BilinearQKRunnerConfig(layer=-1), "layer must not be negative, got -1"),
@@ -197,6 +206,9 @@ def test_mask_step_takes_the_settings_of_step_2():
     cfg.mask.lr, cfg.mask.fine_tune_lr, cfg.mask.n_checkpoints = 0.5, 0.0, 2
     step = cfg.mask_step()
     assert (step.training_tokens, step.lr, step.n_checkpoints, step.lr_warm_up_steps) == (640, 0.5, 2, 0)
+    assert step.train_batch_size_tokens == cfg.mask.train_batch_size_tokens != cfg.train_batch_size_tokens
+    cfg.mask.train_batch_size_tokens = None
+    assert cfg.mask_step().train_batch_size_tokens == cfg.train_batch_size_tokens
     assert (cfg.training_tokens, cfg.lr) == (6400, 1e-5)
 
 

@@ -319,6 +319,24 @@ def test_step_2_resumes_to_the_same_weights(mask, cached, step_1, tmp_path, text
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("cached", [False, True], ids=["store", "cache"])
+def test_each_step_sees_batches_of_its_own_size(cached, tmp_path, text_dataset, monkeypatch):
+    seen = {TranscodersTrainingSAE: [], MaskTrainingSAE: []}
+    for sae_class, sizes in seen.items():
+        forward = sae_class.training_forward_pass
+        monkeypatch.setattr(
+            sae_class, "training_forward_pass",
+            lambda sae, step_input, forward=forward, sizes=sizes: (
+                sizes.append(step_input.sae_in.shape) or forward(sae, step_input)
+            ),
+        )  # fmt: skip
+    cache = {"input_cache_path": str(tmp_path / "cache")} if cached else {}
+    half = {"train_batch_size_tokens": BATCH // 2}
+    dictionary = qk.BilinearQKTrainingRunner(tiny_config(tmp_path, mask=half, **cache), tiny_model("llama"), text_dataset).run()
+    assert 0 < len(dictionary.feature_map) <= 400  # pruned to its size over its own steps
+    assert seen == {TranscodersTrainingSAE: [(BATCH, 20)] * 40, MaskTrainingSAE: [(BATCH // 2, 20)] * 24}
+
+
 def test_given_transcoders_skip_step_1(step_1, tmp_path, text_dataset, monkeypatch):
     def refused(*args):
         raise AssertionError("step 1 ran")

@@ -123,7 +123,7 @@ class BilinearQKTrainingRunner:
             rates = firing_rates(dictionary, self._some_rows(cache, n_rows))
             dictionary = dictionary.compact(rates.query > 0, rates.key > 0)
         candidates = rank_pairs(dictionary, self.weights, self._some_rows(cache, n_rows), settings.n_candidates)
-        steps = settings.training_tokens // self.cfg.train_batch_size_tokens
+        steps = settings.training_tokens // self.cfg.mask_batch_size_tokens
         shared = {name: value for name, value in vars(dictionary.cfg).items() if name in QKFields.__dataclass_fields__}
         fine_tune = settings.fine_tune_lr > 0
         # tuning holds the L0 that the dictionary has
@@ -158,8 +158,8 @@ class BilinearQKTrainingRunner:
         trainer_cfg = cfg.to_sae_trainer_config()
         if self.cfg.checkpoint_path is not None:
             trainer_cfg.checkpoint_path = str(Path(self.cfg.checkpoint_path) / step)
-        store = self._store() if cache is None else None
-        data: Iterator[Tensor] = store if store is not None else cache.batches(self.cfg.rows_per_batch, seed=seed)  # type: ignore[union-attr]
+        store = self._store(cfg) if cache is None else None
+        data: Iterator[Tensor] = store if store is not None else cache.batches(cfg.rows_per_batch, seed=seed)  # type: ignore[union-attr]
         trainer = ProgressTrainer(trainer_cfg, sae, data)  # type: ignore[arg-type]
         if checkpoint is not None:
             logger.info("resuming %s from %s", step, checkpoint)
@@ -215,8 +215,8 @@ class BilinearQKTrainingRunner:
                 "installed sae-lens version is not one this package was tested with."
             )
 
-    def _store(self) -> ActivationsStore:
-        return ActivationsStore.from_config(self.model, self.cfg, override_dataset=self.dataset)  # type: ignore[arg-type]
+    def _store(self, cfg: BilinearQKRunnerConfig | None = None) -> ActivationsStore:
+        return ActivationsStore.from_config(self.model, cfg or self.cfg, override_dataset=self.dataset)  # type: ignore[arg-type]
 
     def fill_input_cache(self) -> InputCache:
         """The cache of layer inputs that `cfg.input_cache_path` names, filled as far as the config asks."""
