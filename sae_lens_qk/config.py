@@ -353,7 +353,8 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
 
     @property
     def mask_batch_size_tokens(self) -> int:
-        return self.train_batch_size_tokens if self.mask.train_batch_size_tokens is None else self.mask.train_batch_size_tokens
+        own = self.mask.train_batch_size_tokens
+        return self.train_batch_size_tokens if own is None else own
 
     def to_dict(self) -> dict[str, Any]:
         blocks = {"mask": asdict(self.mask), "card": asdict(self.card)}
@@ -416,7 +417,7 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
         """This config with step 2's learning rate, batch, tokens and checkpoints in the top-level fields SAELens reads."""
         return replace(
             self, training_tokens=self.mask.training_tokens, train_batch_size_tokens=self.mask_batch_size_tokens,
-            lr=self.mask.fine_tune_lr or self.mask.lr, lr_end=None, n_checkpoints=self.mask.n_checkpoints, lr_warm_up_steps=0,
+            lr=self.mask.fine_tune_lr or self.mask.lr, lr_end=None, lr_warm_up_steps=0, n_checkpoints=self.mask.n_checkpoints,
         )  # fmt: skip
 
 

@@ -331,8 +331,8 @@ def test_each_step_sees_batches_of_its_own_size(cached, tmp_path, text_dataset, 
             ),
         )  # fmt: skip
     cache = {"input_cache_path": str(tmp_path / "cache")} if cached else {}
-    half = {"train_batch_size_tokens": BATCH // 2}
-    dictionary = qk.BilinearQKTrainingRunner(tiny_config(tmp_path, mask=half, **cache), tiny_model("llama"), text_dataset).run()
+    cfg = tiny_config(tmp_path, mask={"train_batch_size_tokens": BATCH // 2}, **cache)
+    dictionary = qk.BilinearQKTrainingRunner(cfg, tiny_model("llama"), text_dataset).run()
     assert 0 < len(dictionary.feature_map) <= 400  # pruned to its size over its own steps
     assert seen == {TranscodersTrainingSAE: [(BATCH, 20)] * 40, MaskTrainingSAE: [(BATCH // 2, 20)] * 24}
 
