@@ -417,7 +417,8 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
         """This config with step 2's learning rate, batch, tokens and checkpoints in the top-level fields SAELens reads."""
         return replace(
             self, training_tokens=self.mask.training_tokens, train_batch_size_tokens=self.mask_batch_size_tokens,
-            lr=self.mask.fine_tune_lr or self.mask.lr, lr_end=None, lr_warm_up_steps=0, n_checkpoints=self.mask.n_checkpoints,
+            lr=self.mask.fine_tune_lr or self.mask.lr, lr_end=None, lr_warm_up_steps=0,
+            n_checkpoints=self.mask.n_checkpoints,
         )  # fmt: skip
 
 
