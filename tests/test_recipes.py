@@ -183,9 +183,9 @@ def dry_run(recipe: str, changes: dict[str, Any], folder: Path, monkeypatch: pyt
     monkeypatch.setattr("sae_lens_qk.training.runner.load_model", lambda name, device: model)
     context_size = changes.get("context_size", asked.context_size)
     batch = changes.get("train_batch_size_tokens", asked.train_batch_size_tokens)
-    n_rows = STEPS * batch // context_size
+    n_rows = max(STEPS * batch, changes.get("input_cache_tokens", 0)) // context_size
     monkeypatch.setattr("sae_lens_qk.training.runner._CALIBRATION_ROWS", n_rows)  # there are no more
-    tokens = torch.randint(model.cfg.d_vocab, (n_rows, context_size))
+    tokens = torch.randint(model.cfg.d_vocab, (n_rows, context_size), generator=torch.Generator().manual_seed(0))
     Dataset.from_dict({"tokens": tokens.tolist()}).to_parquet(str(folder / "train.parquet"))
     options = {
         "training_tokens": STEPS * batch, "checkpoint_path": folder / "checkpoints",
