@@ -203,11 +203,15 @@ def test_the_description_stands_under_the_heading(with_map):
             "(cosineannealing), kaiming initialisation.",
         ),
         ({"mask": qk.MaskStepConfig(fine_tune_lr=3e-4)}, "50,000 pairs, transcoders tuned along at learning rate 0.0003.\n"),
+        (
+            {"mask": qk.MaskStepConfig(train_batch_size_tokens=512)},
+            "Step 2, mask: 1,000,000 tokens, 512 a step, from 200,000 candidates",
+        ),
         ({"mask": qk.MaskStepConfig(training_tokens=0)}, "data initialisation.\nData: "),
         ({"from_pretrained_path": "org/tiny"}, "the transcoders of `org/tiny`.\nStep 2, mask: "),
         ({"dataset_path": "", "prepend_bos": False}, "Data: `given in code`, rows of 256 tokens. Seed 7."),
     ],
-    ids=["both steps", "relu", "tuned", "step 1", "step 2", "data in code"],
+    ids=["both steps", "relu", "tuned", "batch of step 2", "step 1", "step 2", "data in code"],
 )
 def test_training_is_told(changes, said, with_map):
     told = card(with_map, runner_cfg=replace(RUN, **changes).to_dict()).text.split("## Training\n\n")[1]
