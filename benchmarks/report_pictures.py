@@ -14,7 +14,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, sync_playwright
 
 import sae_lens_qk as qk
 from sae_lens_qk.__main__ import main as command
@@ -38,26 +38,26 @@ def main() -> None:
         "prompt": f"/prompt/0/{'/'.join(str(number) for number in a.place)}",
         "feature": f"/feature/key/{pairs['key_feature'].iloc[0] if args.key_feature is None else args.key_feature}",
     }
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as started:
         report = Path(folder) / "report.html"
         if command(["dashboard", "--dictionary", args.dictionary, "--prompts", PROMPT, "--output", str(report)]):
             raise SystemExit("the report could not be written")
-        take(report.as_uri(), views, args.output)
-
-
-def take(url: str, views: dict[str, str], output: Path) -> None:
-    """Screenshots of whole views; how a view is addressed stands behind the # of the report's address."""
-    with sync_playwright() as started:
         browser = started.chromium.launch(
             executable_path=shutil.which("chromium"),
             args=["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"],
         )
-        for name, path in views.items():
-            page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
-            page.goto(f"{url}#{path}")
-            page.wait_for_selector("h1")
-            page.screenshot(path=output / f"report-{name}.png", full_page=name == "prompt")
+        take(browser, report.as_uri(), views, args.output)
         browser.close()
+
+
+def take(browser: Browser, url: str, views: dict[str, str], output: Path) -> None:
+    """Screenshots of views; how a view is addressed stands behind the # of the report's address."""
+    for name, path in views.items():
+        page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
+        page.goto(f"{url}#{path}")
+        page.wait_for_selector("h1")
+        page.screenshot(path=output / f"report-{name}.png", full_page=name == "prompt")
+        page.close()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import shutil
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from tiny_dictionaries import LAYER, N_PAIRS, tiny_dictionary
 from tiny_models import tiny_tokens
 
@@ -486,6 +487,17 @@ class TestTables:
         shows(page, "Pairs of head 1")
         assert path_of(page) == "/pairs/1"
         assert self.column(page, 1) == [n for n, head in zip(pairs["pair"], pairs["head"], strict=True) if head == 1][:25]
+
+
+def test_the_pictures_show_the_views(browser, url, numbers, tmp_path):
+    from benchmarks import report_pictures  # imports Playwright
+
+    views = {"prompt": "/prompt/0/1/5/2", "feature": f"/feature/key/{numbers['key']}"}
+    report_pictures.take(browser, url, views, tmp_path)
+    sizes = {name: Image.open(tmp_path / f"report-{name}.png").size for name in views}
+    assert sizes["feature"] == (1280, 900)
+    assert sizes["prompt"][0] == 1280
+    assert sizes["prompt"][1] > 900  # all of it, the pairs of the chosen weight below the patterns
 
 
 class TestTexts:
