@@ -143,6 +143,15 @@ def test_an_explanation_holds_where_every_k_from_two_on_does(verdicts, holds):
     assert made.verdict.startswith(words) and made.verdict in made._repr_html_()
 
 
+def test_printing_shows_all_of_it(made):
+    """In a script as well, where pandas would leave out the columns in the middle."""
+    title, header, *rows = str(made).splitlines()
+    assert title.endswith(f"attention {made.attention:.3f}: the explanation {made.verdict}")
+    assert header.split() == list(made.table.columns)
+    assert len(rows) == len(made.table)
+    assert f"{made.table['score_drop'].iloc[0]:.3f}" in rows[0].split()
+
+
 def test_the_terminal_shows_the_verdict(made):
     console = Console(width=140)
     with console.capture() as capture:

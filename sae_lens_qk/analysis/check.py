@@ -68,6 +68,11 @@ class Check(NamedTuple):
     def verdict(self) -> str:
         return {True: "holds", False: "does not hold", None: "cannot be judged: too few other features"}[self.holds]
 
+    def __str__(self) -> str:
+        head, i, j = self.place
+        title = f"head {head}, {i} to {j}, attention {self.attention:.3f}: the explanation {self.verdict}"
+        return f"{title}\n{self.table.to_string(index=False, float_format='{:.3f}'.format, na_rep='-')}"
+
     def __rich__(self) -> RenderableType:
         title = "drop of the score when features leave the model's own input"
         return Group(rich_table(self.table, title), f"the explanation {self.verdict}")
