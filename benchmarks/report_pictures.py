@@ -17,9 +17,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from playwright.sync_api import Browser, sync_playwright
 
 import sae_lens_qk as qk
+from sae_lens_qk.__main__ import IOI_PROMPT
 from sae_lens_qk.__main__ import main as command
 
-PROMPT = "When Mary and John went to the store, John gave a drink to"
 HEAD, KEY = 0, " Mary"
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     d = qk.BilinearQKDictionary.from_pretrained(args.dictionary)
     model = qk.load_model(d)
-    prompt = qk.Prompt.of(d, model, PROMPT)
+    prompt = qk.Prompt.of(d, model, IOI_PROMPT)
     a = qk.attribute(d, model, prompt, HEAD, query_pos=-1, key_pos=prompt.find(KEY))
     pairs = a.top(sign="supporting").query("kind == 'pair' and key_feature != 0")  # 0 stands for the mean
     views = {
@@ -40,7 +40,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as started:
         report = Path(folder) / "report.html"
-        if command(["dashboard", "--dictionary", args.dictionary, "--prompts", PROMPT, "--output", str(report)]):
+        if command(["dashboard", "--dictionary", args.dictionary, "--prompts", IOI_PROMPT, "--output", str(report)]):
             raise SystemExit("the report could not be written")
         browser = started.chromium.launch(
             executable_path=shutil.which("chromium"),

@@ -89,7 +89,7 @@ def test_links_lead_somewhere(kept):
         ("lib/site-packages/x", ["a machine path"]),
         (" 40%|####      | 2/5", ["a progress bar"]),
         ("UserWarning: x", ["a warning"]),
-        ("docs/tmp/x, 40% of </tmp>, and a warning", []),
+        ("docs/var/x, 40% of </var>, and a warning", []),
     ],
 )
 def test_what_outputs_must_not_show_is_noticed(text, what):
