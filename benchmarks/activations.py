@@ -65,16 +65,26 @@ def _text_batches(d: BilinearQKDictionary, n_rows: int) -> RowBatches:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dictionary", default="smollm2-135m-instruct-L23", help="name or folder")
     parser.add_argument("--cache", help="folder of an input cache of the dictionary's layer")
     parser.add_argument("--rows", type=int, default=128)
     options = parser.parse_args()
     d = BilinearQKDictionary.from_pretrained(options.dictionary)
-    batches = cache_batches(InputCache(options.cache), options.rows) if options.cache else _text_batches(d, options.rows)
+    batches = (
+        cache_batches(InputCache(options.cache), options.rows)
+        if options.cache
+        else _text_batches(d, options.rows)
+    )
     made = measure(d, batches)
-    print(f"{made['tokens']:,} tokens, {made['pairs']:,} kept pairs, {made['instances']:.3g} instances")
-    print(f"{made['seconds']:.1f} s for the pass, {made['encoding_seconds']:.1f} s for encoding alone: {made['ratio']:.2f}")
+    print(
+        f"{made['tokens']:,} tokens, {made['pairs']:,} kept pairs, {made['instances']:.3g} instances"
+    )
+    print(
+        f"{made['seconds']:.1f} s for the pass, {made['encoding_seconds']:.1f} s for encoding alone: {made['ratio']:.2f}"
+    )
     print(f"{made['memory_bytes'] / 2**20:,.0f} MiB more memory at its peak")
 
 

@@ -40,11 +40,19 @@ def small_dictionary(model: Model, layer: int) -> qk.BilinearQKDictionary:
     """A few steps on the text that comes with the package."""
     with tempfile.TemporaryDirectory() as folder:
         cfg = qk.BilinearQKRunnerConfig(
-            layer=layer, sae=qk.TranscodersTrainingConfig(d_in=1, d_query=512, d_key=512), training_tokens=10 * 2048,
-            mask=qk.MaskStepConfig(training_tokens=5 * 2048, n_pairs=5_000, n_candidates=20_000, ranking_tokens=2048),
-            lr_warm_up_steps=2, checkpoint_path=None, output_path=f"{folder}/dictionary",
-        )  # fmt: skip
-        return qk.BilinearQKTrainingRunner(cfg, override_model=model, override_dataset=text_sample()).run()
+            layer=layer,
+            sae=qk.TranscodersTrainingConfig(d_in=1, d_query=512, d_key=512),
+            training_tokens=10 * 2048,
+            mask=qk.MaskStepConfig(
+                training_tokens=5 * 2048, n_pairs=5_000, n_candidates=20_000, ranking_tokens=2048
+            ),
+            lr_warm_up_steps=2,
+            checkpoint_path=None,
+            output_path=f"{folder}/dictionary",
+        )
+        return qk.BilinearQKTrainingRunner(
+            cfg, override_model=model, override_dataset=text_sample()
+        ).run()
 
 
 @torch.no_grad()
@@ -56,9 +64,14 @@ def measure(d: qk.BilinearQKDictionary, model: Model, prompts: torch.Tensor) -> 
             for i in range(len(tokens)):
                 own, terms = prompt.scores[head, i, : i + 1], prompt.terms(head, i)
                 m = terms.weights(d.feature_map, head)
-                split = terms._replace(terms=terms.terms * m).scores + terms._replace(terms=terms.terms * (1 - m)).scores
+                split = (
+                    terms._replace(terms=terms.terms * m).scores
+                    + terms._replace(terms=terms.terms * (1 - m)).scores
+                )
                 found = [(made - own).abs().max() for made in (terms.scores, split)]
-                worst[0], worst[1] = (max(worst[at], float(error)) for at, error in enumerate(found))
+                worst[0], worst[1] = (
+                    max(worst[at], float(error)) for at, error in enumerate(found)
+                )
             worst[2] = max(worst[2], drop_error(prompt, head))
         worst[3] = max(worst[3], float(prompt.scores.tril().abs().max()))
     return Errors(*worst)
@@ -73,7 +86,9 @@ def drop_error(prompt: qk.Prompt, head: int) -> float:
         return 0.0
     name = hook_names(prompt.model, d.cfg.layer).pattern
     hooks = d.fwd_hooks(prompt.model, "model", ablate_pairs=triples)
-    _, seen = run_recording(prompt.model, prompt.tokens[None], [name], hooks, stop_at_layer=d.cfg.layer + 1)
+    _, seen = run_recording(
+        prompt.model, prompt.tokens[None], [name], hooks, stop_at_layer=d.cfg.layer + 1
+    )
     terms, expected = prompt.terms(head, i), prompt.scores[head, i].clone()
     for a, b, _ in triples.tolist():
         expected -= terms.pairs(torch.tensor([a]), torch.tensor([b]))[0, 0]
@@ -82,17 +97,25 @@ def drop_error(prompt: qk.Prompt, head: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 10, 23])
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--length", type=int, default=32)
     args = parser.parse_args()
     model = qk.load_model()
     prompts = token_rows(model, "", "text", args.prompts, args.length)
-    table = Table("layer", "dictionary", "sum, full form", "sum, kept form", "drop", "largest score")
+    table = Table(
+        "layer", "dictionary", "sum, full form", "sum, kept form", "drop", "largest score"
+    )
     for layer in args.layers:
         name = SHIPPED.get(layer)
-        d = qk.BilinearQKDictionary.from_pretrained(name) if name else small_dictionary(model, layer)
+        d = (
+            qk.BilinearQKDictionary.from_pretrained(name)
+            if name
+            else small_dictionary(model, layer)
+        )
         errors = measure(d, model, prompts)
         figures = [f"{error:.1e}" for error in errors[:3]]
         table.add_row(str(layer), name or "trained for 10 steps", *figures, f"{errors.score:.1f}")

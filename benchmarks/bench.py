@@ -64,7 +64,10 @@ def measure_here(names: list[str], sizes: Sizes) -> dict[str, Any]:
 def collect(names: list[str], smoke: bool) -> dict[str, Any]:
     """Results by case; one that fails does not stop the others."""
     results: dict[str, Any] = {}
-    one_thread = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}  # tiny loops on two busy cores are slower than on one
+    one_thread = {
+        "OMP_NUM_THREADS": "1",
+        "NUMBA_NUM_THREADS": "1",
+    }  # tiny loops on two busy cores are slower than on one
     environment = {**os.environ, **(one_thread if smoke else {})}
     for group in [names] if smoke else [[name] for name in names]:
         command = [sys.executable, __file__, "--json", "--case", *group, *["--smoke"] * smoke]
@@ -77,7 +80,11 @@ def collect(names: list[str], smoke: bool) -> dict[str, Any]:
             results.update(json.loads(done.stdout.splitlines()[-1]))
         outcome = f"FAILED\n{done.stderr}" if done.returncode else "done"
         label = group[0] if len(group) == 1 else f"{len(group)} cases"
-        print(f"{label}: {outcome} in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        print(
+            f"{label}: {outcome} in {time.perf_counter() - start:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
     return results
 
 
@@ -91,18 +98,26 @@ def write(report: dict[str, Any], folder: Path) -> None:
 def _chosen(names: list[str], wanted: list[str] | None) -> list[str]:
     if not wanted:
         return names
-    unknown = [w for w in wanted if not any(name == w or name.startswith(f"{w}.") for name in names)]
+    unknown = [
+        w for w in wanted if not any(name == w or name.startswith(f"{w}.") for name in names)
+    ]
     if unknown:
         raise SystemExit(f"There is no case {unknown[0]}; cases are {', '.join(names)}.")
     return [name for name in names if any(name == w or name.startswith(f"{w}.") for w in wanted)]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes")
-    parser.add_argument("--only", nargs="+", metavar="NAMES", help="cases, or groups such as step2 or growth.plain")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAMES", help="cases, or groups such as step2 or growth.plain"
+    )
     parser.add_argument("--output", type=Path, help="folder for cpu.md and cpu.json")
-    parser.add_argument("--case", nargs="+", metavar="NAMES", help="measure in this process and print the numbers")
+    parser.add_argument(
+        "--case", nargs="+", metavar="NAMES", help="measure in this process and print the numbers"
+    )
     parser.add_argument("--json", action="store_true", help="the numbers on one line")
     return parser
 

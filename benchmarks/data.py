@@ -46,9 +46,15 @@ def make_spec(n_heads: int, d_head: int, n_frequencies: int = 0) -> AttentionSpe
 
 
 def make_case(
-    kind: str, spec: AttentionSpec, d: tuple[int, int], n_rows: int, n_pos: int, l0: int,
-    dtype: torch.dtype = torch.float32, seed: int = 0,
-) -> Case:  # fmt: skip
+    kind: str,
+    spec: AttentionSpec,
+    d: tuple[int, int],
+    n_rows: int,
+    n_pos: int,
+    l0: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Case:
     """A case whose true pattern is that of the full reconstruction, its scores disturbed by noise.
 
     Args:
@@ -57,10 +63,16 @@ def make_case(
     """
     generator = torch.Generator().manual_seed(seed)
     topic_of = _topics(n_rows, n_pos, max(2, min(d) // 20), generator)
-    sides = [_acts(size, l0, topic_of if kind == "clustered" else None, n_rows, n_pos, generator) for size in d]
+    sides = [
+        _acts(size, l0, topic_of if kind == "clustered" else None, n_rows, n_pos, generator)
+        for size in d
+    ]
     query_acts, key_acts = (acts.to(dtype) for acts in sides)
     decoders = Decoders(*(_decoder(size, spec, l0, generator).to(dtype) for size in d))
-    queries, keys = (with_constant(acts) @ W.flatten(1) for acts, W in zip((query_acts, key_acts), decoders, strict=True))
+    queries, keys = (
+        with_constant(acts) @ W.flatten(1)
+        for acts, W in zip((query_acts, key_acts), decoders, strict=True)
+    )
     scores = attention_scores(spec.split_queries(queries), spec.split_keys(keys), spec)
     noise = torch.randn(scores.shape, generator=generator).to(dtype)
     log_true = log_pattern(scores + 0.5 * noise)
@@ -78,7 +90,9 @@ def among(case: Case, d: int, seed: int = 1) -> Whole:
         numbers.append(number)
         others = torch.randn(d + 1, *W.shape[1:], generator=generator).to(W.dtype)
         decoders.append(others.index_copy(0, number, W))
-    return Whole(case._replace(query_acts=acts[0], key_acts=acts[1], decoders=Decoders(*decoders)), *numbers)
+    return Whole(
+        case._replace(query_acts=acts[0], key_acts=acts[1], decoders=Decoders(*decoders)), *numbers
+    )
 
 
 def _topics(n_rows: int, n_pos: int, n_topics: int, generator: torch.Generator) -> Tensor:
@@ -90,10 +104,14 @@ def _topics(n_rows: int, n_pos: int, n_topics: int, generator: torch.Generator) 
     return drawn.gather(1, since)
 
 
-def _acts(d: int, l0: int, topic_of: Tensor | None, n_rows: int, n_pos: int, generator: torch.Generator) -> Tensor:
+def _acts(
+    d: int, l0: int, topic_of: Tensor | None, n_rows: int, n_pos: int, generator: torch.Generator
+) -> Tensor:
     """Activations [row, pos, d], l0 a token, uniform in [0.5, 1.5]."""
     acts = torch.zeros(n_rows, n_pos, d)
-    weights = torch.ones(d) if topic_of is None else 1 / (1 + torch.randperm(d, generator=generator))  # Zipf
+    weights = (
+        torch.ones(d) if topic_of is None else 1 / (1 + torch.randperm(d, generator=generator))
+    )  # Zipf
     n_topics = 0 if topic_of is None else int(topic_of.max()) + 1
     topics = torch.randint(d, (n_topics, 3 * l0), generator=generator)
     for row in range(n_rows):
@@ -112,4 +130,7 @@ def _acts(d: int, l0: int, topic_of: Tensor | None, n_rows: int, n_pos: int, gen
 
 def _decoder(d: int, spec: AttentionSpec, l0: int, generator: torch.Generator) -> Tensor:
     """Random rows such that scores have variance 2 or so, whatever l0 is."""
-    return torch.randn(d + 1, spec.n_heads, spec.d_head, generator=generator) * (_SCORE_VARIANCE**0.5 / l0) ** 0.5
+    return (
+        torch.randn(d + 1, spec.n_heads, spec.d_head, generator=generator)
+        * (_SCORE_VARIANCE**0.5 / l0) ** 0.5
+    )

@@ -44,7 +44,12 @@ def penalty(mask: Tensor) -> Tensor:
 
 
 def make_step(
-    M: Tensor, query_acts: Tensor, key_acts: Tensor, true: tuple[Tensor, Tensor], strength: float, lr: float
+    M: Tensor,
+    query_acts: Tensor,
+    key_acts: Tensor,
+    true: tuple[Tensor, Tensor],
+    strength: float,
+    lr: float,
 ) -> Callable[[], float]:
     """A training step of the whole mask, from 1 on; call it for the next step and its loss.
 
@@ -60,7 +65,9 @@ def make_step(
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = mean_kl(masked_scores(mask, M, query_acts, key_acts), *true) + strength * penalty(mask)
+        loss = mean_kl(masked_scores(mask, M, query_acts, key_acts), *true) + strength * penalty(
+            mask
+        )
         loss.backward()
         optimizer.step()
         with torch.no_grad():

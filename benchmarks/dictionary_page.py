@@ -62,8 +62,12 @@ def load(names: Iterable[str]) -> dict[str, qk.BilinearQKDictionary]:
     paths: dict[str, Path] = {}
     for path in map(Path, names):
         if paths.setdefault(path.name, path) != path:
-            raise ValueError(f"The page calls dictionaries by their folder's name: {paths[path.name]} and {path} are alike.")
-    loaded = {name: qk.BilinearQKDictionary.from_pretrained(str(path)) for name, path in paths.items()}
+            raise ValueError(
+                f"The page calls dictionaries by their folder's name: {paths[path.name]} and {path} are alike."
+            )
+    loaded = {
+        name: qk.BilinearQKDictionary.from_pretrained(str(path)) for name, path in paths.items()
+    }
     layers = {name: d.cfg.layer for name, d in loaded.items()}
     if len(set(layers.values())) > 1:
         raise ValueError(f"Dictionaries on one page must be of one layer, got {layers}.")
@@ -71,16 +75,25 @@ def load(names: Iterable[str]) -> dict[str, qk.BilinearQKDictionary]:
 
 
 def make_report(
-    measured: dict[str, Evaluation], beside: Iterable[str] = (), frontier: Iterable[str] = (), **facts: Any
+    measured: dict[str, Evaluation],
+    beside: Iterable[str] = (),
+    frontier: Iterable[str] = (),
+    **facts: Any,
 ) -> dict[str, Any]:
     """Plain JSON values: the facts, then all figures of the first dictionary, and the others beside it."""
     name, ours = next(iter(measured.items()))
-    rows, n_tokens = {other: evaluation.by_row for other, evaluation in measured.items()}, ours.n_tokens
+    rows, n_tokens = (
+        {other: evaluation.by_row for other, evaluation in measured.items()},
+        ours.n_tokens,
+    )
     return {
         "dictionary": name,
         **facts,
         "evaluation": ours.to_dict(),
-        "features": {"query": firing(rows[name].fired_query, n_tokens), "key": firing(rows[name].fired_key, n_tokens)},
+        "features": {
+            "query": firing(rows[name].fired_query, n_tokens),
+            "key": firing(rows[name].fired_key, n_tokens),
+        },
         "beside": {
             other: {
                 "evaluation": measured[other].to_dict(),
@@ -105,15 +118,22 @@ def firing(fired: np.ndarray, n_tokens: int) -> dict[str, Any]:
         "live": len(live),
         "l0": float(density.sum()),
         "always_on": int((density > ALWAYS_ON).sum()),
-        "density_quantiles": {f"{q:g}": float(np.quantile(live, q)) if len(live) else None for q in QUANTILES},
+        "density_quantiles": {
+            f"{q:g}": float(np.quantile(live, q)) if len(live) else None for q in QUANTILES
+        },
         "tokens": fired.tolist(),
     }
 
 
-def differences(ours: dict[str, dict[str, np.ndarray]], other: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
+def differences(
+    ours: dict[str, dict[str, np.ndarray]], other: dict[str, dict[str, np.ndarray]]
+) -> dict[str, Any]:
     """Figures of the other dictionary minus ours, by source that both have, then figure."""
     return {
-        source: {figure: paired(ours[source][figure], other[source][figure])._asdict() for figure in COMPARED}
+        source: {
+            figure: paired(ours[source][figure], other[source][figure])._asdict()
+            for figure in COMPARED
+        }
         for source in ("transcoders", "feature_map")
         if source in ours and source in other
     }
@@ -137,7 +157,9 @@ def write(report: dict[str, Any], folder: Path) -> None:
     (folder / f"{stem}.json").write_text(json.dumps(report, allow_nan=False) + "\n")
     (folder / f"{stem}.md").write_text(render(report))
     n_tokens = report["evaluation"]["n_tokens"]
-    densities = (np.array(report["features"][side]["tokens"]) / n_tokens for side in ("query", "key"))
+    densities = (
+        np.array(report["features"][side]["tokens"]) / n_tokens for side in ("query", "key")
+    )
     density_histogram(*densities).savefig(folder / f"{stem}.png")
     if report["frontier"]:
         frontier_figure(report["frontier"]).savefig(folder / f"{stem}-frontier.png")
@@ -153,7 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     first = next(iter(dictionaries.values()))
     model = qk.load_model(first)
     n_rows = args.n_tokens // args.context_size if args.n_tokens else sys.maxsize
-    tokens = token_rows(model, f"$QK_CORPUS/{args.split}.parquet", "text", n_rows, args.context_size)
+    tokens = token_rows(
+        model, f"$QK_CORPUS/{args.split}.parquet", "text", n_rows, args.context_size
+    )
     report = make_report(
         compare(dictionaries, model, tokens, batch_size=args.batch_size, progress=True),
         beside=[Path(name).name for name in args.beside],

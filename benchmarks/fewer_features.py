@@ -20,7 +20,11 @@ def strongest(d: qk.BilinearQKDictionary, n: int) -> list[torch.Tensor]:
     masks = []
     for column, size in enumerate((d.cfg.d_query, d.cfg.d_key)):
         total = torch.zeros(size + 1).index_add(0, kept.indices[:, column], weight)[:size]
-        masks.append(torch.zeros(size, dtype=torch.bool).index_fill(0, total.topk(min(n, size)).indices, True))
+        masks.append(
+            torch.zeros(size, dtype=torch.bool).index_fill(
+                0, total.topk(min(n, size)).indices, True
+            )
+        )
     return masks
 
 
@@ -34,7 +38,9 @@ def main(name: str) -> None:
         kl = [result.sources[source].pattern_kl for source in ("feature_map", "transcoders")]
         figures = " / ".join(f"{one.value:.4f}" for one in kl if one)
         l0 = f"{result.features.l0_query:.1f} / {result.features.l0_key:.1f}"
-        print(f"{n} features a side, {len(smaller.feature_map):,} pairs: KL map / transcoders {figures}, L0 {l0}")
+        print(
+            f"{n} features a side, {len(smaller.feature_map):,} pairs: KL map / transcoders {figures}, L0 {l0}"
+        )
 
 
 if __name__ == "__main__":

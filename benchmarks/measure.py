@@ -24,9 +24,11 @@ def measure(step: Callable[[], Any], n_steps: int) -> dict[str, Any]:
         step()
     times = time_of(step, n_steps)
     return {
-        "seconds": statistics.median(times), "all_seconds": times, "step_bytes": memory.grown,
+        "seconds": statistics.median(times),
+        "all_seconds": times,
+        "step_bytes": memory.grown,
         "resident_bytes": memory.before,
-    }  # fmt: skip
+    }
 
 
 def time_of(step: Callable[[], Any], n_steps: int) -> list[float]:
@@ -41,4 +43,6 @@ def time_of(step: Callable[[], Any], n_steps: int) -> list[float]:
 
 def process_peak_bytes() -> int:
     """Highest resident size of this process since it started."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

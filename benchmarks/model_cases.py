@@ -34,7 +34,10 @@ RECIPE = shipped_folder() / "recipes" / f"{DICTIONARY}.yaml"
 def cases(sizes: Sizes) -> dict[str, Callable[[], Result]]:
     """Name -> measurement; each says so where the model is not installed."""
     made = {"load": load, "patched": patched, "step1": step_1, "step2": step_2}
-    return {f"smollm2.{name}": lambda case=case: _if_installed(case, sizes) for name, case in made.items()}
+    return {
+        f"smollm2.{name}": lambda case=case: _if_installed(case, sizes)
+        for name, case in made.items()
+    }
 
 
 def _if_installed(case: Callable[[Sizes], Result], sizes: Sizes) -> Result:
@@ -57,7 +60,13 @@ class Setting(NamedTuple):
         d = qk.BilinearQKDictionary.from_pretrained(DICTIONARY)
         model = qk.load_model(d)
         tokens = token_rows(model, "", "text", sizes.model_rows, sizes.model_context)
-        return cls(d, model, qk_weights(model, d.cfg.layer), tokens, layer_inputs(model, d.cfg.layer, tokens))
+        return cls(
+            d,
+            model,
+            qk_weights(model, d.cfg.layer),
+            tokens,
+            layer_inputs(model, d.cfg.layer, tokens),
+        )
 
 
 def load(sizes: Sizes) -> Result:
@@ -67,7 +76,12 @@ def load(sizes: Sizes) -> Result:
     seconds = time.perf_counter() - start
     folder = shipped_folder() / DICTIONARY
     bytes_of = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    return {"seconds": seconds, "bytes": sum(bytes_of.values()), "files": bytes_of, "pairs": len(d.feature_map)}
+    return {
+        "seconds": seconds,
+        "bytes": sum(bytes_of.values()),
+        "files": bytes_of,
+        "pairs": len(d.feature_map),
+    }
 
 
 @torch.no_grad()
@@ -85,7 +99,9 @@ def patched(sizes: Sizes) -> Result:
     for inputs in (tokens, tokens[:1], tokens[:1, : sizes.prompt]):
         times = [(forward(inputs, []), forward(inputs, hooks)) for _ in range(sizes.steps + 1)][1:]
         plain, with_map = (statistics.median(one) for one in zip(*times, strict=True))
-        rows.append({"tokens": list(inputs.shape), "plain_seconds": plain, "patched_seconds": with_map})
+        rows.append(
+            {"tokens": list(inputs.shape), "plain_seconds": plain, "patched_seconds": with_map}
+        )
     return {"rows": rows, "pairs": len(d.feature_map)}
 
 
@@ -93,8 +109,13 @@ def step_1(sizes: Sizes) -> Result:
     """A step of both transcoders as the shipped recipe trains them, from its initialisation on."""
     d, _, weights, tokens, x = Setting.of(sizes)
     recipe, seconds = qk.BilinearQKRunnerConfig.from_file(RECIPE), {}
-    for name, training_class in (("seconds", TranscodersTrainingSAE), ("dense_seconds", _DenseTranscoders)):
-        sae = training_class(replace(recipe.sae, d_in=d.cfg.d_in, attention=d.cfg.attention, device="cpu"))
+    for name, training_class in (
+        ("seconds", TranscodersTrainingSAE),
+        ("dense_seconds", _DenseTranscoders),
+    ):
+        sae = training_class(
+            replace(recipe.sae, d_in=d.cfg.d_in, attention=d.cfg.attention, device="cpu")
+        )
         sae.attach(weights, tokens.shape[1], x.flatten(0, 1))
         seconds[name] = _step_seconds(sae, x, recipe.lr, sizes)
     return {"tokens": tokens.numel(), **seconds}
@@ -117,22 +138,40 @@ def step_2(sizes: Sizes) -> Result:
     seconds, rows = time.perf_counter() - start, []
     for fine_tune in (False, True):
         for n_pairs in sizes.model_pairs:
-            strongest = ranked.select(ranked.statistics[:, 0].topk(min(n_pairs, len(ranked))).indices)
+            strongest = ranked.select(
+                ranked.statistics[:, 0].topk(min(n_pairs, len(ranked))).indices
+            )
             sae = _mask_sae(d, strongest, x, fine_tune)
             sae.attach(weights, tokens.shape[1], d, strongest)
-            rows.append({"pairs": len(strongest), "fine_tune": fine_tune, "seconds": _step_seconds(sae, x, 1e-3, sizes)})
+            rows.append(
+                {
+                    "pairs": len(strongest),
+                    "fine_tune": fine_tune,
+                    "seconds": _step_seconds(sae, x, 1e-3, sizes),
+                }
+            )
     return {"tokens": tokens.numel(), "ranking_seconds": seconds, "rows": rows}
 
 
-def _mask_sae(d: qk.BilinearQKDictionary, candidates: SparseFeatureMap, x: Tensor, fine_tune: bool) -> MaskTrainingSAE:
+def _mask_sae(
+    d: qk.BilinearQKDictionary, candidates: SparseFeatureMap, x: Tensor, fine_tune: bool
+) -> MaskTrainingSAE:
     """As the runner makes it, with the penalty on and nothing pruned."""
-    shared = {name: value for name, value in vars(d.cfg).items() if name in QKFields.__dataclass_fields__}
+    shared = {
+        name: value for name, value in vars(d.cfg).items() if name in QKFields.__dataclass_fields__
+    }
     rates = firing_rates(d, x.split(1))
     cfg = qk.MaskTrainingConfig(
-        **{**shared, "n_pairs": len(candidates)}, d_in=d.cfg.d_in, half_architecture=d.cfg.half_architecture,
-        max_pairs=len(candidates), prune_steps=0, polish=False, fine_tune=fine_tune,
-        k_query=float(rates.query.sum()), k_key=float(rates.key.sum()),
-    )  # fmt: skip
+        **{**shared, "n_pairs": len(candidates)},
+        d_in=d.cfg.d_in,
+        half_architecture=d.cfg.half_architecture,
+        max_pairs=len(candidates),
+        prune_steps=0,
+        polish=False,
+        fine_tune=fine_tune,
+        k_query=float(rates.query.sum()),
+        k_key=float(rates.key.sum()),
+    )
     return MaskTrainingSAE(cfg)
 
 
@@ -141,12 +180,15 @@ def _step_seconds(sae: TrainingSAE[Any], x: Tensor, lr: float, sizes: Sizes) -> 
     sae.train()
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
     coefficients = {
-        name: c.value if isinstance(c, TrainCoefficientConfig) else c for name, c in sae.get_coefficients().items()
+        name: c.value if isinstance(c, TrainCoefficientConfig) else c
+        for name, c in sae.get_coefficients().items()
     }
     none_dead = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
 
     def step() -> None:
-        given = TrainStepInput(x.flatten(0, 1), coefficients, none_dead, n_training_steps=0, is_logging_step=False)
+        given = TrainStepInput(
+            x.flatten(0, 1), coefficients, none_dead, n_training_steps=0, is_logging_step=False
+        )
         sae.training_forward_pass(given).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

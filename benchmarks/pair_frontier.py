@@ -66,13 +66,25 @@ def main() -> None:
     args: Arguments = parser.parse_args().args
     base = qk.BilinearQKDictionary.from_pretrained(args.ranking).requires_grad_(False)
     model = qk.load_model(base)
-    tokens = token_rows(model, args.evaluation_text, "text", args.evaluation_tokens // args.context_size, args.context_size)
+    tokens = token_rows(
+        model,
+        args.evaluation_text,
+        "text",
+        args.evaluation_tokens // args.context_size,
+        args.context_size,
+    )
 
     def measure(name: str, dictionary: qk.BilinearQKDictionary) -> dict[str, str]:
-        return row(name, dictionary, qk.evaluate(dictionary, model, tokens, baselines=(), progress=True))
+        return row(
+            name, dictionary, qk.evaluate(dictionary, model, tokens, baselines=(), progress=True)
+        )
 
     ranking_tokens = token_rows(
-        model, args.ranking_text, "text", args.ranking_tokens // args.context_size, args.context_size
+        model,
+        args.ranking_text,
+        "text",
+        args.ranking_tokens // args.context_size,
+        args.context_size,
     )
     inputs = (layer_inputs(model, base.cfg.layer, batch) for batch in ranking_tokens.split(8))
     ranked = rank_pairs(base, qk_weights(model, base.cfg.layer), inputs, max(args.sizes))
@@ -82,11 +94,17 @@ def main() -> None:
         base.set_feature_map(ranked.select(strongest[:size]))
         lines.append(measure("ranking alone", base))
     for path in args.dictionaries:
-        lines.append(measure(Path(path).name, qk.BilinearQKDictionary.from_pretrained(path).requires_grad_(False)))
+        lines.append(
+            measure(
+                Path(path).name, qk.BilinearQKDictionary.from_pretrained(path).requires_grad_(False)
+            )
+        )
     table = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
     print(table)
     if args.output:
-        Path(args.output).write_text(f"{tokens.numel():,} tokens, rows of {args.context_size}\n\n{table}\n")
+        Path(args.output).write_text(
+            f"{tokens.numel():,} tokens, rows of {args.context_size}\n\n{table}\n"
+        )
 
 
 if __name__ == "__main__":

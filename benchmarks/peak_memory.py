@@ -39,7 +39,9 @@ class PeakMemory:
             ctypes.CDLL(None).malloc_trim(0)
         me = psutil.Process()
         command = [sys.executable, str(Path(__file__)), str(me.pid)]
-        self._sampler = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._sampler = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert self._sampler.stdout is not None
         self._sampler.stdout.readline()  # it is ready
         self.before = me.memory_info().rss

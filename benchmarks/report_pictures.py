@@ -24,7 +24,9 @@ HEAD, KEY = 0, " Mary"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dictionary", default="smollm2-135m-instruct-L23", help="name or folder")
     parser.add_argument("--key_feature", type=int)
     parser.add_argument("--output", type=Path, default=Path("docs/images"))
@@ -33,14 +35,26 @@ def main() -> None:
     model = qk.load_model(d)
     prompt = qk.Prompt.of(d, model, IOI_PROMPT)
     a = qk.attribute(d, model, prompt, HEAD, query_pos=-1, key_pos=prompt.find(KEY))
-    pairs = a.top(sign="supporting").query("kind == 'pair' and key_feature != 0")  # 0 stands for the mean
+    pairs = a.top(sign="supporting").query(
+        "kind == 'pair' and key_feature != 0"
+    )  # 0 stands for the mean
     views = {
         "prompt": f"/prompt/0/{'/'.join(str(number) for number in a.place)}",
         "feature": f"/feature/key/{pairs['key_feature'].iloc[0] if args.key_feature is None else args.key_feature}",
     }
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as started:
         report = Path(folder) / "report.html"
-        if command(["dashboard", "--dictionary", args.dictionary, "--prompts", IOI_PROMPT, "--output", str(report)]):
+        if command(
+            [
+                "dashboard",
+                "--dictionary",
+                args.dictionary,
+                "--prompts",
+                IOI_PROMPT,
+                "--output",
+                str(report),
+            ]
+        ):
             raise SystemExit("the report could not be written")
         browser = started.chromium.launch(
             executable_path=shutil.which("chromium"),

@@ -28,7 +28,10 @@ def rank(case: Case, n_candidates: int, n_rows: int | None = None) -> Ranking:
     n = n_rows or 1
     while True:
         rows = case.rows(n)
-        batches = (FeatureBatch(*one) for one in zip(*(t.split(1) for t in (*rows[:2], rows.true.pattern)), strict=True))
+        batches = (
+            FeatureBatch(*one)
+            for one in zip(*(t.split(1) for t in (*rows[:2], rows.true.pattern)), strict=True)
+        )
         start = time.perf_counter()
         candidates = rank_features(batches, case.decoders, case.spec, n_candidates)
         seconds = time.perf_counter() - start

@@ -30,22 +30,32 @@ def post_sized() -> tuple[qk.BilinearQKDictionary, torch.Tensor, torch.Tensor]:
     """Random weights at the post's sizes, and which features of each side are live; all pairs are between live ones."""
     spec = qk.AttentionSpec(FULL.n_heads, FULL.n_heads, FULL.d_head, D_MODEL, FULL.d_head**-0.5)
     cfg = qk.BilinearQKConfig(
-        d_in=D_MODEL, d_query=FULL.d, d_key=FULL.d, attention=spec.to_dict(), model_name="gpt2-small", layer=10,
-        hook_name="blocks.10.attn.hook_in", fingerprint=torch.randn(2 * D_MODEL).tolist(),
-    )  # fmt: skip
+        d_in=D_MODEL,
+        d_query=FULL.d,
+        d_key=FULL.d,
+        attention=spec.to_dict(),
+        model_name="gpt2-small",
+        layer=10,
+        hook_name="blocks.10.attn.hook_in",
+        fingerprint=torch.randn(2 * D_MODEL).tolist(),
+    )
     dictionary = qk.BilinearQKDictionary(cfg).requires_grad_(False)
     live = [torch.randperm(FULL.d)[:n].sort().values for n in FULL.live]
     codes = torch.randperm(len(live[0]) * len(live[1]) * FULL.n_heads)[:N_PAIRS]
     query, rest = codes // (len(live[1]) * FULL.n_heads), codes % (len(live[1]) * FULL.n_heads)
     pairs = torch.stack([live[0][query], live[1][rest // FULL.n_heads], rest % FULL.n_heads], dim=1)
     sizes = FULL.d, FULL.d, FULL.n_heads
-    dictionary.set_feature_map(qk.SparseFeatureMap(pairs, torch.rand(N_PAIRS), *sizes, torch.rand(N_PAIRS, 3) + 0.1))
+    dictionary.set_feature_map(
+        qk.SparseFeatureMap(pairs, torch.rand(N_PAIRS), *sizes, torch.rand(N_PAIRS, 3) + 0.1)
+    )
     masks = [torch.zeros(FULL.d, dtype=torch.bool).index_fill(0, rows, True) for rows in live]
     return dictionary, masks[0], masks[1]
 
 
 def read(path: Path) -> list[torch.Tensor]:
-    return [tensor.clone() for tensor in load_file(path).values()]  # load_file maps the file, cloning reads it
+    return [
+        tensor.clone() for tensor in load_file(path).values()
+    ]  # load_file maps the file, cloning reads it
 
 
 def folder_size(folder: Path) -> float:
@@ -63,20 +73,43 @@ def seconds(call: Callable[[], Any]) -> float:
 
 def sizes_on_disk(scratch: Path) -> pd.DataFrame:
     dictionary, live_query, live_key = post_sized()
-    dense = {name: tensor for name, tensor in dictionary.state_dict().items() if not name.startswith("feature_map")}
+    dense = {
+        name: tensor
+        for name, tensor in dictionary.state_dict().items()
+        if not name.startswith("feature_map")
+    }
     dense["mask"] = dictionary.feature_map.restrict().to_dense()[: FULL.d, : FULL.d].contiguous()
     (scratch / "dense").mkdir()
     save_file(dense, scratch / "dense" / "all.safetensors")
-    rows = [("dense mask, float32 (the authors' form)", scratch / "dense", lambda: read(scratch / "dense/all.safetensors"))]
+    rows = [
+        (
+            "dense mask, float32 (the authors' form)",
+            scratch / "dense",
+            lambda: read(scratch / "dense/all.safetensors"),
+        )
+    ]
     compacted = dictionary.compact(live_query, live_key)
-    for label, made in (("float32", dictionary), ("compacted, float32", compacted), ("compacted, float16", compacted)):
+    for label, made in (
+        ("float32", dictionary),
+        ("compacted, float32", compacted),
+        ("compacted, float16", compacted),
+    ):
         folder = scratch / label
         made.to(getattr(torch, label.split()[-1])).save_model(folder)
         rows.append(
-            (label, folder, lambda folder=folder: qk.BilinearQKDictionary.from_pretrained(str(folder), verify="strict"))
+            (
+                label,
+                folder,
+                lambda folder=folder: qk.BilinearQKDictionary.from_pretrained(
+                    str(folder), verify="strict"
+                ),
+            )
         )
     table = pd.DataFrame(
-        [{"form": label, "MB": folder_size(at), "load and verify (s)": seconds(load)} for label, at, load in rows]
+        [
+            {"form": label, "MB": folder_size(at), "load and verify (s)": seconds(load)}
+            for label, at, load in rows
+        ]
     )
     table["of dense"] = table["MB"] / table["MB"][0]
     return table.set_index("form")
@@ -85,13 +118,17 @@ def sizes_on_disk(scratch: Path) -> pd.DataFrame:
 def main(names: list[str]) -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
-        print(f"{FULL.live} live of {FULL.d} features a side, {N_PAIRS:,} pairs, {FULL.n_heads} heads, d_model {D_MODEL}\n")
+        print(
+            f"{FULL.live} live of {FULL.d} features a side, {N_PAIRS:,} pairs, {FULL.n_heads} heads, d_model {D_MODEL}\n"
+        )
         print(sizes_on_disk(Path(scratch)).to_markdown(floatfmt=".3g"))
     for name in names:
         dictionary = qk.BilinearQKDictionary.from_pretrained(name)
         model = qk.load_model(dictionary)
         x = layer_inputs(model, dictionary.cfg.layer, token_rows(model, "", "text", 8, 256))
-        print(f"\n{name}\n\n{qk.rounding_loss(dictionary, x).reset_index().to_markdown(index=False, floatfmt='.3g')}")
+        print(
+            f"\n{name}\n\n{qk.rounding_loss(dictionary, x).reset_index().to_markdown(index=False, floatfmt='.3g')}"
+        )
 
 
 if __name__ == "__main__":

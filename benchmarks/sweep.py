@@ -66,14 +66,22 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
         if name in found:
             continue
         start = time.perf_counter()
-        runner = BilinearQKTrainingRunner(configured(recipe, changes, args.output / name), override_model=model)
+        runner = BilinearQKTrainingRunner(
+            configured(recipe, changes, args.output / name), override_model=model
+        )
         dictionary = runner.run()
         seconds = time.perf_counter() - start
         if held_out is None:
-            tokens = token_rows(model, args.text, runner.cfg.text_column, args.n_rows, runner.cfg.context_size)
-            held_out = torch.cat([layer_inputs(model, runner.cfg.layer, some) for some in tokens.split(_BATCH)])
+            tokens = token_rows(
+                model, args.text, runner.cfg.text_column, args.n_rows, runner.cfg.context_size
+            )
+            held_out = torch.cat(
+                [layer_inputs(model, runner.cfg.layer, some) for some in tokens.split(_BATCH)]
+            )
         figures = measured(dictionary, runner.weights, held_out)
-        live = live_features(dictionary, runner.fill_input_cache().batches(_BATCH, seed=0), args.live_rows // _BATCH)
+        live = live_features(
+            dictionary, runner.fill_input_cache().batches(_BATCH, seed=0), args.live_rows // _BATCH
+        )
         found[name] = {"name": name, **changes, **figures, **live, "seconds": round(seconds)}
         with (args.output / "sweep.jsonl").open("a") as file:
             file.write(json.dumps(found[name]) + "\n")
@@ -85,19 +93,34 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
 def combinations(vary: list[str], always: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and changes of every combination, the first of `vary` slowest."""
     fixed = {name: yaml.safe_load(value) for name, value in (text.split("=", 1) for text in always)}
-    names, values = [text.split("=", 1)[0] for text in vary], [text.split("=", 1)[1].split(",") for text in vary]
+    names, values = (
+        [text.split("=", 1)[0] for text in vary],
+        [text.split("=", 1)[1].split(",") for text in vary],
+    )
     for chosen in itertools.product(*values):
-        name = "_".join(f"{key}={value}" for key, value in zip(names, chosen, strict=True)) or "as_it_is"
-        yield name, fixed | {key: yaml.safe_load(value) for key, value in zip(names, chosen, strict=True)}
+        name = (
+            "_".join(f"{key}={value}" for key, value in zip(names, chosen, strict=True))
+            or "as_it_is"
+        )
+        yield (
+            name,
+            fixed | {key: yaml.safe_load(value) for key, value in zip(names, chosen, strict=True)},
+        )
 
 
-def configured(recipe: Mapping[str, Any], changes: Mapping[str, Any], folder: Path) -> qk.BilinearQKRunnerConfig:
+def configured(
+    recipe: Mapping[str, Any], changes: Mapping[str, Any], folder: Path
+) -> qk.BilinearQKRunnerConfig:
     """The recipe's step 1 with the changes, saved in `folder`; numbers such as 1e-3 may be text."""
     config = {**recipe, "sae": dict(recipe.get("sae", {})), "mask": {"training_tokens": 0}}
     config |= {"output_path": str(folder), "checkpoint_path": None}
     config["input_cache_path"] = config.get("input_cache_path") or str(folder.parent / "inputs")
     for name, value in changes.items():
-        value = float(value) if isinstance(value, str) and name not in ("input_cache_path", "sae.activation") else value
+        value = (
+            float(value)
+            if isinstance(value, str) and name not in ("input_cache_path", "sae.activation")
+            else value
+        )
         for full in _SIZES.get(name, (name,)):
             block, _, key = full.rpartition(".")
             (config[block] if block else config)[key] = value
@@ -111,13 +134,22 @@ def measured(d: qk.BilinearQKDictionary, weights: QKWeights, x: Tensor) -> dict[
     for batch in x.split(_BATCH):
         true = TruePattern.of(weights.queries(batch), weights.keys(batch), d.spec)
         kl.append(true.kl(d.scores(batch, "transcoders"))[..., 1:].mean(dim=(1, 2)))
-        l0.append(torch.stack([(acts > 0).sum(-1).float().mean() for acts in (d.encode_query(batch), d.encode_key(batch))]))
+        l0.append(
+            torch.stack(
+                [
+                    (acts > 0).sum(-1).float().mean()
+                    for acts in (d.encode_query(batch), d.encode_key(batch))
+                ]
+            )
+        )
     query, key = torch.stack(l0).mean(dim=0).tolist()
     return {"pattern_kl": float(torch.cat(kl).mean()), "l0_query": query, "l0_key": key}
 
 
 @torch.no_grad()
-def live_features(d: qk.BilinearQKDictionary, batches: Iterator[Tensor], n_batches: int) -> dict[str, int]:
+def live_features(
+    d: qk.BilinearQKDictionary, batches: Iterator[Tensor], n_batches: int
+) -> dict[str, int]:
     fired = [torch.zeros(size, dtype=torch.bool) for size in (d.cfg.d_query, d.cfg.d_key)]
     for x in itertools.islice(batches, n_batches):
         for seen, acts in zip(fired, (d.encode_query(x), d.encode_key(x)), strict=True):
@@ -136,10 +168,15 @@ def kept(folder: Path) -> dict[str, dict[str, Any]]:
 def rendered(results: pd.DataFrame) -> str:
     header = ["setting", "pattern KL", "L0 query", "L0 key", "live query", "live key", "seconds"]
     rows = [
-        [row["name"], number(row["pattern_kl"], 4), number(row["l0_query"], 1), number(row["l0_key"], 1)]
+        [
+            row["name"],
+            number(row["pattern_kl"], 4),
+            number(row["l0_query"], 1),
+            number(row["l0_key"], 1),
+        ]
         + [count(row[name]) for name in ("live_query", "live_key", "seconds")]
         for row in results.to_dict("records")
-    ]  # fmt: skip
+    ]
     return "\n".join([*table(header, rows), ""])
 
 

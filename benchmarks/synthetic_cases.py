@@ -51,9 +51,12 @@ def sparse_step(kind: str, sizes: Sizes) -> Result:
     ranking = step2_candidates(kind, case, sizes)
     result = measure(make_step(case, ranking.candidates), sizes.steps)
     return {
-        **result, "pairs": len(ranking.candidates), "ranking_seconds": ranking.seconds,
-        "active_pairs": active_pairs(case, ranking.candidates), "entries": full_size(whole.case),
-    }  # fmt: skip
+        **result,
+        "pairs": len(ranking.candidates),
+        "ranking_seconds": ranking.seconds,
+        "active_pairs": active_pairs(case, ranking.candidates),
+        "entries": full_size(whole.case),
+    }
 
 
 def agreement(kind: str, sizes: Sizes) -> Result:
@@ -84,9 +87,13 @@ def wide(d: int, rotary: bool, sizes: Sizes) -> Result:
     ranking = rank(case, sizes.wide_pairs)
     result = measure(make_step(case, ranking.candidates), sizes.steps)
     return {
-        **result, **_about(case, ranking), "d": d, "entries": full_size(case), "process_bytes": process_peak_bytes(),
+        **result,
+        **_about(case, ranking),
+        "d": d,
+        "entries": full_size(case),
+        "process_bytes": process_peak_bytes(),
         "active_pairs": active_pairs(case, ranking.candidates),
-    }  # fmt: skip
+    }
 
 
 def growth(axis: str, rotary: bool, sizes: Sizes) -> Result:
@@ -98,15 +105,27 @@ def growth(axis: str, rotary: bool, sizes: Sizes) -> Result:
         if not rows:
             warm_up(case.spec)
         ranking = rank(case, value if axis == "pairs" else sizes.growth_pairs)
-        rows.append({"value": value, **measure(make_step(case, ranking.candidates), sizes.steps), **_about(case, ranking)})
+        rows.append(
+            {
+                "value": value,
+                **measure(make_step(case, ranking.candidates), sizes.steps),
+                **_about(case, ranking),
+            }
+        )
     return {"rows": rows}
 
 
 def _about(case: Case, ranking: Ranking) -> Result:
-    return {"pairs": len(ranking.candidates), "ranking_seconds": ranking.seconds, "ranking_rows": ranking.n_rows}
+    return {
+        "pairs": len(ranking.candidates),
+        "ranking_seconds": ranking.seconds,
+        "ranking_rows": ranking.n_rows,
+    }
 
 
-def synthetic(sizes: Sizes, kind: str, rotary: bool, d: int, l0: int | None = None, context: int | None = None) -> Case:
+def synthetic(
+    sizes: Sizes, kind: str, rotary: bool, d: int, l0: int | None = None, context: int | None = None
+) -> Case:
     """A case of `n_tokens` tokens with d features a side."""
     spec = make_spec(sizes.n_heads, sizes.d_head, sizes.n_frequencies if rotary else 0)
     n_pos = context or sizes.context

@@ -26,20 +26,30 @@ REPORT = Path("output/demo.html")
 def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("sae_lens").setLevel(logging.ERROR)
-    console = Console(width=None if sys.stdout.isatty() else 132)  # a file or pipe has no width of its own
+    console = Console(
+        width=None if sys.stdout.isatty() else 132
+    )  # a file or pipe has no width of its own
     d = qk.BilinearQKDictionary.from_pretrained(DICTIONARY)
     model = qk.load_model(d)
-    tokens = token_rows(model, "", "text", 16, 256)  # text drawn from the model itself, which comes with the package
+    tokens = token_rows(
+        model, "", "text", 16, 256
+    )  # text drawn from the model itself, which comes with the package
 
-    console.print(f"[bold]1. How well does the dictionary carry the attention of layer {d.cfg.layer}?[/bold]")
+    console.print(
+        f"[bold]1. How well does the dictionary carry the attention of layer {d.cfg.layer}?[/bold]"
+    )
     console.print(qk.evaluate(d, model, tokens))
 
     console.print("\n[bold]2. Why did this head attend there?[/bold]")
     prompt = qk.Prompt.of(d, model, PROMPT)
-    console.print(qk.attribute(d, model, prompt, HEAD, query_pos=-1, key_pos=prompt.find(KEY)).shown(n=5))
+    console.print(
+        qk.attribute(d, model, prompt, HEAD, query_pos=-1, key_pos=prompt.find(KEY)).shown(n=5)
+    )
 
     console.print("\n[bold]3. Everything it has found, as one page[/bold]")
-    statistics = qk.collect_activations(d, model_batches(model, d.cfg.layer, tokens), progress=False)
+    statistics = qk.collect_activations(
+        d, model_batches(model, d.cfg.layer, tokens), progress=False
+    )
     path = write_report(
         REPORT,
         d,
@@ -49,7 +59,8 @@ def main() -> None:
         limits=ReportLimits(features=400, pairs=2000),
     )
     console.print(
-        f"{path.resolve()}: {path.stat().st_size / 1e6:.1f} MB, contexts from {tokens.numel():,} tokens", soft_wrap=True
+        f"{path.resolve()}: {path.stat().st_size / 1e6:.1f} MB, contexts from {tokens.numel():,} tokens",
+        soft_wrap=True,
     )
 
 

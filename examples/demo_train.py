@@ -25,17 +25,27 @@ def main() -> None:
             lr=4e-3,
             lr_warm_up_steps=5,
             mask=qk.MaskStepConfig(
-                training_tokens=20 * STEP, fine_tune_lr=1e-3, n_pairs=5_000, n_candidates=20_000, ranking_tokens=STEP
+                training_tokens=20 * STEP,
+                fine_tune_lr=1e-3,
+                n_pairs=5_000,
+                n_candidates=20_000,
+                ranking_tokens=STEP,
             ),
             input_cache_path=f"{folder}/inputs",  # the layer's inputs, read by both steps
             input_cache_tokens=16 * STEP,
             checkpoint_path=None,
             output_path=f"{folder}/dictionary",
         )
-        d = qk.BilinearQKTrainingRunner(cfg, override_model=model, override_dataset=text_sample()).run()
+        d = qk.BilinearQKTrainingRunner(
+            cfg, override_model=model, override_dataset=text_sample()
+        ).run()
     held_out = token_rows(model, "", "text", 168, 256)[160:]  # not among the cached rows
     result = qk.evaluate(d, model, held_out, baselines=("uniform",))
-    kl = {name: source.pattern_kl.value for name, source in result.sources.items() if source.pattern_kl}
+    kl = {
+        name: source.pattern_kl.value
+        for name, source in result.sources.items()
+        if source.pattern_kl
+    }
     Console(width=None if sys.stdout.isatty() else 132).print(
         f"trained 512 + 512 features on {60 * STEP:,} tokens: pattern KL {kl['transcoders']:.3f} with transcoders, "
         f"{kl['feature_map']:.3f} with {len(d.feature_map):,} pairs; uniform attention {kl['uniform']:.3f}"

@@ -19,13 +19,17 @@ PROMPT = "When Mary and John went to the store, John gave a drink to"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--head", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("output/explain_prompt"))
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
-    console = Console(width=None if sys.stdout.isatty() else 132)  # a file or pipe has no width of its own
+    console = Console(
+        width=None if sys.stdout.isatty() else 132
+    )  # a file or pipe has no width of its own
 
     d = qk.BilinearQKDictionary.from_pretrained("smollm2-135m-instruct-L23")
     model = qk.load_model(d)
@@ -39,7 +43,9 @@ def main() -> None:
     key_pos = int(looks["key_pos"].iloc[args.head])
     a = qk.attribute(d, model, prompt, head=args.head, query_pos=-1, key_pos=key_pos)
     console.print(a)
-    console.print(f"terms add up to {a.to_frame()['contribution'].sum():+.5f}, the model's score is {a.score:+.5f}")
+    console.print(
+        f"terms add up to {a.to_frame()['contribution'].sum():+.5f}, the model's score is {a.score:+.5f}"
+    )
 
     # Is it the reason? Features leave the model's own input, W_Q and W_K say what remains.
     if not args.smoke:
@@ -47,7 +53,9 @@ def main() -> None:
 
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "attribution.json").write_text(a.to_json(indent=2))
-    figure = pattern_triptych(prompt.pattern[args.head], prompt.made()[args.head], prompt.words, heads=args.head)
+    figure = pattern_triptych(
+        prompt.pattern[args.head], prompt.made()[args.head], prompt.words, heads=args.head
+    )
     figure.savefig(args.output / "pattern.png", dpi=150)
     console.print(f"wrote {args.output / 'attribution.json'} and {args.output / 'pattern.png'}")
 

@@ -16,7 +16,9 @@ IO, S = " Mary", " John"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--head", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="the strongest two pairs alone")
     args = parser.parse_args()
@@ -27,12 +29,17 @@ def main() -> None:
     tokens, key_pos = prompt.tokens[None], prompt.words.index(IO)
     answers = [int(model.to_single_token(name)) for name in (IO, S)]
     a = qk.attribute(d, model, prompt, head=args.head, query_pos=-1, key_pos=key_pos)
-    pairs = a.triples(2 if args.smoke else 10)  # (query feature, key feature, head), strongest first
+    pairs = a.triples(
+        2 if args.smoke else 10
+    )  # (query feature, key feature, head), strongest first
     doubled = {tuple(pair): 2.0 for pair in pairs.tolist()}
     pattern_hook = f"blocks.{d.cfg.layer}.attn.hook_pattern"
 
     table = Table(
-        "intervention", f"attention to {IO!r}", f"logit {IO!r} - {S!r}", title=f"head {args.head}, {len(pairs)} pairs"
+        "intervention",
+        f"attention to {IO!r}",
+        f"logit {IO!r} - {S!r}",
+        title=f"head {args.head}, {len(pairs)} pairs",
     )
     for name, edits in {
         "none": None,
@@ -43,9 +50,16 @@ def main() -> None:
     }.items():
         seen = {}
         hooks = d.fwd_hooks(model, **edits) if edits else []
-        watch = (pattern_hook, lambda pattern, hook, seen=seen: seen.update(at=float(pattern[0, args.head, -1, key_pos])))
+        watch = (
+            pattern_hook,
+            lambda pattern, hook, seen=seen: seen.update(
+                at=float(pattern[0, args.head, -1, key_pos])
+            ),
+        )
         with torch.no_grad():
-            logits = model.run_with_hooks(tokens, fwd_hooks=[*hooks, watch], prepend_bos=False)[0, -1]
+            logits = model.run_with_hooks(tokens, fwd_hooks=[*hooks, watch], prepend_bos=False)[
+                0, -1
+            ]
         table.add_row(name, f"{seen['at']:.3f}", f"{logits[answers[0]] - logits[answers[1]]:+.3f}")
     Console().print(table)
 

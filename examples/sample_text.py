@@ -24,7 +24,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from sae_lens_qk.models import EMBEDDED_MODEL, embedded_model_folder
 
@@ -149,7 +154,9 @@ DEVICES = (
     "camera,laptop,bicycle,washing machine,coffee machine,vacuum cleaner,phone,printer,lawn mower,radio,tent,clock,"
     "toaster,dishwasher,keyboard,heater,drill,sewing machine"
 ).split(",")
-MONTHS = "January February March April May June July August September October November December".split()
+MONTHS = (
+    "January February March April May June July August September October November December".split()
+)
 WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 
 
@@ -173,7 +180,14 @@ def _blanks(rng: random.Random) -> dict[str, str | int]:
     blanks["city"], blanks["town"] = rng.sample(CITIES, 2)
     blanks["topic"], blanks["topic_b"] = rng.sample(TOPICS, 2)
     blanks["food"], blanks["food_b"] = rng.sample(FOODS, 2)
-    lists = {"animal": ANIMALS, "spot": SPOTS, "thing": THINGS, "device": DEVICES, "month": MONTHS, "weekday": WEEKDAYS}
+    lists = {
+        "animal": ANIMALS,
+        "spot": SPOTS,
+        "thing": THINGS,
+        "device": DEVICES,
+        "month": MONTHS,
+        "weekday": WEEKDAYS,
+    }
     blanks |= {name: rng.choice(words) for name, words in lists.items()}
     year = rng.randrange(1650, 1980)
     blanks |= {"year": year, "year_b": year + rng.randint(30, 90), "day": rng.randint(1, 28)}
@@ -204,7 +218,10 @@ def continue_texts(
         pad_token_id=tokenizer.pad_token_id,
     )
     # The last token may be the beginning of a character.
-    return [text.rstrip("\ufffd").strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    return [
+        text.rstrip("\ufffd").strip()
+        for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    ]
 
 
 def enough_openings(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[str]:
@@ -238,20 +255,32 @@ def read_partial(path: Path, settings: dict[str, str]) -> list[str]:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help=f"default: {DEFAULT_OUTPUT}, with --smoke in the temporary folder")
-    parser.add_argument("--n-tokens", type=int, default=210_000, help="tokens in all, openings included")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help=f"default: {DEFAULT_OUTPUT}, with --smoke in the temporary folder",
+    )
+    parser.add_argument(
+        "--n-tokens", type=int, default=210_000, help="tokens in all, openings included"
+    )
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--max-new-tokens", type=int, default=215, help="tokens after the opening of each document")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=215, help="tokens after the opening of each document"
+    )
     parser.add_argument("--temperature", type=float, default=0.9)
     parser.add_argument("--top-k", type=int, default=50)
-    parser.add_argument("--repetition-penalty", type=float, default=1.05, help="1: none, but more loops")
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.05, help="1: none, but more loops"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a few dozen tokens in two batches")
     args = parser.parse_args()
     if args.smoke:
         args.n_tokens, args.batch_size, args.max_new_tokens = 60, 2, 8
     if args.output is None:
-        args.output = Path(tempfile.gettempdir()) / DEFAULT_OUTPUT.name if args.smoke else DEFAULT_OUTPUT
+        args.output = (
+            Path(tempfile.gettempdir()) / DEFAULT_OUTPUT.name if args.smoke else DEFAULT_OUTPUT
+        )
     return args
 
 
@@ -277,7 +306,9 @@ def main() -> None:
 
     n_tokens = sum(len(ids) for ids in tokenizer(texts).input_ids)
     size, seconds = args.output.stat().st_size / 1e6, time.monotonic() - start
-    print(f"{args.output}: {len(texts)} documents, {n_tokens} tokens, {size:.2f} MB, {seconds:.0f} s")
+    print(
+        f"{args.output}: {len(texts)} documents, {n_tokens} tokens, {size:.2f} MB, {seconds:.0f} s"
+    )
 
 
 if __name__ == "__main__":

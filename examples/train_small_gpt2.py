@@ -16,7 +16,14 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from tokenizers import ByteLevelBPETokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 import sae_lens_qk as qk
 from sae_lens_qk.text import text_sample
@@ -26,7 +33,9 @@ CONTEXT = 256
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--text", type=Path)
     parser.add_argument("--without", nargs="*", default=[], metavar="SOURCE")
     parser.add_argument("--output", type=Path, default=Path("output/gpt2-small-from-scratch"))
@@ -35,29 +44,55 @@ def main() -> None:
     args = parser.parse_args()
     set_seed(0)
     data = text_sample() if args.text is None else Dataset.from_parquet(str(args.text))
-    texts = [row["text"] for row in data if row.get("source") not in args.without][: 40 if args.smoke else None]
+    texts = [row["text"] for row in data if row.get("source") not in args.without][
+        : 40 if args.smoke else None
+    ]
     tokenizer = trained_tokenizer(texts, 512 if args.smoke else 4096)
     rows = token_rows(tokenizer, texts)
     held_out, rows = rows[: max(2, len(rows) // 100)], rows[max(2, len(rows) // 100) :]
     bos = tokenizer.bos_token_id
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=CONTEXT, n_embd=48 if args.smoke else 192, n_layer=4, n_head=6,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=bos, eos_token_id=bos,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        n_positions=CONTEXT,
+        n_embd=48 if args.smoke else 192,
+        n_layer=4,
+        n_head=6,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=bos,
+        eos_token_id=bos,
+    )
     model = GPT2LMHeadModel(config)
-    Console().print(f"{model.num_parameters() / 1e6:.1f}M parameters, {len(rows) * CONTEXT / 1e6:.2f}M tokens")
+    Console().print(
+        f"{model.num_parameters() / 1e6:.1f}M parameters, {len(rows) * CONTEXT / 1e6:.2f}M tokens"
+    )
     checkpoints = args.output / "checkpoints"
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(checkpoints), num_train_epochs=args.epochs, max_steps=3 if args.smoke else -1,
-            per_device_train_batch_size=16, learning_rate=2e-3, lr_scheduler_type="cosine", warmup_steps=100,
-            weight_decay=0.1, adam_beta2=0.98, max_grad_norm=1.0, logging_steps=50, save_steps=200, save_total_limit=1,
-            report_to=[], bf16=True, use_cpu=not torch.cuda.is_available(), seed=0, disable_tqdm=True,
+            output_dir=str(checkpoints),
+            num_train_epochs=args.epochs,
+            max_steps=3 if args.smoke else -1,
+            per_device_train_batch_size=16,
+            learning_rate=2e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=100,
+            weight_decay=0.1,
+            adam_beta2=0.98,
+            max_grad_norm=1.0,
+            logging_steps=50,
+            save_steps=200,
+            save_total_limit=1,
+            report_to=[],
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+            seed=0,
+            disable_tqdm=True,
         ),
         train_dataset=as_dataset(rows),
         eval_dataset=as_dataset(held_out),
-    )  # fmt: skip
+    )
     trainer.train(resume_from_checkpoint=any(checkpoints.glob("checkpoint-*")) or None)
     loss = trainer.evaluate()["eval_loss"]
     model.to(torch.float16).save_pretrained(args.output)
@@ -69,8 +104,12 @@ def main() -> None:
 
 def trained_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[BOS], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, bos_token=BOS, eos_token=BOS, unk_token=BOS)
+    tokenizer.train_from_iterator(
+        texts, vocab_size=vocab_size, special_tokens=[BOS], show_progress=False
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer, bos_token=BOS, eos_token=BOS, unk_token=BOS
+    )
 
 
 def token_rows(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:

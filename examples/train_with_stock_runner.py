@@ -18,7 +18,12 @@ from sae_lens_qk.text import text_sample
 
 
 def train(
-    model: Any, layer: int, dataset: Any, context_size: int = 256, n_steps: int = 200, d_features: int = 2400
+    model: Any,
+    layer: int,
+    dataset: Any,
+    context_size: int = 256,
+    n_steps: int = 200,
+    d_features: int = 2400,
 ) -> qk.BilinearQKDictionary:
     spec, weights = attention_spec(model, layer), qk_weights(model, layer)
     cfg = LanguageModelSAERunnerConfig(
@@ -53,10 +58,14 @@ def train(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--smoke", action="store_true", help="two steps, few features")
     smoke = parser.parse_args().smoke
     bridge = qk.load_model()
     size = {"n_steps": 2, "d_features": 64} if smoke else {}
     dictionary = train(bridge, layer=23, dataset=text_sample(), **size)
-    print(f"trained {dictionary.cfg.d_query} query and {dictionary.cfg.d_key} key features of layer {dictionary.cfg.layer}")
+    print(
+        f"trained {dictionary.cfg.d_query} query and {dictionary.cfg.d_key} key features of layer {dictionary.cfg.layer}"
+    )

@@ -14,7 +14,9 @@ from sae_lens_qk.text import text_sample, token_rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layer", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("output/train_your_own"))
     parser.add_argument("--smoke", action="store_true")
@@ -22,11 +24,16 @@ def main() -> None:
     step = 2048  # tokens
     cfg = qk.BilinearQKRunnerConfig(
         layer=args.layer,
-        sae=qk.TranscodersTrainingConfig(d_in=1, d_query=512, d_key=512, k=16.0, decoder_bias=False),
+        sae=qk.TranscodersTrainingConfig(
+            d_in=1, d_query=512, d_key=512, k=16.0, decoder_bias=False
+        ),
         training_tokens=(4 if args.smoke else 300) * step,
         lr_warm_up_steps=2 if args.smoke else 20,
         mask=qk.MaskStepConfig(
-            training_tokens=(2 if args.smoke else 100) * step, n_pairs=5_000, n_candidates=20_000, ranking_tokens=step
+            training_tokens=(2 if args.smoke else 100) * step,
+            n_pairs=5_000,
+            n_candidates=20_000,
+            ranking_tokens=step,
         ),
         input_cache_path=str(args.output / "inputs"),  # the layer's inputs, read by both steps
         input_cache_tokens=(4 if args.smoke else 80) * step,
@@ -38,7 +45,9 @@ def main() -> None:
     held_out = token_rows(model, "", "text", 648, 256)[640:]  # not among the cached rows
     Console().print(qk.evaluate(d, model, held_out, baselines=("uniform",)))
 
-    again = qk.BilinearQKDictionary.load_from_disk(cfg.output_path)  # what push_to_hub would publish
+    again = qk.BilinearQKDictionary.load_from_disk(
+        cfg.output_path
+    )  # what push_to_hub would publish
     Console().print(f"{cfg.output_path} holds {len(again.feature_map):,} pairs; next:")
     Console().print(f"python -m sae_lens_qk dashboard --dictionary {cfg.output_path}", markup=False)
 

@@ -134,8 +134,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if debug:
         arguments = arguments[1:]
     commands = {
-        "train": _train, "evaluate": _evaluate, "explain": _explain, "dashboard": _dashboard, "list": _list, "push": _push,
-    }  # fmt: skip
+        "train": _train,
+        "evaluate": _evaluate,
+        "explain": _explain,
+        "dashboard": _dashboard,
+        "list": _list,
+        "push": _push,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(
             f"usage: python -m sae_lens_qk [--debug] {{{','.join(commands)}}} ...   "
@@ -165,7 +170,9 @@ def _train(arguments: list[str]) -> None:
     first.add_arguments(TrainArguments, dest="train")
     known, _ = first.parse_known_args(arguments)
     base = (
-        BilinearQKRunnerConfig.from_file(recipe_file(known.train.config)) if known.train.config else BilinearQKRunnerConfig()
+        BilinearQKRunnerConfig.from_file(recipe_file(known.train.config))
+        if known.train.config
+        else BilinearQKRunnerConfig()
     )
     parser = _Parser("train")
     parser.add_arguments(TrainArguments, dest="train")
@@ -189,14 +196,29 @@ def _evaluate(arguments: list[str]) -> None:
         raise ValueError(f"--save needs a dictionary's folder, got {args.dictionary!r}.")
     dictionary = BilinearQKDictionary.from_pretrained(args.dictionary)
     model = load_model(dictionary)
-    tokens = token_rows(model, args.dataset_path, args.text_column, args.n_tokens // args.context_size, args.context_size)
-    result = evaluate(dictionary, model, tokens, batch_size=args.batch_size, baselines=tuple(args.baselines), progress=True)
+    tokens = token_rows(
+        model,
+        args.dataset_path,
+        args.text_column,
+        args.n_tokens // args.context_size,
+        args.context_size,
+    )
+    result = evaluate(
+        dictionary,
+        model,
+        tokens,
+        batch_size=args.batch_size,
+        baselines=tuple(args.baselines),
+        progress=True,
+    )
     _console().print(result)
     if args.output:
         Path(args.output).write_text(json.dumps(result.to_dict(), indent=2))
     if args.save:
         dictionary.metrics = result
-        write_documents(args.dictionary, documents(dictionary, Path(args.dictionary).resolve().name))
+        write_documents(
+            args.dictionary, documents(dictionary, Path(args.dictionary).resolve().name)
+        )
 
 
 def _explain(arguments: list[str]) -> None:
@@ -216,7 +238,10 @@ def _explain(arguments: list[str]) -> None:
     looks: Any = overview(prompt, query_pos)
     if args.head is None:
         console.print(
-            rich_table(named_features(looks, dictionary.cfg), f"where each head looks from {prompt.words[query_pos]!r}")
+            rich_table(
+                named_features(looks, dictionary.cfg),
+                f"where each head looks from {prompt.words[query_pos]!r}",
+            )
         )
     head = int(looks["attention"].idxmax()) if args.head is None else args.head
     prompt.place(head, query_pos, 0)
@@ -247,7 +272,13 @@ def _dashboard(arguments: list[str]) -> None:
     dictionary.require_feature_map()
     model, layer = load_model(dictionary), dictionary.cfg.layer
     prompts = [Prompt.of(dictionary, model, text) for text in args.prompts]
-    tokens = token_rows(model, args.dataset_path, args.text_column, args.n_tokens // args.context_size, args.context_size)
+    tokens = token_rows(
+        model,
+        args.dataset_path,
+        args.text_column,
+        args.n_tokens // args.context_size,
+        args.context_size,
+    )
     batches = model_batches(model, layer, tokens)
     statistics = collect_activations(dictionary, batches, folder=args.statistics or None)
     path = write_report(
@@ -276,17 +307,44 @@ def _list(arguments: list[str]) -> None:
     if args.output:
         listed.to_csv(args.output, index=False)
     table = Table(box=SIMPLE, show_edge=False)
-    for column in ("name", "model", "layer", "features", "pairs", "pattern KL", "recovered", "status"):
-        table.add_column(column, no_wrap=True, justify="left" if column in ("name", "model", "status") else "right")
+    for column in (
+        "name",
+        "model",
+        "layer",
+        "features",
+        "pairs",
+        "pattern KL",
+        "recovered",
+        "status",
+    ):
+        table.add_column(
+            column,
+            no_wrap=True,
+            justify="left" if column in ("name", "model", "status") else "right",
+        )
     for row in listed.to_dict("records"):
         measured = not pd.isna(row["pattern_kl"])
-        figures = (f"{row['pattern_kl']:.4f}", f"{row['ce_recovered']:.1%}") if measured else ("-", "-")
+        figures = (
+            (f"{row['pattern_kl']:.4f}", f"{row['ce_recovered']:.1%}") if measured else ("-", "-")
+        )
         known = not pd.isna(row["layer"])
-        sizes = [f"{row['layer']:.0f}", f"{row['d_query']:,.0f} / {row['d_key']:,.0f}", f"{row['n_pairs']:,.0f}"]
-        table.add_row(row["name"], row["model"] if known else "-", *(sizes if known else "---"), *figures, row["status"])
+        sizes = [
+            f"{row['layer']:.0f}",
+            f"{row['d_query']:,.0f} / {row['d_key']:,.0f}",
+            f"{row['n_pairs']:,.0f}",
+        ]
+        table.add_row(
+            row["name"],
+            row["model"] if known else "-",
+            *(sizes if known else "---"),
+            *figures,
+            row["status"],
+        )
     console = _console(soft_wrap=True)
     console.print(table)
-    for name, command in listed.loc[listed["status"] == "unpublished", ["name", "command"]].to_numpy():
+    for name, command in listed.loc[
+        listed["status"] == "unpublished", ["name", "command"]
+    ].to_numpy():
         console.print(f"{name} is not published yet; this trains it: {command}", highlight=False)
 
 
@@ -297,17 +355,25 @@ def _push(arguments: list[str]) -> None:
     parser = _Parser("push")
     parser.add_arguments(PushArguments, dest="push")
     args: PushArguments = parser.parse_args(arguments).push
-    dictionary = BilinearQKDictionary.from_pretrained(args.dictionary, dtype=None if args.dtype == "stored" else args.dtype)
+    dictionary = BilinearQKDictionary.from_pretrained(
+        args.dictionary, dtype=None if args.dtype == "stored" else args.dtype
+    )
     commit = dictionary.push_to_hub(
-        args.repo_id, args.folder, private=args.private, revision=args.revision,
-        commit_message=args.commit_message or None, create_pr=args.create_pr,
-    )  # fmt: skip
+        args.repo_id,
+        args.folder,
+        private=args.private,
+        revision=args.revision,
+        commit_message=args.commit_message or None,
+        create_pr=args.create_pr,
+    )
     print(commit.pr_url or commit.commit_url)
     print(f"for a registry:\n{registry_entry(args.repo_id, args.folder, commit.oid)}")
 
 
 def _console(**options: Any) -> Console:
-    return Console(width=None if sys.stdout.isatty() else 132, **options)  # a file or pipe has no width of its own
+    return Console(
+        width=None if sys.stdout.isatty() else 132, **options
+    )  # a file or pipe has no width of its own
 
 
 class _Parser(ArgumentParser):

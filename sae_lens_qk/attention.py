@@ -47,9 +47,13 @@ class AttentionSpec:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads must be a multiple of n_kv_heads, got {self.n_heads} and {self.n_kv_heads}.")
+            raise ValueError(
+                f"n_heads must be a multiple of n_kv_heads, got {self.n_heads} and {self.n_kv_heads}."
+            )
         if self.rotary_dim > self.d_head:
-            raise ValueError(f"rotary_inv_freq covers {self.rotary_dim} dimensions of a head of {self.d_head}.")
+            raise ValueError(
+                f"rotary_inv_freq covers {self.rotary_dim} dimensions of a head of {self.d_head}."
+            )
 
     @property
     def rotary_dim(self) -> int:
@@ -78,10 +82,14 @@ class AttentionSpec:
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "rotary_inv_freq": list(self.rotary_inv_freq)}
 
-    def split_queries(self, flat: Float[Tensor, "*batch d_queries"]) -> Float[Tensor, "*batch head d_head"]:
+    def split_queries(
+        self, flat: Float[Tensor, "*batch d_queries"]
+    ) -> Float[Tensor, "*batch head d_head"]:
         return flat.unflatten(-1, (self.n_heads, self.d_head))
 
-    def split_keys(self, flat: Float[Tensor, "*batch d_keys"]) -> Float[Tensor, "*batch kv_head d_head"]:
+    def split_keys(
+        self, flat: Float[Tensor, "*batch d_keys"]
+    ) -> Float[Tensor, "*batch kv_head d_head"]:
         return flat.unflatten(-1, (self.n_kv_heads, self.d_head))
 
 
@@ -127,7 +135,11 @@ def attention_scores(
     dtype = torch.promote_types(queries.dtype, torch.float32)
     queries, keys = queries.to(dtype), keys.to(dtype)
     # one matrix product per key head: its query heads are stacked along the position axis
-    q = rotate(queries, spec).unflatten(2, (spec.n_kv_heads, spec.heads_per_kv)).permute(0, 2, 3, 1, 4)
+    q = (
+        rotate(queries, spec)
+        .unflatten(2, (spec.n_kv_heads, spec.heads_per_kv))
+        .permute(0, 2, 3, 1, 4)
+    )
     k = rotate(keys, spec).permute(0, 2, 3, 1)
     stacked = q.reshape(batch, spec.n_kv_heads, spec.heads_per_kv * pos_q, spec.d_head) * spec.scale
     return (stacked @ k).reshape(batch, spec.n_heads, pos_q, pos_k)
@@ -138,18 +150,24 @@ def allowed_keys(n_pos: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.ones(n_pos, n_pos, dtype=torch.bool, device=device).tril()
 
 
-def mask_scores(scores: Float[Tensor, "batch head pos_q pos_k"]) -> Float[Tensor, "batch head pos_q pos_k"]:
+def mask_scores(
+    scores: Float[Tensor, "batch head pos_q pos_k"],
+) -> Float[Tensor, "batch head pos_q pos_k"]:
     """-inf at future keys (the authors' code fills with +1e-9 and so leaves them probability)."""
     return scores.masked_fill(~allowed_keys(scores.shape[-1], scores.device), -torch.inf)
 
 
-def log_pattern(scores: Float[Tensor, "batch head pos_q pos_k"]) -> Float[Tensor, "batch head pos_q pos_k"]:
+def log_pattern(
+    scores: Float[Tensor, "batch head pos_q pos_k"],
+) -> Float[Tensor, "batch head pos_q pos_k"]:
     """log softmax over the allowed keys, at least in float32."""
     at_least_float32 = torch.promote_types(scores.dtype, torch.float32)
     return mask_scores(scores.to(at_least_float32)).log_softmax(dim=-1)
 
 
-def pattern_from_scores(scores: Float[Tensor, "batch head pos_q pos_k"]) -> Float[Tensor, "batch head pos_q pos_k"]:
+def pattern_from_scores(
+    scores: Float[Tensor, "batch head pos_q pos_k"],
+) -> Float[Tensor, "batch head pos_q pos_k"]:
     """softmax over the allowed keys, at least in float32; rows sum to 1."""
     return log_pattern(scores).exp()
 
@@ -160,5 +178,7 @@ def pattern_kl(
 ) -> Float[Tensor, "batch head pos_q"]:
     """KL(P || P') in nats of each attention row: sum over allowed keys of P (log P - log P')."""
     allowed = allowed_keys(log_pattern_true.shape[-1], log_pattern_true.device)
-    difference = (log_pattern_true - log_pattern_other).masked_fill(~allowed, 0.0)  # -inf minus -inf is NaN
+    difference = (log_pattern_true - log_pattern_other).masked_fill(
+        ~allowed, 0.0
+    )  # -inf minus -inf is NaN
     return (log_pattern_true.exp() * difference).sum(dim=-1)

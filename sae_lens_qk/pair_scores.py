@@ -46,13 +46,21 @@ class PairScorer:
     """
 
     def __init__(
-        self, indices: Int[Tensor, "pair 3"], decoders: Decoders, spec: AttentionSpec, compiled: bool | None = None
+        self,
+        indices: Int[Tensor, "pair 3"],
+        decoders: Decoders,
+        spec: AttentionSpec,
+        compiled: bool | None = None,
     ):
         self.spec, self.indices = spec, indices
         dtype = torch.promote_types(decoders.query.dtype, torch.float32)
         self.decoders = decoders.to(dtype)
         self.rotary = spec.rotary_dim > 0
-        self._M = None if self.rotary else pair_kernel(indices, self.decoders, spec, indices.new_zeros(1))[:, 0]
+        self._M = (
+            None
+            if self.rotary
+            else pair_kernel(indices, self.decoders, spec, indices.new_zeros(1))[:, 0]
+        )
         compiled = indices.device.type == "cpu" if compiled is None else compiled
         self._layout: _HeadMajor | _QueryMajor | None = None
         if compiled:
@@ -73,7 +81,9 @@ class PairScorer:
         if self._layout is None:
             return self._by_torch(weights, query_acts, key_acts)
         if isinstance(self._layout, _QueryMajor):
-            return _PlainScores.apply(weights, query_acts, key_acts, self._layout, self.spec.n_heads)  # type: ignore[return-value]
+            return _PlainScores.apply(
+                weights, query_acts, key_acts, self._layout, self.spec.n_heads
+            )  # type: ignore[return-value]
         cos, sin = rotary_cos_sin(self.spec, torch.arange(query_acts.shape[1]), dtype)
         W_Q, W_K = self.decoders.query * self.spec.scale, self.decoders.key
         weights = weights[self._layout.order]
@@ -85,15 +95,27 @@ class PairScorer:
             n_pos = query_acts.shape[1]
             q_rows = self.decoders.query[q_at[1]] * (self.spec.scale * q_values[:, None, None])
             q_vectors = rotate(q_rows[None], self.spec, q_at[0] % n_pos)[0]
-            k_vectors = rotate((self.decoders.key[k_at[1]] * k_values[:, None, None])[None], self.spec, k_at[0] % n_pos)[0]
+            k_vectors = rotate(
+                (self.decoders.key[k_at[1]] * k_values[:, None, None])[None],
+                self.spec,
+                k_at[0] % n_pos,
+            )[0]
         else:
             q_vectors, k_vectors = (values[:, None, None] for values in (q_values, k_values))
-        sizes = (*query_acts.shape[:2], self.spec.n_heads, len(self.decoders.query), len(self.decoders.key))
+        sizes = (
+            *query_acts.shape[:2],
+            self.spec.n_heads,
+            len(self.decoders.query),
+            len(self.decoders.key),
+        )
         return _TorchScores.apply(weights, q_vectors, k_vectors, q_at, k_at, self.indices, sizes)  # type: ignore[return-value]
 
 
 def pair_kernel(
-    indices: Int[Tensor, "pair 3"], decoders: Decoders, spec: AttentionSpec, offsets: Int[Tensor, " offset"]
+    indices: Int[Tensor, "pair 3"],
+    decoders: Decoders,
+    spec: AttentionSpec,
+    offsets: Int[Tensor, " offset"],
 ) -> Float[Tensor, "pair _"]:
     """M[a, b, h](offset) = scale * <R_offset W_dec_q[a, h], W_dec_k[b, g(h)]>: [pair, offset], or [pair, 1] without rotary.
 
@@ -117,11 +139,15 @@ def pair_kernel(
     return torch.cat(made)
 
 
-def constant_scores(decoders: Decoders, spec: AttentionSpec, n_pos: int) -> Float[Tensor, "head pos_q pos_k"]:
+def constant_scores(
+    decoders: Decoders, spec: AttentionSpec, n_pos: int
+) -> Float[Tensor, "head pos_q pos_k"]:
     """The constant x constant term, scale * <R_i b_q[h], R_j b_k[g(h)]>, at allowed keys; zero at future keys."""
     positions = torch.arange(n_pos, device=decoders.query.device)
     heads = positions.new_tensor(range(spec.n_heads))
-    constant = torch.stack([heads * 0 + len(decoders.query) - 1, heads * 0 + len(decoders.key) - 1, heads], dim=1)
+    constant = torch.stack(
+        [heads * 0 + len(decoders.query) - 1, heads * 0 + len(decoders.key) - 1, heads], dim=1
+    )
     kernel = pair_kernel(constant, decoders, spec, positions)
     offsets = (positions[:, None] - positions).clamp(min=0)
     return kernel.expand(-1, n_pos)[:, offsets].tril()
@@ -175,7 +201,9 @@ class _HeadMajor(NamedTuple):
         query, key, head = indices.numpy().T
         order = np.argsort(head.astype(np.int16), kind="stable")
         row_of = (head * (n_queries + 1) + query)[order]
-        row_start = np.searchsorted(row_of, np.arange(n_heads * (n_queries + 1))).reshape(n_heads, n_queries + 1)
+        row_start = np.searchsorted(row_of, np.arange(n_heads * (n_queries + 1))).reshape(
+            n_heads, n_queries + 1
+        )
         return cls(torch.from_numpy(order), row_start, key[order].astype(np.int32))
 
 
@@ -197,11 +225,19 @@ class _PlainScores(torch.autograd.Function):
         (weights,), (layout, queries, keys, q_shape, k_shape) = ctx.saved_tensors, ctx.problem
         of_acts = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         grad_weights = weights.new_zeros(_n_blocks(q_shape[0], 1), len(weights))
-        grad_queries, grad_keys = (np.zeros(len(side.value) * of_acts, side.value.dtype) for side in (queries, keys))
+        grad_queries, grad_keys = (
+            np.zeros(len(side.value) * of_acts, side.value.dtype) for side in (queries, keys)
+        )
         kernels.plain_gradients(
-            grad_weights.numpy(), grad_queries, grad_keys, grad_scores.contiguous().numpy(), *layout,
-            weights.detach().numpy(), *queries, *keys,
-        )  # fmt: skip
+            grad_weights.numpy(),
+            grad_queries,
+            grad_keys,
+            grad_scores.contiguous().numpy(),
+            *layout,
+            weights.detach().numpy(),
+            *queries,
+            *keys,
+        )
         of_queries, of_keys = (
             _dense_gradient(grad, side, shape) if of_acts else None
             for grad, side, shape in ((grad_queries, queries, q_shape), (grad_keys, keys, k_shape))
@@ -234,17 +270,26 @@ class _RotaryScores(torch.autograd.Function):
         grad_values = [new(n_heads, len(side.value) * of_all) for side in (queries, keys)]
         grad_decoders = [new(n_blocks, n_heads, n * of_all, d_head) for n in (n_queries, n_keys)]
         kernels.rotary_gradients(
-            grad_weights.numpy(), *(grad.numpy() for grad in (*grad_values, *grad_decoders)),
-            grad_scores.contiguous().numpy(), *pairs, *queries, *keys, *dense,
-        )  # fmt: skip
+            grad_weights.numpy(),
+            *(grad.numpy() for grad in (*grad_values, *grad_decoders)),
+            grad_scores.contiguous().numpy(),
+            *pairs,
+            *queries,
+            *keys,
+            *dense,
+        )
         if not of_all:
             return grad_weights.sum(dim=0), *[None] * 7
         of_queries, of_keys = (
             _dense_gradient(grad.sum(dim=0).numpy(), side, shape)
-            for grad, side, shape in zip(grad_values, (queries, keys), (q_shape, k_shape), strict=True)
+            for grad, side, shape in zip(
+                grad_values, (queries, keys), (q_shape, k_shape), strict=True
+            )
         )
         of_W_Q = grad_decoders[0].sum(dim=0).transpose(0, 1)
-        of_W_K = grad_decoders[1].sum(dim=0).unflatten(0, (n_kv_heads, -1)).sum(dim=1).transpose(0, 1)
+        of_W_K = (
+            grad_decoders[1].sum(dim=0).unflatten(0, (n_kv_heads, -1)).sum(dim=1).transpose(0, 1)
+        )
         return grad_weights.sum(dim=0), of_queries, of_keys, of_W_Q, of_W_K, None, None, None
 
 
@@ -261,7 +306,9 @@ def _dense_gradient(by_entry: np.ndarray, entries: ActiveEntries, shape: torch.S
     return torch.from_numpy(dense[:, :d]).view(shape)
 
 
-def _active(acts: Float[Tensor, "batch pos d"]) -> tuple[Int[Tensor, "2 entry"], Float[Tensor, " entry"]]:
+def _active(
+    acts: Float[Tensor, "batch pos d"],
+) -> tuple[Int[Tensor, "2 entry"], Float[Tensor, " entry"]]:
     """(position in the flattened batch, feature) and value of every active entry, constants included."""
     flat = with_constant(acts).flatten(0, 1)
     at = flat.detach().nonzero().T
@@ -281,7 +328,9 @@ class _TorchScores(torch.autograd.Function):
         ctx.problem = q_at, k_at, indices, sizes
         scores = weights.new_zeros(batch, n_heads, n_pos, n_pos)
         for head, _, kept, Q, K, _, _ in _coordinates(weights, q_vectors, k_vectors, *ctx.problem):
-            mixed = torch.sparse.mm(kept, Q).T.unflatten(0, (batch, n_pos))  # [batch, pos_q, d_key_1]
+            mixed = torch.sparse.mm(kept, Q).T.unflatten(
+                0, (batch, n_pos)
+            )  # [batch, pos_q, d_key_1]
             scores[:, head] += mixed @ K
         return scores * allowed_keys(n_pos, scores.device)
 
@@ -291,12 +340,18 @@ class _TorchScores(torch.autograd.Function):
         q_at, k_at, indices, sizes = ctx.problem
         batch, n_pos = sizes[:2]
         grad_scores = grad_scores * allowed_keys(n_pos, grad_scores.device)
-        grad_weights, grad_q, grad_k = (torch.zeros_like(t) for t in (weights, q_vectors, k_vectors))
-        for head, rows, kept, Q, K, of_q, of_k in _coordinates(weights, q_vectors, k_vectors, *ctx.problem):
+        grad_weights, grad_q, grad_k = (
+            torch.zeros_like(t) for t in (weights, q_vectors, k_vectors)
+        )
+        for head, rows, kept, Q, K, of_q, of_k in _coordinates(
+            weights, q_vectors, k_vectors, *ctx.problem
+        ):
             of_mixed = (grad_scores[:, head] @ K.mT).flatten(0, 1).T  # [d_key_1, batch * pos]
             query, key, _ = indices[rows].unbind(dim=1)
             per_chunk = max(1, (1 << 24) // Q.shape[1])
-            for chunk, a, b in zip(rows.split(per_chunk), query.split(per_chunk), key.split(per_chunk), strict=True):
+            for chunk, a, b in zip(
+                rows.split(per_chunk), query.split(per_chunk), key.split(per_chunk), strict=True
+            ):
                 grad_weights[chunk] += (Q[a] * of_mixed[b]).sum(dim=1)
             grad_q[of_q] += torch.sparse.mm(kept.T, of_mixed)[q_at[1], q_at[0]]
             mixed = torch.sparse.mm(kept, Q).T.unflatten(0, (batch, n_pos))

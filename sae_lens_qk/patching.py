@@ -23,7 +23,9 @@ from sae_lens_qk.host import (
 )
 
 PatchSource = Literal[Source, "model"]
-ScoreFn = Callable[[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch head pos_q pos_k"]], Tensor]
+ScoreFn = Callable[
+    [Float[Tensor, "batch pos d_model"], Float[Tensor, "batch head pos_q pos_k"]], Tensor
+]
 
 
 def check_model(dictionary: BilinearQKDictionary, model: Model) -> None:
@@ -71,12 +73,20 @@ def fwd_hooks(
     """
     check_model(dictionary, model)
     score_fn = _score_function(dictionary, source, ablate_pairs, scale_pairs, keep_pairs)
-    return pattern_hooks(model, dictionary.cfg.layer, lambda x, scores: pattern_from_scores(score_fn(x, scores)), heads)
+    return pattern_hooks(
+        model,
+        dictionary.cfg.layer,
+        lambda x, scores: pattern_from_scores(score_fn(x, scores)),
+        heads,
+    )
 
 
 @contextmanager
 def patched(
-    dictionary: BilinearQKDictionary, model: Model, source: PatchSource = "feature_map", **edits: Any
+    dictionary: BilinearQKDictionary,
+    model: Model,
+    source: PatchSource = "feature_map",
+    **edits: Any,
 ) -> Iterator[Model]:
     """Context in which `model` attends as `fwd_hooks(dictionary, model, source, **edits)` says; undone on leaving."""
     with model.hooks(fwd_hooks=fwd_hooks(dictionary, model, source, **edits)):
@@ -86,7 +96,9 @@ def patched(
 def pattern_hooks(
     model: Model,
     layer: int,
-    pattern_fn: Callable[[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch head pos_q pos_k"]], Tensor],
+    pattern_fn: Callable[
+        [Float[Tensor, "batch pos d_model"], Float[Tensor, "batch head pos_q pos_k"]], Tensor
+    ],
     heads: Sequence[int] | None = None,
 ) -> Hooks:
     """Hooks that overwrite a layer's pattern with `pattern_fn(x, scores)`, x its input and scores the model's own."""
@@ -126,11 +138,15 @@ def _score_function(
         raise ValueError(f"source must be 'transcoders', 'feature_map' or 'model', got {source!r}.")
     edited, factors = _edits(ablate_pairs, scale_pairs)
     if keep_pairs is not None and (source == "model" or len(edited)):
-        raise ValueError("keep_pairs keeps nothing else: it takes no other edit, and source 'transcoders' or 'feature_map'.")
+        raise ValueError(
+            "keep_pairs keeps nothing else: it takes no other edit, and source 'transcoders' or 'feature_map'."
+        )
     if source == "model" and not len(edited):
         raise ValueError("source 'model' edits the true scores: give ablate_pairs or scale_pairs.")
     sizes = d.cfg.d_query, d.cfg.d_key, d.spec.n_heads
-    changes = _AnyWeights(edited, factors - 1.0, *sizes)  # these two refuse foreign pairs, whatever the source
+    changes = _AnyWeights(
+        edited, factors - 1.0, *sizes
+    )  # these two refuse foreign pairs, whatever the source
     only = None
     if keep_pairs is not None:
         pairs = as_pairs(keep_pairs)
@@ -155,7 +171,9 @@ def _score_function(
         base = scores if source == "model" else d.scores(x, "transcoders")
         if not len(changes):
             return base
-        return base + changes.scores(d.encode_query(x), d.encode_key(x), d.decoders, d.spec, include_constant=False)
+        return base + changes.scores(
+            d.encode_query(x), d.encode_key(x), d.decoders, d.spec, include_constant=False
+        )
 
     return edited_scores
 
@@ -168,7 +186,9 @@ class _AnyWeights(SparseFeatureMap):
             raise ValueError("scale_pairs must be finite factors.")
 
 
-def _edits(ablate_pairs: Pairs | None, scale_pairs: Mapping[tuple[int, int, int], float] | None) -> tuple[Tensor, Tensor]:
+def _edits(
+    ablate_pairs: Pairs | None, scale_pairs: Mapping[tuple[int, int, int], float] | None
+) -> tuple[Tensor, Tensor]:
     ablated = as_pairs([] if ablate_pairs is None else ablate_pairs)
     scaled = as_pairs(list(scale_pairs or {}))
     factors = torch.tensor(list((scale_pairs or {}).values()), dtype=torch.float32)
@@ -181,5 +201,7 @@ def _edits(ablate_pairs: Pairs | None, scale_pairs: Mapping[tuple[int, int, int]
 def _listed(feature_map: SparseFeatureMap, pairs: Tensor) -> Tensor:
     at = feature_map.find(pairs)
     if (at < 0).any():
-        raise ValueError(f"The feature map does not keep the pair {tuple(pairs[at < 0][0].tolist())}; see d.pair_frame().")
+        raise ValueError(
+            f"The feature map does not keep the pair {tuple(pairs[at < 0][0].tolist())}; see d.pair_frame()."
+        )
     return at

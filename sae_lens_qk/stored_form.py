@@ -31,7 +31,9 @@ def to_stored_form(state_dict: dict[str, Any]) -> None:
         state_dict[name] = tensor.contiguous()
 
 
-def from_stored_form(state_dict: dict[str, Any], wanted: Mapping[str, Tensor], sizes: tuple[int, int, int]) -> None:
+def from_stored_form(
+    state_dict: dict[str, Any], wanted: Mapping[str, Tensor], sizes: tuple[int, int, int]
+) -> None:
     """Decode the map's indices and statistics and check all values, in place.
 
     Args:
@@ -45,7 +47,9 @@ def from_stored_form(state_dict: dict[str, Any], wanted: Mapping[str, Tensor], s
         packed = state_dict.get("feature_map.statistics")
         weights = state_dict.get("feature_map.weights", torch.empty(0))
         unmeasured = weights.new_zeros(len(weights), len(STATISTICS))
-        state_dict["feature_map.statistics"] = unmeasured if packed is None else unpack_statistics(packed)
+        state_dict["feature_map.statistics"] = (
+            unmeasured if packed is None else unpack_statistics(packed)
+        )
     expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     if expected != found:
@@ -56,10 +60,16 @@ def from_stored_form(state_dict: dict[str, Any], wanted: Mapping[str, Tensor], s
         )
     broken = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
     if broken:
-        raise ValueError(f"The weights hold values that are not finite, first in {broken[0]}: download or train again.")
-    indices, weights, statistics = (state_dict[f"feature_map.{name}"] for name in ("indices", "weights", "statistics"))
+        raise ValueError(
+            f"The weights hold values that are not finite, first in {broken[0]}: download or train again."
+        )
+    indices, weights, statistics = (
+        state_dict[f"feature_map.{name}"] for name in ("indices", "weights", "statistics")
+    )
     loaded = SparseFeatureMap(indices, weights, *sizes, statistics)
-    state_dict.update({f"feature_map.{name}": tensor for name, tensor in loaded.state_dict().items()})
+    state_dict.update(
+        {f"feature_map.{name}": tensor for name, tensor in loaded.state_dict().items()}
+    )
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

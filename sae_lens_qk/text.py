@@ -34,7 +34,9 @@ def load_text(path: str, text_column: str, streaming: bool = False) -> Dataset |
     columns = dataset.column_names or []
     wanted = next((name for name in ("tokens", "input_ids", text_column) if name in columns), None)
     if wanted is None:
-        raise ValueError(f"{expanded} has the columns {columns[:5]}, not {text_column!r}: set text_column.")
+        raise ValueError(
+            f"{expanded} has the columns {columns[:5]}, not {text_column!r}: set text_column."
+        )
     dataset = dataset.select_columns([wanted])
     return dataset.rename_column(wanted, "text") if wanted == text_column != "text" else dataset
 
@@ -47,7 +49,9 @@ def text_sample() -> Dataset:
     return Dataset.from_parquet(str(Path(__file__).parent / "data" / "smollm2_sample.parquet"))  # type: ignore[return-value]
 
 
-def token_rows(model: Model, dataset_path: str, text_column: str, n_rows: int, context_size: int) -> Int[Tensor, "row pos"]:
+def token_rows(
+    model: Model, dataset_path: str, text_column: str, n_rows: int, context_size: int
+) -> Int[Tensor, "row pos"]:
     """Rows of tokens as training sees them: BOS first, documents joined by BOS.
 
     Args:
@@ -61,10 +65,21 @@ def token_rows(model: Model, dataset_path: str, text_column: str, n_rows: int, c
     dataset = load_text(dataset_path, text_column) if dataset_path else text_sample()
     store = ActivationsStore(
         model=model,  # type: ignore[arg-type]  # a bridge serves as well
-        dataset=dataset, streaming=False, hook_name="", hook_head_index=None, context_size=context_size,
-        d_in=1, n_batches_in_buffer=1, total_training_tokens=1, store_batch_size_prompts=1, train_batch_size_tokens=1,
-        prepend_bos=True, normalize_activations="none", device=torch.device("cpu"), dtype="float32",
-    )  # fmt: skip
+        dataset=dataset,
+        streaming=False,
+        hook_name="",
+        hook_head_index=None,
+        context_size=context_size,
+        d_in=1,
+        n_batches_in_buffer=1,
+        total_training_tokens=1,
+        store_batch_size_prompts=1,
+        train_batch_size_tokens=1,
+        prepend_bos=True,
+        normalize_activations="none",
+        device=torch.device("cpu"),
+        dtype="float32",
+    )
     rows = []
     while len(rows) < n_rows:
         try:
@@ -72,5 +87,7 @@ def token_rows(model: Model, dataset_path: str, text_column: str, n_rows: int, c
         except (StopIteration, RuntimeError):
             break
     if len(rows) < 2:
-        raise ValueError(f"the text gives {len(rows)} rows of {context_size} tokens, evaluation needs at least 2")
+        raise ValueError(
+            f"the text gives {len(rows)} rows of {context_size} tokens, evaluation needs at least 2"
+        )
     return torch.stack(rows)

@@ -49,11 +49,15 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # tiny tensors: twice as fast as with 2
+torch.set_num_threads(
+    int(os.environ.get("OMP_NUM_THREADS", "1"))
+)  # tiny tensors: twice as fast as with 2
 
 Model = TransformerBridge | HookedTransformer
 
-_UNSUPPORTED = [(name, "bridge") for name in UNSUPPORTED] + [(name, "hooked") for name in UNSUPPORTED_HOOKED]
+_UNSUPPORTED = [(name, "bridge") for name in UNSUPPORTED] + [
+    (name, "hooked") for name in UNSUPPORTED_HOOKED
+]
 
 
 def pytest_unconfigure() -> None:
@@ -118,7 +122,9 @@ def any_bridge(request: pytest.FixtureRequest) -> Iterator[Model]:
     yield from _shared(request.param, "bridge")
 
 
-@pytest.fixture(scope="session", params=[(kind, mode) for kind in KINDS for mode in MODES], ids="-".join)
+@pytest.fixture(
+    scope="session", params=[(kind, mode) for kind in KINDS for mode in MODES], ids="-".join
+)
 def any_model(request: pytest.FixtureRequest) -> Iterator[Model]:
     """Every kind in every mode."""
     yield from _shared(*request.param)
@@ -159,7 +165,9 @@ def _shared(kind: str, mode: str) -> Iterator[Model]:
     logits, hook_names = _probe(model)
     yield model
     logits_after, hook_names_after = _probe(model)
-    assert hook_names_after == hook_names, f"a test changed the hook points of the shared model {kind}, {mode}"
+    assert hook_names_after == hook_names, (
+        f"a test changed the hook points of the shared model {kind}, {mode}"
+    )
     assert torch.equal(logits_after, logits), f"a test changed the shared model {kind}, {mode}"
 
 

@@ -38,7 +38,10 @@ def measured_dictionary(model: Model, seed: int = 0, **changes: Any) -> Bilinear
     d = tiny_dictionary(model, seed=seed, **changes)
     d.metrics = qk.evaluate(d, model, tiny_tokens(3, 17), baselines=())
     cfg = qk.BilinearQKRunnerConfig(
-        model_name="org/model", layer=LAYER, dataset_path="org/texts", card=qk.CardConfig(license="mit")
+        model_name="org/model",
+        layer=LAYER,
+        dataset_path="org/texts",
+        card=qk.CardConfig(license="mit"),
     )
     d.runner_cfg = json.loads(json.dumps(cfg.to_dict()))
     return d
@@ -53,18 +56,26 @@ def files_of(d: BilinearQKDictionary) -> dict[str, bytes]:
 
 def with_sums(files: Files) -> dict[str, bytes]:
     """With sums that fit."""
-    lines = [f"{sha256(data).hexdigest()}  {name}\n" for name, data in files.items() if name != SUMS]
+    lines = [
+        f"{sha256(data).hexdigest()}  {name}\n" for name, data in files.items() if name != SUMS
+    ]
     return {**files, SUMS: "".join(lines).encode()}
 
 
-def publish(hub: LoopbackHub, files: Files, folder: str = FOLDER, repo_id: str = REPO, **options: Any) -> str:
+def publish(
+    hub: LoopbackHub, files: Files, folder: str = FOLDER, repo_id: str = REPO, **options: Any
+) -> str:
     """Commit the files as they are, on the server's side; the repository has to exist."""
-    return hub.commit(repo_id, {f"{folder}/{name}": data for name, data in files.items()}, **options)
+    return hub.commit(
+        repo_id, {f"{folder}/{name}": data for name, data in files.items()}, **options
+    )
 
 
 def served(hub: LoopbackHub) -> list[str]:
     """Method, file (or the call's last part) and status of every request since the last look."""
-    lines = [f"{r.method} {r.path.partition('?')[0].rsplit('/', 1)[-1]} {r.status}" for r in hub.requests]
+    lines = [
+        f"{r.method} {r.path.partition('?')[0].rsplit('/', 1)[-1]} {r.status}" for r in hub.requests
+    ]
     hub.requests.clear()
     return lines
 
@@ -73,7 +84,13 @@ def tree(folder: Path) -> dict[str, str | bytes]:
     """Every folder, link and file below, with where it points and what it holds."""
     found: dict[str, str | bytes] = {}
     for path in sorted(folder.rglob("*")):
-        held = f"-> {path.readlink()}" if path.is_symlink() else "folder" if path.is_dir() else path.read_bytes()
+        held = (
+            f"-> {path.readlink()}"
+            if path.is_symlink()
+            else "folder"
+            if path.is_dir()
+            else path.read_bytes()
+        )
         found[path.relative_to(folder).as_posix()] = held
     return found
 
@@ -83,7 +100,10 @@ def same(one: BilinearQKDictionary, other: BilinearQKDictionary) -> bool:
     mine, theirs = one.state_dict(), other.state_dict()
     return (
         mine.keys() == theirs.keys()
-        and all(tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+        and all(
+            tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name])
+            for name, tensor in mine.items()
+        )
         and one.cfg.to_dict() == other.cfg.to_dict()
     )
 
@@ -149,13 +169,18 @@ def without_privileges(job: Job) -> Job:
 def summary(d: BilinearQKDictionary, model: Model) -> dict[str, Any]:
     """Hashes of every tensor and of both patterns, the figures `evaluate` finds, and those that came along."""
     x = torch.randn(2, 11, d.cfg.d_in, generator=torch.Generator().manual_seed(7))
-    tensors = {**d.state_dict(), **{source: d.pattern(x, source) for source in ("transcoders", "feature_map")}}
+    tensors = {
+        **d.state_dict(),
+        **{source: d.pattern(x, source) for source in ("transcoders", "feature_map")},
+    }
     arrays = {name: tensor.detach().contiguous().numpy() for name, tensor in tensors.items()}
     return {
         "hashes": {name: sha256(array.tobytes()).hexdigest() for name, array in arrays.items()},
         "figures": qk.evaluate(d, model, tiny_tokens(3, 17), baselines=()).to_dict(),
-        "metrics": d.metrics, "runner_cfg": d.runner_cfg, "cfg": d.cfg.to_dict(),
-    }  # fmt: skip
+        "metrics": d.metrics,
+        "runner_cfg": d.runner_cfg,
+        "cfg": d.cfg.to_dict(),
+    }
 
 
 def online(cache: Path) -> dict[str, Any]:
@@ -176,21 +201,40 @@ def online(cache: Path) -> dict[str, Any]:
     for path in folders:
         path.chmod(0o555)
     by_branch, by_commit, refused = in_forks(
-        without_privileges(lambda: summary(load(REPO, FOLDER, cache_dir=cache, token=False), model)),
-        without_privileges(lambda: summary(load(REPO, FOLDER, cache_dir=cache, token=False, revision=commit), model)),
-        without_privileges(lambda: raised(lambda: load(REPO, FOLDER, cache_dir=empty, token=False))),
+        without_privileges(
+            lambda: summary(load(REPO, FOLDER, cache_dir=cache, token=False), model)
+        ),
+        without_privileges(
+            lambda: summary(
+                load(REPO, FOLDER, cache_dir=cache, token=False, revision=commit), model
+            )
+        ),
+        without_privileges(
+            lambda: raised(lambda: load(REPO, FOLDER, cache_dir=empty, token=False))
+        ),
     )
     for path in (cache, empty):
         path.chmod(0o777)  # but not what is in it: somebody else's files in a shared cache
     (refused_below,) = in_forks(
-        without_privileges(lambda: raised(lambda: load(REPO, FOLDER, cache_dir=cache, token=False, force_download=True)))
+        without_privileges(
+            lambda: raised(
+                lambda: load(REPO, FOLDER, cache_dir=cache, token=False, force_download=True)
+            )
+        )
     )
     for path in folders:
         path.chmod(0o755)
     return {
-        "ours": ours, "commit": commit, "at_once": at_once, "cached": sorted(before), "unchanged": tree(cache) == before,
-        "read_only": [by_branch, by_commit], "refused": refused, "empty": str(empty), "refused_below": refused_below,
-    }  # fmt: skip
+        "ours": ours,
+        "commit": commit,
+        "at_once": at_once,
+        "cached": sorted(before),
+        "unchanged": tree(cache) == before,
+        "read_only": [by_branch, by_commit],
+        "refused": refused,
+        "empty": str(empty),
+        "refused_below": refused_below,
+    }
 
 
 def offline(cache: Path) -> dict[str, Any]:

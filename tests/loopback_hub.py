@@ -56,12 +56,23 @@ class HubError(Exception):
     """An error of the Hub: `code` becomes X-Error-Code, by which the client chooses its exception."""
 
     def __init__(
-        self, status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None, **body: Any
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        **body: Any,
     ):
         super().__init__(message)
         codes = {"X-Error-Code": code} if code else {}
-        line = " ".join(message.split()).encode("latin-1", "replace").decode("latin-1")  # all that fits in a header
-        self.answer = _reply({"error": message, **body}, status, {**codes, "X-Error-Message": line, **(headers or {})})
+        line = (
+            " ".join(message.split()).encode("latin-1", "replace").decode("latin-1")
+        )  # all that fits in a header
+        self.answer = _reply(
+            {"error": message, **body},
+            status,
+            {**codes, "X-Error-Message": line, **(headers or {})},
+        )
 
 
 class LoopbackHub:
@@ -89,7 +100,9 @@ class LoopbackHub:
         """Accept connections; nothing happens if it already does."""
         if self._thread is None:
             self._server.server_activate()
-            self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+            self._thread = threading.Thread(
+                target=self._server.serve_forever, args=(0.05,), daemon=True
+            )
             self._thread.start()
 
     def stop(self) -> None:
@@ -100,7 +113,9 @@ class LoopbackHub:
             self._thread = None
             self._server.hang_up()
             self._server.server_close()
-            self._server = _Server(self, self._server.server_port)  # bound but not listening: nobody else gets the port
+            self._server = _Server(
+                self, self._server.server_port
+            )  # bound but not listening: nobody else gets the port
 
     def close(self) -> None:
         """Stop for good and give the port back."""
@@ -126,7 +141,9 @@ class LoopbackHub:
             if repo_id in self._repos:
                 raise ValueError(f"{repo_id} exists")
             repo = self._repos[repo_id] = _Repo(repo_id, private, gated, self._serial)
-            return repo.append("main", {".gitattributes": _GIT_ATTRIBUTES}, "initial commit", "system").oid
+            return repo.append(
+                "main", {".gitattributes": _GIT_ATTRIBUTES}, "initial commit", "system"
+            ).oid
 
     def commit(
         self,
@@ -140,7 +157,11 @@ class LoopbackHub:
         """Commit on a branch behind the client's back."""
         with self._lock:
             repo = self._repos[repo_id]
-            kept = {path: data for path, data in repo.at(revision).files.items() if path not in set(delete)}
+            kept = {
+                path: data
+                for path, data in repo.at(revision).files.items()
+                if path not in set(delete)
+            }
             repo.objects.update({sha256(data).hexdigest(): data for data in files.values()})
             return repo.append(revision, {**kept, **files}, message, "system").oid
 
@@ -187,9 +208,15 @@ class LoopbackHub:
             delay: Seconds to wait first.
             skip: How many matching requests pass unharmed before.
         """
-        error = HubError(status, message or "Injected fault", error_code, headers) if status is not None else None
+        error = (
+            HubError(status, message or "Injected fault", error_code, headers)
+            if status is not None
+            else None
+        )
         with self._lock:
-            self._faults.append(_Fault(method, pattern, error, times, drop, truncate, flip_byte, delay, skip))
+            self._faults.append(
+                _Fault(method, pattern, error, times, drop, truncate, flip_byte, delay, skip)
+            )
 
     def _next_fault(self, method: str, path: str) -> "_Fault":
         with self._lock:
@@ -210,12 +237,17 @@ class LoopbackHub:
                 user = self._user(headers)
                 for methods, pattern, endpoint in _ROUTES:
                     if method in methods and (match := pattern.fullmatch(target.path)):
-                        parts = {name: unquote(part) for name, part in match.groupdict(default="").items()}
+                        parts = {
+                            name: unquote(part)
+                            for name, part in match.groupdict(default="").items()
+                        }
                         return endpoint(_Call(self, user, query, headers, body, **parts))
                 raise HubError(404, "Sorry, we can't find the page you are looking for.")
             except HubError as error:
                 return error.answer
-            except Exception as error:  # a mistake in this file: with a status that the client does not retry
+            except (
+                Exception
+            ) as error:  # a mistake in this file: with a status that the client does not retry
                 return HubError(501, f"{method} {path} broke the loopback Hub: {error!r}").answer
 
     def _user(self, headers: Message) -> "_User | None":
@@ -266,11 +298,18 @@ class _Repo:
             yield commit
 
     def append(
-        self, ref: str, files: Mapping[str, bytes], message: str, author: str, parent: Commit | None = None
+        self,
+        ref: str,
+        files: Mapping[str, bytes],
+        message: str,
+        author: str,
+        parent: Commit | None = None,
     ) -> Commit:
         """Commit on `ref`, a new one if need be, on top of `parent` or of what it points to."""
         parent_oid = parent.oid if parent else self.refs.get(ref)
-        oid = sha1(f"{self.repo_id} {next(self.serial)} {parent_oid} {message}".encode()).hexdigest()
+        oid = sha1(
+            f"{self.repo_id} {next(self.serial)} {parent_oid} {message}".encode()
+        ).hexdigest()
         self.known[oid] = Commit(oid, message, dict(sorted(files.items())), parent_oid, author)
         self.refs[ref] = oid
         return self.known[oid]
@@ -283,7 +322,9 @@ class _Answer(NamedTuple):
 
 
 def _reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> _Answer:
-    return _Answer(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
+    return _Answer(
+        status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})}
+    )
 
 
 @dataclass
@@ -300,7 +341,11 @@ class _Fault:
 
     def takes(self, method: str, path: str) -> bool:
         """Whether it spoils this request, which is then counted."""
-        if self.times == 0 or not re.fullmatch(self.method, method) or not re.search(self.pattern, path):
+        if (
+            self.times == 0
+            or not re.fullmatch(self.method, method)
+            or not re.search(self.pattern, path)
+        ):
             return False
         if self.skip:
             self.skip -= 1
@@ -341,7 +386,9 @@ class _Call:
     def known_user(self) -> _User:
         """The client reads a 401 without a code as RepoNotFound, but on https only: here the code has to say so."""
         if self.user is None:
-            raise HubError(401, "Invalid username or password.", "RepoNotFound" if self.repo_id else None)
+            raise HubError(
+                401, "Invalid username or password.", "RepoNotFound" if self.repo_id else None
+            )
         return self.user
 
     def readable(self) -> _Repo:
@@ -355,8 +402,14 @@ class _Call:
     def writable(self, ref: str | None) -> _Repo:
         """Who may read may open a pull request, and go on with their own."""
         repo, user = self.readable(), self.known_user()
-        if not (self.owns(repo) or self.creates_pull_request or repo.pull_authors.get(ref or "") == user.name):
-            raise HubError(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
+        if not (
+            self.owns(repo)
+            or self.creates_pull_request
+            or repo.pull_authors.get(ref or "") == user.name
+        ):
+            raise HubError(
+                403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request"
+            )
         return repo
 
     def owns(self, repo: _Repo) -> bool:
@@ -365,16 +418,22 @@ class _Call:
 
 def _whoami(call: _Call) -> _Answer:
     user = call.known_user()
-    orgs = [{"type": "org", "name": org, "fullname": org, "roleInOrg": "admin"} for org in user.orgs]
+    orgs = [
+        {"type": "org", "name": org, "fullname": org, "roleInOrg": "admin"} for org in user.orgs
+    ]
     token = {"type": "access_token", "accessToken": {"displayName": "loopback", "role": "write"}}
-    return _reply({"type": "user", "name": user.name, "fullname": user.name, "orgs": orgs, "auth": token})
+    return _reply(
+        {"type": "user", "name": user.name, "fullname": user.name, "orgs": orgs, "auth": token}
+    )
 
 
 def _validate_yaml(call: _Call) -> _Answer:
     """Only that the metadata is a YAML mapping of plain values; the Hub knows the licences and tasks too."""
     block = _YAML_BLOCK.match(call.json["content"])
     if block is None:
-        return _reply({"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
+        return _reply(
+            {"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]}
+        )
     try:
         metadata = yaml.safe_load(block[1])
     except yaml.YAMLError as error:
@@ -394,7 +453,9 @@ def _create_repo(call: _Call) -> _Answer:
     if wanted.get("type", "model") != "model":
         raise HubError(501, f"The loopback Hub has no {wanted['type']}")
     if not user.owns(namespace):
-        raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
+        raise HubError(
+            403, f'You don\'t have the rights to create a model under the namespace "{namespace}"'
+        )
     if repo_id in call.hub._repos:
         raise HubError(409, "You already created this model repo", url=url)
     call.hub.create_repo(repo_id, private=wanted.get("visibility") == "private")
@@ -406,12 +467,23 @@ def _info(call: _Call) -> _Answer:
     commit = repo.at(call.revision or "main")
     return _reply(
         {
-            "id": repo.repo_id, "modelId": repo.repo_id, "author": repo.namespace, "sha": commit.oid, "lastModified": _DATE,
-            "createdAt": _DATE, "private": repo.private, "gated": "manual" if repo.gated else False, "disabled": False,
-            "downloads": 0, "likes": 0, "tags": [],
-            "siblings": [_sibling(path, data, "blobs" in call.query) for path, data in commit.files.items()],
+            "id": repo.repo_id,
+            "modelId": repo.repo_id,
+            "author": repo.namespace,
+            "sha": commit.oid,
+            "lastModified": _DATE,
+            "createdAt": _DATE,
+            "private": repo.private,
+            "gated": "manual" if repo.gated else False,
+            "disabled": False,
+            "downloads": 0,
+            "likes": 0,
+            "tags": [],
+            "siblings": [
+                _sibling(path, data, "blobs" in call.query) for path, data in commit.files.items()
+            ],
         }
-    )  # fmt: skip
+    )
 
 
 def _sibling(path: str, data: bytes, with_blob: bool) -> dict[str, Any]:
@@ -429,7 +501,9 @@ def _tree(call: _Call) -> _Answer:
     if folder and not entries:
         raise HubError(404, f"{call.path} does not exist on {call.revision}", "EntryNotFound")
     recursive = call.query.get("recursive") == "true"
-    return _reply([entry for entry in entries if recursive or "/" not in entry["path"][len(folder) :]])
+    return _reply(
+        [entry for entry in entries if recursive or "/" not in entry["path"][len(folder) :]]
+    )
 
 
 def _paths_info(call: _Call) -> _Answer:
@@ -440,19 +514,30 @@ def _paths_info(call: _Call) -> _Answer:
 
 
 def _commits(call: _Call) -> _Answer:
-    return _reply([
-        {
-            "id": commit.oid, "title": commit.message.split("\n")[0], "message": commit.message, "date": _DATE,
-            "authors": [{"user": commit.author}],
-        }
-        for commit in call.readable().history(call.revision)
-    ])  # fmt: skip
+    return _reply(
+        [
+            {
+                "id": commit.oid,
+                "title": commit.message.split("\n")[0],
+                "message": commit.message,
+                "date": _DATE,
+                "authors": [{"user": commit.author}],
+            }
+            for commit in call.readable().history(call.revision)
+        ]
+    )
 
 
 def _refs(call: _Call) -> _Answer:
     refs = call.readable().refs.items()
-    branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": oid} for n, oid in refs if not n.startswith("refs/")]
-    pulls = [{"name": n, "ref": n, "targetCommit": oid} for n, oid in refs if n.startswith("refs/pr/")]
+    branches = [
+        {"name": n, "ref": f"refs/heads/{n}", "targetCommit": oid}
+        for n, oid in refs
+        if not n.startswith("refs/")
+    ]
+    pulls = [
+        {"name": n, "ref": n, "targetCommit": oid} for n, oid in refs if n.startswith("refs/pr/")
+    ]
     asked = {"pullRequests": pulls} if "include_prs" in call.query else {}
     return _reply({"branches": branches, "converts": [], "tags": [], **asked})
 
@@ -488,7 +573,11 @@ def _lfs_batch(call: _Call) -> _Answer:
     for wanted in call.json["objects"]:
         upload = {"href": f"{call.hub.url}/lfs/{repo.repo_id}/{wanted['oid']}"}
         verify = {"href": f"{call.hub.url}/{repo.repo_id}.git/info/lfs/objects/verify"}
-        missing = {} if wanted["oid"] in repo.objects else {"actions": {"upload": upload, "verify": verify}}
+        missing = (
+            {}
+            if wanted["oid"] in repo.objects
+            else {"actions": {"upload": upload, "verify": verify}}
+        )
         objects.append({"oid": wanted["oid"], "size": wanted["size"], **missing})
     return _reply({"transfer": "basic", "objects": objects})
 
@@ -520,14 +609,26 @@ def _commit(call: _Call) -> _Answer:
     files = dict(parent.files)
     for operation in operations:
         _apply(repo, files, operation["key"], operation["value"])
-    message = "\n\n".join(filter(None, (header["value"]["summary"], header["value"].get("description"))))
+    message = "\n\n".join(
+        filter(None, (header["value"]["summary"], header["value"].get("description")))
+    )
     ref, pull = call.revision, {}
     if call.creates_pull_request:
         number = len(repo.pull_authors) + 1
-        ref, pull = f"refs/pr/{number}", {"pullRequestUrl": f"{call.hub.url}/{repo.repo_id}/discussions/{number}"}
+        ref, pull = (
+            f"refs/pr/{number}",
+            {"pullRequestUrl": f"{call.hub.url}/{repo.repo_id}/discussions/{number}"},
+        )
         repo.pull_authors[ref] = user.name
     oid = repo.append(ref, files, message, user.name, parent).oid
-    return _reply({"success": True, "commitOid": oid, "commitUrl": f"{call.hub.url}/{repo.repo_id}/commit/{oid}", **pull})
+    return _reply(
+        {
+            "success": True,
+            "commitOid": oid,
+            "commitUrl": f"{call.hub.url}/{repo.repo_id}/commit/{oid}",
+            **pull,
+        }
+    )
 
 
 def _parent(repo: _Repo, call: _Call, wanted: str | None) -> Commit:
@@ -553,7 +654,11 @@ def _apply(repo: _Repo, files: dict[str, bytes], kind: str, value: Mapping[str, 
             raise HubError(400, f"LFS pointer pointed to a file that does not exist: {path}")
         files[path] = data
     elif kind in ("deletedFile", "deletedFolder"):
-        gone = {path} & files.keys() if kind == "deletedFile" else {p for p in files if p.startswith(f"{path.rstrip('/')}/")}
+        gone = (
+            {path} & files.keys()
+            if kind == "deletedFile"
+            else {p for p in files if p.startswith(f"{path.rstrip('/')}/")}
+        )
         if not gone:
             raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
         for name in gone:
@@ -569,15 +674,25 @@ def _resolve(call: _Call) -> _Answer:
     if repo.gated and not call.owns(repo):
         restricted = f"Access to model {repo.repo_id} is restricted"
         if call.user is None:
-            raise HubError(401, f"{restricted}. You must have access to it and be authenticated to access it.", "GatedRepo")
+            raise HubError(
+                401,
+                f"{restricted}. You must have access to it and be authenticated to access it.",
+                "GatedRepo",
+            )
         raise HubError(403, f"{restricted} and you are not in the authorized list.", "GatedRepo")
     if call.path not in commit.files:
         raise HubError(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": commit.oid})
     data = commit.files[call.path]
-    headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{_etag(call.path, data)}"', "Accept-Ranges": "bytes"}
+    headers = {
+        "X-Repo-Commit": commit.oid,
+        "ETag": f'"{_etag(call.path, data)}"',
+        "Accept-Ranges": "bytes",
+    }
     if _is_lfs(call.path, len(data)):
         headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(data))}
-    return _ranged(data, call.headers.get("Range"), {"Content-Type": "application/octet-stream", **headers})
+    return _ranged(
+        data, call.headers.get("Range"), {"Content-Type": "application/octet-stream", **headers}
+    )
 
 
 def _ranged(data: bytes, wanted: str | None, headers: Mapping[str, str]) -> _Answer:
@@ -586,9 +701,15 @@ def _ranged(data: bytes, wanted: str | None, headers: Mapping[str, str]) -> _Ans
         return _Answer(200, data, headers)
     start, stop = int(match[1]), int(match[2] or len(data) - 1) + 1
     if start >= len(data):
-        raise HubError(416, "Range not satisfiable", headers={"Content-Range": f"bytes */{len(data)}"})
+        raise HubError(
+            416, "Range not satisfiable", headers={"Content-Range": f"bytes */{len(data)}"}
+        )
     part = data[start:stop]
-    return _Answer(206, part, {**headers, "Content-Range": f"bytes {start}-{start + len(part) - 1}/{len(data)}"})
+    return _Answer(
+        206,
+        part,
+        {**headers, "Content-Range": f"bytes {start}-{start + len(part) - 1}/{len(data)}"},
+    )
 
 
 _REPO = r"(?P<repo_id>[^/]+?(?:/[^/]+?)??)"
@@ -637,7 +758,12 @@ def _entries(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
     folders = {str(folder) for path in files for folder in PurePosixPath(path).parents} - {"."}
     for folder in folders:
         inside = "".join(entries[path]["oid"] for path in files if path.startswith(f"{folder}/"))
-        entries[folder] = {"type": "directory", "path": folder, "size": 0, "oid": sha1(inside.encode()).hexdigest()}
+        entries[folder] = {
+            "type": "directory",
+            "path": folder,
+            "size": 0,
+            "oid": sha1(inside.encode()).hexdigest(),
+        }
     return dict(sorted(entries.items()))
 
 
@@ -647,8 +773,14 @@ def _file_entry(path: str, data: bytes) -> dict[str, Any]:
     if not _is_lfs(path, len(data)):
         return {**entry, "oid": _git_oid(data)}
     oid = sha256(data).hexdigest()
-    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(data)}\n".encode()
-    return {**entry, "oid": _git_oid(pointer), "lfs": {"oid": oid, "size": len(data), "pointerSize": len(pointer)}}
+    pointer = (
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(data)}\n".encode()
+    )
+    return {
+        **entry,
+        "oid": _git_oid(pointer),
+        "lfs": {"oid": oid, "size": len(data), "pointerSize": len(pointer)},
+    }
 
 
 def _token(headers: Message) -> str | None:
@@ -706,8 +838,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             hub._record(Request(self.command, self.path, 0, _token(self.headers)))
             return
-        answer = fault.error.answer if fault.error else hub._answer(self.command, self.path, self.headers, body)
-        hub._record(Request(self.command, self.path, 0 if fault.drop else answer.status, _token(self.headers)))
+        answer = (
+            fault.error.answer
+            if fault.error
+            else hub._answer(self.command, self.path, self.headers, body)
+        )
+        hub._record(
+            Request(
+                self.command, self.path, 0 if fault.drop else answer.status, _token(self.headers)
+            )
+        )
         self.send(answer, fault)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve

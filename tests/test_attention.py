@@ -23,13 +23,21 @@ BATCH, POS_Q, POS_K = 2, 11, 7
 
 
 def make_spec(rotary: str = "none", n_heads: int = 6, n_kv_heads: int = 3) -> AttentionSpec:
-    return AttentionSpec(n_heads, n_kv_heads, d_head=10, d_model=13, scale=0.37, rotary_inv_freq=ROTARY[rotary])
+    return AttentionSpec(
+        n_heads, n_kv_heads, d_head=10, d_model=13, scale=0.37, rotary_inv_freq=ROTARY[rotary]
+    )
 
 
-def random_queries_keys(spec: AttentionSpec, pos_q: int = POS_Q, pos_k: int = POS_K, dtype=torch.float64):
+def random_queries_keys(
+    spec: AttentionSpec, pos_q: int = POS_Q, pos_k: int = POS_K, dtype=torch.float64
+):
     generator = torch.Generator().manual_seed(0)
-    queries = torch.randn(BATCH, pos_q, spec.n_heads, spec.d_head, generator=generator, dtype=torch.float64)
-    keys = torch.randn(BATCH, pos_k, spec.n_kv_heads, spec.d_head, generator=generator, dtype=torch.float64)
+    queries = torch.randn(
+        BATCH, pos_q, spec.n_heads, spec.d_head, generator=generator, dtype=torch.float64
+    )
+    keys = torch.randn(
+        BATCH, pos_k, spec.n_kv_heads, spec.d_head, generator=generator, dtype=torch.float64
+    )
     return queries.to(dtype), keys.to(dtype)
 
 
@@ -44,7 +52,9 @@ def loop_scores(queries: torch.Tensor, keys: torch.Tensor, spec: AttentionSpec) 
                 q = rotated(q_list[row][i][h], i, spec.rotary_inv_freq)
                 for j in range(pos_k):
                     k = rotated(k_list[row][j][h // group], j, spec.rotary_inv_freq)
-                    scores[row, h, i, j] = spec.scale * sum(a * b for a, b in zip(q, k, strict=True))
+                    scores[row, h, i, j] = spec.scale * sum(
+                        a * b for a, b in zip(q, k, strict=True)
+                    )
     return scores
 
 
@@ -65,7 +75,9 @@ def loop_pattern(scores: torch.Tensor) -> torch.Tensor:
 def test_scores_equal_the_loop(rotary, n_kv_heads):
     spec = make_spec(rotary, n_kv_heads=n_kv_heads)
     queries, keys = random_queries_keys(spec)
-    torch.testing.assert_close(attention_scores(queries, keys, spec), loop_scores(queries, keys, spec), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        attention_scores(queries, keys, spec), loop_scores(queries, keys, spec), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("rotary", ROTARY)
@@ -117,7 +129,9 @@ def test_rotations_compose(rotary):
     for offset in (0, 1, 5, 17):
         products = torch.stack([at(q, j + offset) @ at(k, j) for j in (0, 3, 41, 200)])
         torch.testing.assert_close(products, products[:1].expand(4), rtol=0, atol=1e-12)
-    assert abs(at(q, 5) @ at(k, 0) - at(q, 0) @ at(k, 5)) > 1e-3, "the direction of the rotation does not show"
+    assert abs(at(q, 5) @ at(k, 0) - at(q, 0) @ at(k, 5)) > 1e-3, (
+        "the direction of the rotation does not show"
+    )
     assert not torch.allclose(at(q, 1), at(q, 0), atol=1e-3)
     torch.testing.assert_close(at(q, 173).norm(), q.norm(), rtol=0, atol=1e-12)
 
@@ -136,7 +150,9 @@ def test_partial_rotation_passes_the_rest_through():
 def test_angles_of_half_precision_are_float32(dtype):
     spec = make_spec("full")
     cos, sin = rotary_cos_sin(spec, torch.arange(256), dtype)
-    angles = torch.arange(256, dtype=torch.float64)[:, None] * torch.tensor(spec.rotary_inv_freq, dtype=torch.float64)
+    angles = torch.arange(256, dtype=torch.float64)[:, None] * torch.tensor(
+        spec.rotary_inv_freq, dtype=torch.float64
+    )
     assert cos.dtype == sin.dtype == torch.float32
     torch.testing.assert_close(cos.double(), angles.cos(), rtol=0, atol=3e-5)
     torch.testing.assert_close(sin.double(), angles.sin(), rtol=0, atol=3e-5)
@@ -157,7 +173,9 @@ def test_scores_and_pattern_of_half_precision_are_float32(rotary, dtype):
 
 def test_kl_equals_the_loop_and_is_finite_on_every_row():
     generator = torch.Generator().manual_seed(0)
-    true, other = (3 * torch.randn(2, 3, 7, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    true, other = (
+        3 * torch.randn(2, 3, 7, 7, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     kl = pattern_kl(log_pattern(true), log_pattern(other))
     P, Q = loop_pattern(true), loop_pattern(other)
     expected = torch.zeros(2, 3, 7, dtype=torch.float64)
@@ -165,7 +183,9 @@ def test_kl_equals_the_loop_and_is_finite_on_every_row():
         for h in range(3):
             for i in range(7):
                 expected[row, h, i] = sum(
-                    float(P[row, h, i, j]) * math.log(float(P[row, h, i, j]) / float(Q[row, h, i, j])) for j in range(i + 1)
+                    float(P[row, h, i, j])
+                    * math.log(float(P[row, h, i, j]) / float(Q[row, h, i, j]))
+                    for j in range(i + 1)
                 )
     assert kl.isfinite().all()
     assert (kl[..., 0] == 0).all()
@@ -174,7 +194,9 @@ def test_kl_equals_the_loop_and_is_finite_on_every_row():
 
 
 def test_kl_of_a_pattern_with_itself_is_zero_and_its_gradient_finite():
-    scores = (30 * torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    scores = (
+        30 * torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(0))
+    ).requires_grad_()
     log = log_pattern(scores)
     assert (pattern_kl(log, log) == 0).all()
     pattern_kl(log_pattern(torch.zeros(2, 3, 7, 7)), log).sum().backward()
@@ -186,18 +208,26 @@ def test_kl_of_a_pattern_with_itself_is_zero_and_its_gradient_finite():
 def test_three_tokens_by_hand():
     """One query of three tokens: scores ln 1, ln 2, ln 5 give 1/8, 2/8, 5/8; rotation by 90 degrees a position."""
     scores = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64).log().expand(1, 1, 3, 3)
-    expected = torch.tensor([[1, 0, 0], [1 / 3, 2 / 3, 0], [1 / 8, 2 / 8, 5 / 8]], dtype=torch.float64)
+    expected = torch.tensor(
+        [[1, 0, 0], [1 / 3, 2 / 3, 0], [1 / 8, 2 / 8, 5 / 8]], dtype=torch.float64
+    )
     torch.testing.assert_close(pattern_from_scores(scores)[0, 0], expected, rtol=0, atol=1e-15)
     uniform = log_pattern(torch.zeros(1, 1, 3, 3, dtype=torch.float64))
     last = math.log(3) + 1 / 8 * math.log(1 / 8) + 2 / 8 * math.log(2 / 8) + 5 / 8 * math.log(5 / 8)
     kl = pattern_kl(log_pattern(scores), uniform)[0, 0]
-    assert kl.tolist() == pytest.approx([0, math.log(2) + 1 / 3 * math.log(1 / 3) + 2 / 3 * math.log(2 / 3), last])
+    assert kl.tolist() == pytest.approx(
+        [0, math.log(2) + 1 / 3 * math.log(1 / 3) + 2 / 3 * math.log(2 / 3), last]
+    )
 
     spec = AttentionSpec(1, 1, d_head=2, d_model=5, scale=3.0, rotary_inv_freq=(math.pi / 2,))
     queries = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(1, 3, 1, 2)
     keys = torch.tensor([0.0, 1.0], dtype=torch.float64).expand(1, 3, 1, 2)
-    by_hand = torch.tensor([[0, -3, 0], [3, 0, -3], [0, 3, 0]], dtype=torch.float64)  # 3 sin((i - j) pi/2)
-    torch.testing.assert_close(attention_scores(queries, keys, spec)[0, 0], by_hand, rtol=0, atol=1e-14)
+    by_hand = torch.tensor(
+        [[0, -3, 0], [3, 0, -3], [0, 3, 0]], dtype=torch.float64
+    )  # 3 sin((i - j) pi/2)
+    torch.testing.assert_close(
+        attention_scores(queries, keys, spec)[0, 0], by_hand, rtol=0, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize(
@@ -223,12 +253,20 @@ def test_spec_survives_json(rotary):
     again = AttentionSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
     assert again == spec
     assert isinstance(again.rotary_inv_freq, tuple)
-    assert (spec.rotary_dim, spec.heads_per_kv, spec.d_queries, spec.d_keys) == (2 * len(ROTARY[rotary]), 2, 60, 30)
+    assert (spec.rotary_dim, spec.heads_per_kv, spec.d_queries, spec.d_keys) == (
+        2 * len(ROTARY[rotary]),
+        2,
+        60,
+        30,
+    )
 
 
 def test_heads_are_consecutive_blocks_of_the_flat_vector():
     spec = make_spec()
-    queries, keys = spec.split_queries(torch.arange(60.0)[None]), spec.split_keys(torch.arange(30.0)[None])
+    queries, keys = (
+        spec.split_queries(torch.arange(60.0)[None]),
+        spec.split_keys(torch.arange(30.0)[None]),
+    )
     assert queries.shape == (1, 6, 10)
     assert keys.shape == (1, 3, 10)
     assert queries[0, 4, 7] == 47

@@ -8,11 +8,26 @@ import pandas as pd
 import pytest
 import torch
 from rich.console import Console
-from tiny_dictionaries import D_KEY, D_QUERY, LAYER, exact_dictionary, observe, pair_term, tiny_dictionary
+from tiny_dictionaries import (
+    D_KEY,
+    D_QUERY,
+    LAYER,
+    exact_dictionary,
+    observe,
+    pair_term,
+    tiny_dictionary,
+)
 from tiny_models import tiny_tokens
 
 import sae_lens_qk as qk
-from sae_lens_qk.analysis.attribution import COLUMNS, KINDS, Attribution, Attributions, attribute, overview
+from sae_lens_qk.analysis.attribution import (
+    COLUMNS,
+    KINDS,
+    Attribution,
+    Attributions,
+    attribute,
+    overview,
+)
 from sae_lens_qk.analysis.prompt import Prompt
 from sae_lens_qk.host import hook_names
 
@@ -72,7 +87,9 @@ def test_a_prompt_may_be_a_text(d, model):
 
 
 def test_a_prompt_is_one_sequence(d, model):
-    with pytest.raises(ValueError, match=r"one sequence, tokens \[pos\] or \[1, pos\], got shape \[3, 7\]"):
+    with pytest.raises(
+        ValueError, match=r"one sequence, tokens \[pos\] or \[1, pos\], got shape \[3, 7\]"
+    ):
         Prompt.of(d, model, tiny_tokens(3, 7))
 
 
@@ -138,7 +155,10 @@ def test_kinds_tell_constants_and_errors(a):
 
 
 def test_weights_are_the_maps(a, d):
-    listed = {tuple(pair): float(m) for pair, m in zip(d.feature_map.indices.tolist(), d.feature_map.weights, strict=True)}
+    listed = {
+        tuple(pair): float(m)
+        for pair, m in zip(d.feature_map.indices.tolist(), d.feature_map.weights, strict=True)
+    }
     frame = a.to_frame()
     for row in frame.itertuples():
         if row.kind == "error":
@@ -146,7 +166,9 @@ def test_weights_are_the_maps(a, d):
         elif row.kind == "constant":
             assert row.weight == 1
         else:
-            assert row.weight == pytest.approx(listed.get((row.query_feature, row.key_feature, HEAD), 0.0))
+            assert row.weight == pytest.approx(
+                listed.get((row.query_feature, row.key_feature, HEAD), 0.0)
+            )
     assert (frame["weight"] > 0).sum() > 3 and (frame["weight"] == 0).sum() > 3
 
 
@@ -164,10 +186,14 @@ def test_kept_form_holds_the_maps_terms(a):
     by_kind = kept.set_index("kind")["contribution"]
     assert by_kind["masked"] == pytest.approx(((1 - m) * c)[~error].sum(), abs=1e-5)
     assert by_kind["error"] == pytest.approx(c[error].sum(), abs=1e-5)
-    listed = kept[~kept["kind"].isin(["masked", "error"])].sort_values(["query_feature", "key_feature"])
+    listed = kept[~kept["kind"].isin(["masked", "error"])].sort_values(
+        ["query_feature", "key_feature"]
+    )
     expected = full[m > 0].sort_values(["query_feature", "key_feature"])
     np.testing.assert_allclose(listed["contribution"], (m * c)[expected.index], atol=1e-6)
-    np.testing.assert_allclose(listed["pattern_effect"], (m * full["pattern_effect"])[expected.index], atol=1e-6)
+    np.testing.assert_allclose(
+        listed["pattern_effect"], (m * full["pattern_effect"])[expected.index], atol=1e-6
+    )
 
 
 def test_attention_drop_is_that_of_a_pattern_without_the_pair(prompt, d, model, tokens):
@@ -178,7 +204,9 @@ def test_attention_drop_is_that_of_a_pattern_without_the_pair(prompt, d, model, 
     pairs = frame[frame["kind"].isin(["pair", "query_constant", "key_constant"])].head(7)
     assert len(pairs) == 7
     for row in pairs.itertuples():
-        hooks = d.fwd_hooks(model, "model", ablate_pairs=np.array([[row.query_feature, row.key_feature, HEAD]]))
+        hooks = d.fwd_hooks(
+            model, "model", ablate_pairs=np.array([[row.query_feature, row.key_feature, HEAD]])
+        )
         _, seen = observe(model, tokens, hooks, names=(names.pattern,))
         left = seen[names.pattern][0, HEAD, QUERY, KEY]
         assert row.attention_drop == pytest.approx(a.attention - float(left), abs=1e-5)
@@ -189,10 +217,17 @@ def test_removing_the_strongest_pairs_together_is_what_their_terms_predict(a, d,
     triples = a.triples(4, form="full")
     assert triples.shape == (4, 3) and set(triples[:, 2].tolist()) == {HEAD}
     name = hook_names(model, LAYER).pattern
-    _, seen = observe(model, tokens, d.fwd_hooks(model, "model", ablate_pairs=triples), names=(name,))
-    removed = sum(pair_term(d, acts_of(a.prompt), tuple(triple))[0, QUERY, : QUERY + 1] for triple in triples.tolist())
+    _, seen = observe(
+        model, tokens, d.fwd_hooks(model, "model", ablate_pairs=triples), names=(name,)
+    )
+    removed = sum(
+        pair_term(d, acts_of(a.prompt), tuple(triple))[0, QUERY, : QUERY + 1]
+        for triple in triples.tolist()
+    )
     left = (a.prompt.scores[HEAD, QUERY, : QUERY + 1] - torch.from_numpy(removed)).softmax(dim=-1)
-    torch.testing.assert_close(seen[name][0, HEAD, QUERY, : QUERY + 1].double(), left, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        seen[name][0, HEAD, QUERY, : QUERY + 1].double(), left, atol=1e-5, rtol=0
+    )
 
 
 def test_an_exact_dictionary_leaves_no_error(model, tokens):
@@ -205,10 +240,14 @@ def test_an_exact_dictionary_leaves_no_error(model, tokens):
 
 
 def test_unknown_forms_and_signs_are_refused(a, monkeypatch):
-    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # what users meet outside pytest
+    monkeypatch.setattr(
+        "jaxtyping.config.jaxtyping_disable", True
+    )  # what users meet outside pytest
     with pytest.raises(ValueError, match="form must be 'full' or 'kept', got 'all'"):
         a.to_frame("all")
-    with pytest.raises(ValueError, match="sign must be 'both', 'supporting' or 'inhibiting', got 'up'"):
+    with pytest.raises(
+        ValueError, match="sign must be 'both', 'supporting' or 'inhibiting', got 'up'"
+    ):
         a.top(3, "up")
 
 
@@ -218,11 +257,18 @@ def test_unknown_forms_and_signs_are_refused(a, monkeypatch):
 def test_top_shows_both_signs(a):
     frame = a.to_frame("kept")
     effects = sorted(frame.loc[~frame["kind"].isin(["masked", "error"]), "pattern_effect"])
-    supporting, inhibiting = [e for e in effects[:-4:-1] if e > 0], [e for e in effects[:3] if e < 0]
+    supporting, inhibiting = (
+        [e for e in effects[:-4:-1] if e > 0],
+        [e for e in effects[:3] if e < 0],
+    )
     assert a.top(3)["pattern_effect"].tolist() == supporting + inhibiting
     assert supporting and inhibiting
     assert a.top(2, "inhibiting")["pattern_effect"].tolist() == inhibiting[:2]
-    assert a.top(100, form="full")["kind"].isin(["pair", "query_constant", "key_constant", "constant"]).all()
+    assert (
+        a.top(100, form="full")["kind"]
+        .isin(["pair", "query_constant", "key_constant", "constant"])
+        .all()
+    )
 
 
 @pytest.mark.parametrize("form", ["full", "kept"])
@@ -242,7 +288,11 @@ def test_marginals_are_sums_over_partners(a, form):
 
 
 def test_a_query_features_effect_counts_what_it_meets_at_other_keys(a, d, prompt):
-    weights, acts, P = d.feature_map, acts_of(prompt), prompt.pattern[HEAD, QUERY, : QUERY + 1].double().numpy()
+    weights, acts, P = (
+        d.feature_map,
+        acts_of(prompt),
+        prompt.pattern[HEAD, QUERY, : QUERY + 1].double().numpy(),
+    )
     table = a.marginals("kept").query.dropna()
     for row in table[table["feature"] < D_QUERY].itertuples():
         listed = weights.restrict(heads=HEAD, query_features=int(row.feature))
@@ -252,7 +302,10 @@ def test_a_query_features_effect_counts_what_it_meets_at_other_keys(a, d, prompt
 
 
 def test_query_effects_add_up_to_the_centred_score(a):
-    scores, P = a.prompt.scores[HEAD, QUERY, : QUERY + 1], a.prompt.pattern[HEAD, QUERY, : QUERY + 1]
+    scores, P = (
+        a.prompt.scores[HEAD, QUERY, : QUERY + 1],
+        a.prompt.pattern[HEAD, QUERY, : QUERY + 1],
+    )
     for form in ("full", "kept"):
         total = a.marginals(form).query["pattern_effect"].sum()
         assert total == pytest.approx(float(scores[KEY] - (P * scores).sum()), abs=1e-5)
@@ -270,7 +323,9 @@ def test_strongest_pairs_of_every_cell_are_those_of_its_attribution(prompt):
     for place in ((HEAD, 12, 3), (HEAD, 5, 5), (HEAD, 12, 12)):
         cell = listed.loc[[place]]
         top = Attribution.of(prompt, *place).top(2, form="kept")
-        np.testing.assert_allclose(cell["pattern_effect"].sort_values(), top["pattern_effect"].sort_values(), atol=1e-5)
+        np.testing.assert_allclose(
+            cell["pattern_effect"].sort_values(), top["pattern_effect"].sort_values(), atol=1e-5
+        )
         found = set(zip(cell["query_feature"], cell["key_feature"], strict=True))
         assert found == set(zip(top["query_feature"], top["key_feature"], strict=True))
     assert set(listed.index.get_level_values("head")) == {HEAD}
@@ -280,7 +335,9 @@ def test_strongest_pairs_without_a_map_are_all_pairs(model, tokens):
     prompt = Prompt.of(tiny_dictionary(model, n_pairs=0), model, tokens)
     cell = prompt.strongest(3, heads=[1]).query("query_pos == 12 and key_pos == 6")
     top = Attribution.of(prompt, 1, 12, 6).top(3)
-    np.testing.assert_allclose(cell["pattern_effect"].sort_values(), top["pattern_effect"].sort_values(), atol=1e-5)
+    np.testing.assert_allclose(
+        cell["pattern_effect"].sort_values(), top["pattern_effect"].sort_values(), atol=1e-5
+    )
 
 
 def test_the_overview_shows_where_each_head_looks(prompt):
@@ -290,10 +347,16 @@ def test_the_overview_shows_where_each_head_looks(prompt):
         j = max(range(1, i + 1), key=lambda at, row=row: float(row[at]))
         shown = made.loc[head]
         assert (shown["key_pos"], shown["key"]) == (j, prompt.words[j])
-        assert (shown["attention"], shown["to_first"]) == (pytest.approx(float(row[j])), pytest.approx(float(row[0])))
+        assert (shown["attention"], shown["to_first"]) == (
+            pytest.approx(float(row[j])),
+            pytest.approx(float(row[0])),
+        )
         assert shown["rebuilt"] == pytest.approx(float(prompt.made()[head, i, j]))
         best = Attribution.of(prompt, head, i, j).top(1, "supporting").iloc[0]
-        assert (shown["query_feature"], shown["key_feature"]) == (best["query_feature"], best["key_feature"])
+        assert (shown["query_feature"], shown["key_feature"]) == (
+            best["query_feature"],
+            best["key_feature"],
+        )
     assert overview(prompt, 0)["key_pos"].eq(0).all()
 
 
@@ -303,7 +366,9 @@ def test_tokens_are_found_by_position(prompt, token):
 
 
 def test_tokens_are_found_by_text(prompt):
-    once = next(word for word in prompt.words if prompt.words.count(word) == 1 and not word.isdigit())
+    once = next(
+        word for word in prompt.words if prompt.words.count(word) == 1 and not word.isdigit()
+    )
     assert prompt.find(once) == prompt.words.index(once) == prompt.find(f" {once} ")
     with pytest.raises(ValueError, match="The token 'Zeus' is not among"):
         prompt.find("Zeus")
@@ -322,14 +387,25 @@ def test_a_token_that_stands_twice_needs_a_position(d, model):
 def test_json_has_the_fields_of_graph_viewers(a, prompt):
     made = json.loads(a.to_json(n=4))
     traced = made["qk_tracing_results"]
-    assert set(traced) == {"pair_wise_contributors", "top_q_marginal_contributors", "top_k_marginal_contributors"}
+    assert set(traced) == {
+        "pair_wise_contributors",
+        "top_q_marginal_contributors",
+        "top_k_marginal_contributors",
+    }
     frame = a.to_frame("kept")
     best = frame[~frame["kind"].isin(["masked", "error"])].iloc[0]
     first = traced["pair_wise_contributors"][0]
-    assert first[:2] == [f"{LAYER}q_{best.query_feature}_{QUERY}", f"{LAYER}k_{best.key_feature}_{KEY}"]
-    assert first[2] == pytest.approx(best.contribution) and len(traced["pair_wise_contributors"]) == 4
+    assert first[:2] == [
+        f"{LAYER}q_{best.query_feature}_{QUERY}",
+        f"{LAYER}k_{best.key_feature}_{KEY}",
+    ]
+    assert (
+        first[2] == pytest.approx(best.contribution) and len(traced["pair_wise_contributors"]) == 4
+    )
     marginals = a.marginals().query.dropna()
-    assert traced["top_q_marginal_contributors"][0][1] == pytest.approx(marginals["contribution"].iloc[0])
+    assert traced["top_q_marginal_contributors"][0][1] == pytest.approx(
+        marginals["contribution"].iloc[0]
+    )
     nodes = {node["node_id"]: node for node in made["nodes"]}
     named = {end for pair in traced["pair_wise_contributors"] for end in pair[:2]}
     named |= {end for side in ("q", "k") for end, _ in traced[f"top_{side}_marginal_contributors"]}
@@ -341,7 +417,10 @@ def test_json_has_the_fields_of_graph_viewers(a, prompt):
         expected = 1.0 if node["feature"] == constant else float(acts[at, node["feature"]])
         assert node["activation"] == pytest.approx(expected)
         assert node["feature_type"].endswith("constant") == (node["feature"] == constant)
-    assert made["score"] == pytest.approx(a.score) and (made["head"], made["key_pos"]) == (HEAD, KEY)
+    assert made["score"] == pytest.approx(a.score) and (made["head"], made["key_pos"]) == (
+        HEAD,
+        KEY,
+    )
 
 
 def test_the_terminal_shows_what_the_tables_hold(a, prompt):
@@ -368,7 +447,9 @@ def test_notebooks_show_tables_and_escape_tokens(a, prompt):
     assert f"{a.top(1, 'supporting')['pattern_effect'].iloc[0]:.3f}" in a._repr_html_()
     words = list(prompt.words)
     words[KEY] = "<script>alert(1)</script>"
-    hostile = Prompt(**{**{f: getattr(prompt, f) for f in prompt.__dataclass_fields__}, "words": words})
+    hostile = Prompt(
+        **{**{f: getattr(prompt, f) for f in prompt.__dataclass_fields__}, "words": words}
+    )
     made = attribute(prompt.dictionary, prompt.model, hostile, [HEAD], QUERY, [KEY])
     for shown in (made[0]._repr_html_(), made._repr_html_()):
         assert "<script>" not in shown and "&lt;script&gt;" in shown
@@ -397,22 +478,32 @@ def test_many_scores_at_once_are_the_single_ones(d, model, tokens, prompt):
     assert isinstance(made, Attributions)
     assert [tuple(one.place) for one in made] == [
         (h, i, j) for h in (0, 2) for i in (12, 6) for j in (2, 9, 10) if j <= i
-    ]  # fmt: skip
+    ]
     frame = made.to_frame("kept")
     for one in made:
-        here = frame.set_index(["head", "query_pos", "key_pos"]).loc[[one.place]].reset_index(drop=True)
+        here = (
+            frame.set_index(["head", "query_pos", "key_pos"])
+            .loc[[one.place]]
+            .reset_index(drop=True)
+        )
         pd.testing.assert_frame_equal(here, Attribution.of(prompt, *one.place).to_frame("kept"))
     assert len(made[2:4]) == 2 and isinstance(made[:1], Attributions)
-    assert [one["query_pos"] for one in json.loads(made.to_json())] == [one.place.query_pos for one in made]
+    assert [one["query_pos"] for one in json.loads(made.to_json())] == [
+        one.place.query_pos for one in made
+    ]
     summary = made.summary()
     assert summary["attention"].tolist() == [one.attention for one in made]
 
 
 def test_none_stands_for_all(d, model, tokens):
     made = attribute(d, model, tokens, query_pos=3)
-    assert [tuple(one.place) for one in made] == [(h, 3, j) for h in range(d.spec.n_heads) for j in range(4)]
+    assert [tuple(one.place) for one in made] == [
+        (h, 3, j) for h in range(d.spec.n_heads) for j in range(4)
+    ]
 
 
 def test_no_allowed_place_is_an_error(d, model, tokens):
-    with pytest.raises(ValueError, match=r"None of the keys \[5\] is at or before one of the queries \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"None of the keys \[5\] is at or before one of the queries \[2\]"
+    ):
         attribute(d, model, tokens, None, 2, 5)

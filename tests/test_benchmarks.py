@@ -49,7 +49,9 @@ def test_dense_reference_equals_the_package_in_float64(kind):
     kept = kept.reweighted(weights.masked_fill(weights < 0.1, 0.0))
 
     mask = kept.to_dense().requires_grad_()
-    assert mask.count_nonzero() == kept.weights.count_nonzero() + N_HEADS, "constant x constant is in every map"
+    assert mask.count_nonzero() == kept.weights.count_nonzero() + N_HEADS, (
+        "constant x constant is in every map"
+    )
     dense_scores = dense_reference.masked_scores(mask, *dense_problem(case))
     dense_kl = dense_reference.mean_kl(dense_scores, *case.true)
     dense_kl.backward()
@@ -73,7 +75,9 @@ def test_both_steps_train_the_same_mask():
     case = exact_case()
     everything = SparseFeatureMap.all_pairs(11, 13, N_HEADS, torch.float64)
     sparse = sparse_step.make_step(case, everything)
-    dense = dense_reference.make_step(*dense_problem(case), case.true, sparse_step.STRENGTH, sparse_step.LR)
+    dense = dense_reference.make_step(
+        *dense_problem(case), case.true, sparse_step.STRENGTH, sparse_step.LR
+    )
     losses = np.array([(sparse(), dense()) for _ in range(5)])
     assert np.ptp(losses[:, 0]) > 1e-3
     assert np.abs(losses[:, 1] - losses[:, 0]).max() < 1.01 * sparse_step.STRENGTH * N_HEADS
@@ -87,7 +91,9 @@ def test_agreement_as_measured(kind):
 
 
 def test_activations_are_as_described():
-    cases = {kind: make_case(kind, SPEC, (600, 601), 3, 101, l0=20) for kind in ("random", "clustered")}
+    cases = {
+        kind: make_case(kind, SPEC, (600, 601), 3, 101, l0=20) for kind in ("random", "clustered")
+    }
     shared = {}
     for kind, case in cases.items():
         assert (case.query_acts.shape[-1], case.key_acts.shape[-1]) == (600, 601)
@@ -97,10 +103,14 @@ def test_activations_are_as_described():
         shared[kind] = float((fires[:, 1:] * fires[:, :-1]).sum(dim=-1).mean())
         pattern = case.true.pattern
         assert torch.allclose(pattern.sum(dim=-1), torch.ones(3, N_HEADS, 101), atol=1e-5)
-        assert torch.equal(case.true.log_pattern, make_case(kind, SPEC, (600, 601), 3, 101, l0=20).true.log_pattern)
+        assert torch.equal(
+            case.true.log_pattern, make_case(kind, SPEC, (600, 601), 3, 101, l0=20).true.log_pattern
+        )
     assert shared["random"] == pytest.approx(20 * 20 / 600, rel=0.3)
     of_topic = TOPIC_SHARE * 20
-    assert shared["clustered"] > of_topic * of_topic / 60, "neighbours draw from the same 60 features of their topic"
+    assert shared["clustered"] > of_topic * of_topic / 60, (
+        "neighbours draw from the same 60 features of their topic"
+    )
 
 
 def test_memory_that_is_freed_again_is_seen():
@@ -121,7 +131,10 @@ def test_few_rows_are_ranked():
 
 
 def test_report_shows_failures_and_what_was_skipped():
-    results = {"step2.live.dense": {"failed": "out of memory"}, "smollm2.load": {"skipped": "it is not installed"}}
+    results = {
+        "step2.live.dense": {"failed": "out of memory"},
+        "smollm2.load": {"skipped": "it is not installed"},
+    }
     machine = {"cores": 2, "torch": "1.2.3"}
     text = render({"machine": machine, "smoke": False, "sizes": FULL._asdict(), "results": results})
     assert "2 CPU cores, torch 1.2.3" in text
@@ -144,5 +157,10 @@ def test_smoke(tmp_path):
     assert list(report["results"]) == list(bench.all_cases(SMOKE))
     text = (tmp_path / "made" / "cpu.md").read_text()
     assert text == render(report)
-    for heading in ("Step 2 against the dense computation", "Wide dictionaries", "What step 2 grows with", "SmolLM2"):
+    for heading in (
+        "Step 2 against the dense computation",
+        "Wide dictionaries",
+        "What step 2 grows with",
+        "SmolLM2",
+    ):
         assert f"## {heading}" in text

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 from oracles import dense_kernel, with_one
-from tiny_dictionaries import D_KEY, D_QUERY, LAYER, inputs_and_scores, pair_term, pattern_by_hand, tiny_dictionary
+from tiny_dictionaries import (
+    D_KEY,
+    D_QUERY,
+    LAYER,
+    inputs_and_scores,
+    pair_term,
+    pattern_by_hand,
+    tiny_dictionary,
+)
 from tiny_models import KINDS, tiny_model, tiny_tokens
 from torch import Tensor
 
@@ -16,7 +24,13 @@ from sae_lens_qk.attention import AttentionSpec, log_pattern, pattern_kl
 from sae_lens_qk.feature_map import SparseFeatureMap
 from sae_lens_qk.host import qk_weights
 from sae_lens_qk.pair_scores import Decoders
-from sae_lens_qk.training.candidates import FeatureBatch, PairTable, firing_rates, rank_features, rank_pairs
+from sae_lens_qk.training.candidates import (
+    FeatureBatch,
+    PairTable,
+    firing_rates,
+    rank_features,
+    rank_pairs,
+)
 
 N_POS = 17
 EVERYTHING = 10_000
@@ -47,7 +61,12 @@ class Exact(NamedTuple):
 def problem(kind: str, n_rows: int = 3) -> Problem:
     model = tiny_model(kind)
     x, scores = inputs_and_scores(model, tiny_tokens(n_rows, N_POS))
-    return Problem(tiny_dictionary(model, n_pairs=0), qk_weights(model, LAYER), x, pattern_by_hand(scores.double()))
+    return Problem(
+        tiny_dictionary(model, n_pairs=0),
+        qk_weights(model, LAYER),
+        x,
+        pattern_by_hand(scores.double()),
+    )
 
 
 def exact_statistics(p: Problem) -> Exact:
@@ -56,9 +75,14 @@ def exact_statistics(p: Problem) -> Exact:
     offsets = (torch.arange(N_POS)[:, None] - torch.arange(N_POS)).clamp(min=0)
     kernel = dense_kernel(d.decoders, spec, N_POS)
     kernel = kernel.expand(*kernel.shape[:3], N_POS)[..., offsets].tril()
-    query_acts, key_acts = with_one(d.encode_query(p.x)).double(), with_one(d.encode_key(p.x)).double()
+    query_acts, key_acts = (
+        with_one(d.encode_query(p.x)).double(),
+        with_one(d.encode_key(p.x)).double(),
+    )
     c = torch.einsum("nia,njb,abhij->nabhij", query_acts, key_acts, kernel)
-    together = torch.einsum("nia,njb->nabij", (query_acts != 0).double(), (key_acts != 0).double()).tril()
+    together = torch.einsum(
+        "nia,njb->nabij", (query_acts != 0).double(), (key_acts != 0).double()
+    ).tril()
     mean_square = torch.einsum("nhij,nabhij->nabhi", p.pattern, c.square())
     mean = torch.einsum("nhij,nabhij->nabhi", p.pattern, c)
     n_queries = len(p.x) * N_POS
@@ -90,7 +114,9 @@ def test_statistics_of_every_pair_equal_the_dense_reference(ranked):
     torch.testing.assert_close(co_occurrence, exact.co_occurrence[at], rtol=1e-6, atol=0)
     torch.testing.assert_close(effect, exact.effect[at], rtol=1e-5, atol=1e-5)
     rounding = 1e-5 * exact.mean_square[at]
-    assert ((importance - exact.importance[at]).abs() <= 1e-4 * exact.importance[at] + rounding).all()
+    assert (
+        (importance - exact.importance[at]).abs() <= 1e-4 * exact.importance[at] + rounding
+    ).all()
     assert importance.max() > 0.05
 
 
@@ -99,7 +125,9 @@ def test_every_pair_that_ever_fired_together_is_listed(ranked):
     listed = torch.zeros_like(exact.importance, dtype=torch.bool)
     listed[tuple(kept.indices.T)] = True
     fired = exact.co_occurrence > 0
-    everything = torch.cartesian_prod(*(torch.arange(n) for n in listed.shape)).view(*listed.shape, 3)
+    everything = torch.cartesian_prod(*(torch.arange(n) for n in listed.shape)).view(
+        *listed.shape, 3
+    )
     between_constants = is_between_constants(everything)
     assert not (listed & ~fired).any()
     assert not (listed & between_constants).any()
@@ -113,15 +141,21 @@ def test_every_pair_that_ever_fired_together_is_listed(ranked):
 def test_importance_of_single_pairs_equals_the_plain_loop(ranked):
     """Pairs of every kind: both features, query constant, key constant."""
     p, _, kept = ranked
-    acts = tuple(side(p.x).double().numpy() for side in (p.dictionary.encode_query, p.dictionary.encode_key))
+    acts = tuple(
+        side(p.x).double().numpy() for side in (p.dictionary.encode_query, p.dictionary.encode_key)
+    )
     kinds = kept, kept.restrict(query_features=D_QUERY), kept.restrict(key_features=D_KEY)
     for strongest in (some.select(some.statistics[:, 0].topk(2).indices) for some in kinds):
-        for (a, b, h), (importance, _, _) in zip(strongest.indices.tolist(), strongest.statistics.tolist(), strict=True):
+        for (a, b, h), (importance, _, _) in zip(
+            strongest.indices.tolist(), strongest.statistics.tolist(), strict=True
+        ):
             c, expected = pair_term(p.dictionary, acts, (a, b, h)), 0.0
             for row in range(len(c)):
                 for i in range(N_POS):
                     P = p.pattern[row, h, i, : i + 1].numpy()
-                    expected += 0.5 * float(P @ c[row, i, : i + 1] ** 2 - (P @ c[row, i, : i + 1]) ** 2)
+                    expected += 0.5 * float(
+                        P @ c[row, i, : i + 1] ** 2 - (P @ c[row, i, : i + 1]) ** 2
+                    )
             assert importance == pytest.approx(expected / (len(c) * N_POS), rel=1e-4, abs=1e-6)
 
 
@@ -131,7 +165,9 @@ def test_terms_constant_over_keys_are_worth_nothing():
     exact, kept = exact_statistics(p), p.rank(EVERYTHING)
     assert exact.mean_square[:D_QUERY, D_KEY].max() > 0.05
     assert kept.restrict(key_features=D_KEY).statistics[:, 0].lt(1e-6).all()
-    assert problem("llama").rank(EVERYTHING).restrict(key_features=D_KEY).statistics[:, 0].max() > 1e-3
+    assert (
+        problem("llama").rank(EVERYTHING).restrict(key_features=D_KEY).statistics[:, 0].max() > 1e-3
+    )
 
 
 @pytest.mark.parametrize("n", [600, 1500])
@@ -158,7 +194,9 @@ def test_rows_may_come_in_any_batches_and_features_in_any_parts(monkeypatch):
         torch.testing.assert_close(whole.statistics, made.statistics, rtol=1e-5, atol=1e-7)
 
 
-def random_features(d_query: int, d_key: int, n_rows: int) -> tuple[list[FeatureBatch], Decoders, AttentionSpec]:
+def random_features(
+    d_query: int, d_key: int, n_rows: int
+) -> tuple[list[FeatureBatch], Decoders, AttentionSpec]:
     """Features that fire at rates from rare to frequent, by the row, and random patterns."""
     spec = AttentionSpec(6, 3, d_head=10, d_model=11, scale=0.5, rotary_inv_freq=(1.0, 0.3))
     generator = torch.Generator().manual_seed(0)
@@ -168,7 +206,9 @@ def random_features(d_query: int, d_key: int, n_rows: int) -> tuple[list[Feature
     batches = []
     for _ in range(n_rows):
         acts = [torch.rand(2, 1, 23, len(rate), generator=generator) for rate in rates]
-        query_acts, key_acts = (fires.lt(rate) * strength for (fires, strength), rate in zip(acts, rates, strict=True))
+        query_acts, key_acts = (
+            fires.lt(rate) * strength for (fires, strength), rate in zip(acts, rates, strict=True)
+        )
         scores = 1.5 * torch.randn(1, spec.n_heads, 23, 23, generator=generator)
         batches.append(FeatureBatch(query_acts, key_acts, pattern_by_hand(scores)))
     return batches, decoders, spec
@@ -187,7 +227,9 @@ def test_a_full_table_forgets_the_least_important(n, caplog):
     best = exact.select(exact.statistics[:, 0].topk(n).indices)
     assert (best.find(bounded.indices) >= 0).double().mean() >= 0.9
     importance = exact.statistics[exact.find(bounded.indices), 0]
-    assert (bounded.statistics[:, 0] <= importance * 1.0001).all(), "what was forgotten cannot be made up"
+    assert (bounded.statistics[:, 0] <= importance * 1.0001).all(), (
+        "what was forgotten cannot be made up"
+    )
     assert (bounded.statistics[:, 0] >= 0.9 * importance).double().mean() >= 0.9
 
 
@@ -199,7 +241,11 @@ def test_impossible_numbers_are_refused_before_any_row_is_read(n_candidates):
         raise AssertionError("a row was read")
         yield
 
-    message = "GiB are free: ask for fewer" if n_candidates > 0 else f"n_candidates must be at least 1, got {n_candidates}"
+    message = (
+        "GiB are free: ask for fewer"
+        if n_candidates > 0
+        else f"n_candidates must be at least 1, got {n_candidates}"
+    )
     with pytest.raises(ValueError, match=message):
         rank_pairs(p.dictionary, p.weights, rows(), n_candidates)
     with pytest.raises(ValueError, match=message):
@@ -218,8 +264,13 @@ def test_nothing_that_fires_is_an_error():
 def test_firing_rates_are_shares_of_tokens():
     p = problem("neox")
     rates = firing_rates(p.dictionary, iter([p.x[:2], p.x[2:]]))
-    for found, encode in ((rates.query, p.dictionary.encode_query), (rates.key, p.dictionary.encode_key)):
-        fires = np.mean([[act > 0 for act in token] for token in encode(p.x).flatten(0, 1).tolist()], axis=0)
+    for found, encode in (
+        (rates.query, p.dictionary.encode_query),
+        (rates.key, p.dictionary.encode_key),
+    ):
+        fires = np.mean(
+            [[act > 0 for act in token] for token in encode(p.x).flatten(0, 1).tolist()], axis=0
+        )
         assert found.tolist() == pytest.approx(fires.tolist(), rel=1e-6)
         assert found[-5:].eq(0).all()
         assert 0.1 < found.mean() < 0.9

@@ -19,7 +19,9 @@ from sae_lens_qk.pretrained.card import Listed, dictionary_card, repository_card
 TAGS = ["saelens", "sae", "bilinear-qk", "attention", "interpretability"]
 DESCRIPTION = "Trained on *texts*, {{ x }}."
 RUN = qk.BilinearQKRunnerConfig(
-    seed=7, dataset_path="Skylion007/openwebtext", card=qk.CardConfig(license="mit", description=DESCRIPTION)
+    seed=7,
+    dataset_path="Skylion007/openwebtext",
+    card=qk.CardConfig(license="mit", description=DESCRIPTION),
 )
 BEGIN, END = "<!-- dictionaries: written by push_to_hub -->", "<!-- end of dictionaries -->"
 
@@ -43,8 +45,12 @@ def without_map(llama_bridge) -> qk.BilinearQKDictionary:
 def card(d: qk.BilinearQKDictionary, **changes: Any) -> ModelCard:
     """The card, read again; it ends with one newline."""
     values = {
-        "cfg": d.cfg, "metrics": d.metrics, "runner_cfg": d.runner_cfg, "name": "tiny-L1", "source": '"org/repo", "tiny-L1"',
-    }  # fmt: skip
+        "cfg": d.cfg,
+        "metrics": d.metrics,
+        "runner_cfg": d.runner_cfg,
+        "name": "tiny-L1",
+        "source": '"org/repo", "tiny-L1"',
+    }
     text = dictionary_card(**{**values, **changes})
     assert text.endswith("\n")
     assert not text.endswith("\n\n")
@@ -57,7 +63,11 @@ def header(made: ModelCard) -> dict[str, Any]:
 
 def table(text: str) -> dict[str, dict[str, str]]:
     """A Markdown table's cells, by first column and heading."""
-    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    head, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line[:1] == "|"
+    ]
     assert all(len(row) == len(head) for row in rows)
     return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
 
@@ -70,7 +80,11 @@ def calls(text: str, function: str) -> list[list[str]]:
     """Arguments of a function in the Python blocks of a text, which have to parse."""
     trees = [ast.parse(block) for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
     found = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    named = [node for node in found if isinstance(node.func, ast.Attribute) and node.func.attr == function]
+    named = [
+        node
+        for node in found
+        if isinstance(node.func, ast.Attribute) and node.func.attr == function
+    ]
     return [[ast.literal_eval(argument) for argument in node.args] for node in named]
 
 
@@ -80,10 +94,17 @@ def calls(text: str, function: str) -> list[list[str]]:
 def test_header(with_map, without_map, hub):
     made = card(with_map)
     assert header(made) == {
-        "library_name": "saelens", "tags": TAGS, "base_model": "tiny", "license": "mit",
+        "library_name": "saelens",
+        "tags": TAGS,
+        "base_model": "tiny",
+        "license": "mit",
         "datasets": ["Skylion007/openwebtext"],
-    }  # fmt: skip
-    assert header(card(without_map)) == {"library_name": "saelens", "tags": TAGS, "base_model": "EleutherAI/pythia-70m"}
+    }
+    assert header(card(without_map)) == {
+        "library_name": "saelens",
+        "tags": TAGS,
+        "base_model": "EleutherAI/pythia-70m",
+    }
     for d in (with_map, without_map):
         card(d).validate()  # by the Hub
 
@@ -92,8 +113,14 @@ def test_header(with_map, without_map, hub):
     ("run", "expected"),
     [
         ({"dataset_path": "org/texts"}, ["org/texts"]),
-        ({"card": qk.CardConfig(datasets=["a/b", "c/d"]), "dataset_path": "org/texts"}, ["a/b", "c/d"]),
-        *(({"dataset_path": path}, None) for path in ("", "$QK_CORPUS/train.parquet", "data/train.parquet", "/data/texts")),
+        (
+            {"card": qk.CardConfig(datasets=["a/b", "c/d"]), "dataset_path": "org/texts"},
+            ["a/b", "c/d"],
+        ),
+        *(
+            ({"dataset_path": path}, None)
+            for path in ("", "$QK_CORPUS/train.parquet", "data/train.parquet", "/data/texts")
+        ),
         *(({"dataset_path": path}, None) for path in ("./texts", "../texts", "a/b/c")),
     ],
 )
@@ -124,16 +151,21 @@ def test_figures_are_the_measured_ones(with_map):
     for name, row in shown.items():
         measured = metrics["sources"][name.replace(" ", "_")]
         for column, figure, scale in (
-            ("pattern KL (nats)", "pattern_kl", 1), ("loss recovered", "ce_recovered", 100),
+            ("pattern KL (nats)", "pattern_kl", 1),
+            ("loss recovered", "ce_recovered", 100),
             ("logit KL recovered", "logit_kl_recovered", 100),
-        ):  # fmt: skip
+        ):
             interval = measured[figure]
-            expected = [scale * interval[bound] for bound in ("value", "low", "high")] if interval else []
-            assert numbers(row[column].replace("-", "") if not interval else row[column]) == pytest.approx(
-                expected, abs=0.051 if scale == 100 else 5.1e-5
+            expected = (
+                [scale * interval[bound] for bound in ("value", "low", "high")] if interval else []
             )
+            assert numbers(
+                row[column].replace("-", "") if not interval else row[column]
+            ) == pytest.approx(expected, abs=0.051 if scale == 100 else 5.1e-5)
         agreement = measured["argmax_agreement"]
-        assert numbers(row["argmax agreement"]) == ([] if agreement is None else [pytest.approx(100 * agreement, abs=0.051)])
+        assert numbers(row["argmax agreement"]) == (
+            [] if agreement is None else [pytest.approx(100 * agreement, abs=0.051)]
+        )
     assert (shown["zero"]["pattern KL (nats)"], shown["zero"]["argmax agreement"]) == ("-", "-")
 
 
@@ -146,7 +178,12 @@ def line(made: ModelCard, start: str) -> list[float]:
 def test_sizes_are_the_measured_ones(with_map):
     made, metrics = card(with_map), with_map.metrics
     features, pairs = metrics["features"], metrics["feature_map"]
-    assert line(made, "Measured on") == [7 * 13, 7, pytest.approx(metrics["ce_clean"], abs=5.1e-5), 95]
+    assert line(made, "Measured on") == [
+        7 * 13,
+        7,
+        pytest.approx(metrics["ce_clean"], abs=5.1e-5),
+        95,
+    ]
     assert line(made, "Active features") == pytest.approx(
         [features[name] for name in ("l0_query", "l0_key", "live_query", "live_key")], abs=0.051
     )
@@ -157,7 +194,10 @@ def test_sizes_are_the_measured_ones(with_map):
     ]
     about = made.text.split("\n\n")[1]
     assert f"of the attention of layer 1 of tiny: {D_QUERY} query features" in about
-    assert f"{D_KEY} key features, and the {N_PAIRS} feature pairs over 3 heads that carry its pattern" in about
+    assert (
+        f"{D_KEY} key features, and the {N_PAIRS} feature pairs over 3 heads that carry its pattern"
+        in about
+    )
     assert "Stored in float32." in about
 
 
@@ -176,7 +216,9 @@ def test_without_a_map_there_is_nothing_about_pairs(without_map):
 
 def test_what_is_not_known_is_said(with_map):
     made = card(with_map, metrics=None, runner_cfg=None)
-    assert "## Figures\n\nNot measured yet: `d.metrics = qk.evaluate(d, model, tokens)`" in made.text
+    assert (
+        "## Figures\n\nNot measured yet: `d.metrics = qk.evaluate(d, model, tokens)`" in made.text
+    )
     assert "## Training\n\nNot recorded.\n" in made.text
     assert "|" not in made.text
     assert header(made) == {"library_name": "saelens", "tags": TAGS, "base_model": "tiny"}
@@ -198,23 +240,35 @@ def test_the_description_stands_under_the_heading(with_map):
             "50,000 pairs.\nData: `Skylion007/openwebtext`, rows of 256 tokens, BOS first. Seed 7.",
         ),
         (
-            {"sae": qk.TranscodersTrainingConfig(d_in=1, activation="relu", initialization="kaiming")},
+            {
+                "sae": qk.TranscodersTrainingConfig(
+                    d_in=1, activation="relu", initialization="kaiming"
+                )
+            },
             "transcoders: relu with the sqrt penalty at 0.0031, 5,000,000 tokens, 2,048 a step, learning rate 0.004 "
             "(cosineannealing), kaiming initialisation.",
         ),
-        ({"mask": qk.MaskStepConfig(fine_tune_lr=3e-4)}, "50,000 pairs, transcoders tuned along at learning rate 0.0003.\n"),
+        (
+            {"mask": qk.MaskStepConfig(fine_tune_lr=3e-4)},
+            "50,000 pairs, transcoders tuned along at learning rate 0.0003.\n",
+        ),
         (
             {"mask": qk.MaskStepConfig(train_batch_size_tokens=512)},
             "Step 2, mask: 1,000,000 tokens, 512 a step, from 200,000 candidates",
         ),
         ({"mask": qk.MaskStepConfig(training_tokens=0)}, "data initialisation.\nData: "),
         ({"from_pretrained_path": "org/tiny"}, "the transcoders of `org/tiny`.\nStep 2, mask: "),
-        ({"dataset_path": "", "prepend_bos": False}, "Data: `given in code`, rows of 256 tokens. Seed 7."),
+        (
+            {"dataset_path": "", "prepend_bos": False},
+            "Data: `given in code`, rows of 256 tokens. Seed 7.",
+        ),
     ],
     ids=["both steps", "relu", "tuned", "batch of step 2", "step 1", "step 2", "data in code"],
 )
 def test_training_is_told(changes, said, with_map):
-    told = card(with_map, runner_cfg=replace(RUN, **changes).to_dict()).text.split("## Training\n\n")[1]
+    told = card(with_map, runner_cfg=replace(RUN, **changes).to_dict()).text.split(
+        "## Training\n\n"
+    )[1]
     assert said in told
     assert ("Step 1, transcoders" in told) == ("from_pretrained_path" not in changes)
     assert "\n\n\n" not in told
@@ -222,7 +276,11 @@ def test_training_is_told(changes, said, with_map):
 
 def test_settings_of_saelenss_own_runner_are_accepted(with_map):
     """Which knows no second step; its `runner_cfg.json` is read with the dictionary."""
-    stock = {name: value for name, value in RUN.to_dict().items() if name not in ("mask", "card", "from_pretrained_path")}
+    stock = {
+        name: value
+        for name, value in RUN.to_dict().items()
+        if name not in ("mask", "card", "from_pretrained_path")
+    }
     assert "5,000,000 tokens" in card(with_map, runner_cfg=stock).text
 
 
@@ -235,7 +293,9 @@ def test_compaction_is_told(with_map):
     assert "`cfg.query_numbers` and `cfg.key_numbers` hold the old numbers." in made.text
 
 
-@pytest.mark.parametrize("source", [["org/repo", "folder/tiny-L1"], ["gpt2-small-L10"], ["path/to/tiny-L1"]])
+@pytest.mark.parametrize(
+    "source", [["org/repo", "folder/tiny-L1"], ["gpt2-small-L10"], ["path/to/tiny-L1"]]
+)
 def test_the_snippet_names_the_source(source, with_map, without_map):
     for d in (with_map, without_map):
         made = card(d, source=", ".join(f'"{part}"' for part in source))
@@ -256,7 +316,9 @@ def test_the_snippet_runs(with_map, without_map, tmp_path, gpt2_bridge, llama_br
 
 def test_a_saved_folder_has_its_card(with_map, tmp_path):
     with_map.save_model(tmp_path / "mine")
-    expected = dictionary_card(with_map.cfg, with_map.metrics, with_map.runner_cfg, "mine", '"path/to/mine"')
+    expected = dictionary_card(
+        with_map.cfg, with_map.metrics, with_map.runner_cfg, "mine", '"path/to/mine"'
+    )
     assert (tmp_path / "mine" / "README.md").read_text() == expected
 
 
@@ -271,7 +333,10 @@ def test_a_saved_folder_has_its_card(with_map, tmp_path):
     ids=str,
 )
 def test_figures_and_settings_of_another_shape_are_refused(wrong, with_map):
-    with pytest.raises(ValueError, match=r"^metrics must be .*evaluate\(...\)\.to_dict\(\).*, runner_cfg .* \(.+\)\.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^metrics must be .*evaluate\(...\)\.to_dict\(\).*, runner_cfg .* \(.+\)\.$",
+    ):
         card(with_map, **wrong)
 
 
@@ -281,7 +346,9 @@ def test_figures_and_settings_of_another_shape_are_refused(wrong, with_map):
 @pytest.fixture(scope="module")
 def listed(with_map, without_map) -> dict[str, Listed]:
     return {
-        "b/wide": Listed(str(card(with_map)), with_map.cfg.to_dict(), json.loads(json.dumps(with_map.metrics))),
+        "b/wide": Listed(
+            str(card(with_map)), with_map.cfg.to_dict(), json.loads(json.dumps(with_map.metrics))
+        ),
         "a": Listed(str(card(without_map)), without_map.cfg.to_dict(), without_map.metrics),
     }
 
@@ -290,7 +357,12 @@ def repository(existing: str | None, folders: Mapping[str, Listed]) -> ModelCard
     """The card, read again; writing it once more changes nothing, and there is one section."""
     text = repository_card(existing, "org/repo", folders)
     assert repository_card(text, "org/repo", folders) == text
-    assert text.count(BEGIN) == text.count(END) == text.count("QK dictionaries, loaded by folder:") == 1
+    assert (
+        text.count(BEGIN)
+        == text.count(END)
+        == text.count("QK dictionaries, loaded by folder:")
+        == 1
+    )
     assert text.index(BEGIN) < text.index("QK dictionaries") < text.index(END)
     return ModelCard(text)
 
@@ -299,26 +371,40 @@ def test_a_new_repository(listed, with_map, without_map, hub):
     made = repository(None, listed)
     made.validate()
     assert header(made) == {
-        "library_name": "saelens", "tags": TAGS, "base_model": ["EleutherAI/pythia-70m", "tiny"], "license": "mit",
+        "library_name": "saelens",
+        "tags": TAGS,
+        "base_model": ["EleutherAI/pythia-70m", "tiny"],
+        "license": "mit",
         "datasets": ["Skylion007/openwebtext"],
-    }  # fmt: skip
+    }
     assert made.text.startswith(f"\n# repo\n\n{BEGIN}\n")
     assert made.text.endswith(f"{END}\n")
     assert calls(made.text, "from_pretrained") == [["org/repo", "a"]]
     shown = table(made.text)
     assert list(shown) == ["[a](a/README.md)", "[b/wide](b/wide/README.md)"]
-    for row, d, source in zip(shown.values(), (without_map, with_map), ("transcoders", "feature_map"), strict=True):
+    for row, d, source in zip(
+        shown.values(), (without_map, with_map), ("transcoders", "feature_map"), strict=True
+    ):
         assert (row["model"], row["layer"]) == (d.cfg.model_name, "1")
         assert numbers(row["features (query / key)"]) == [D_QUERY, D_KEY]
         assert numbers(row["pairs"]) == [len(d.feature_map)]
         measured = d.metrics["sources"][source]
-        assert numbers(row["pattern KL"]) == [pytest.approx(measured["pattern_kl"]["value"], abs=5.1e-5)]
-        for column, figure in (("loss recovered", "ce_recovered"), ("logit KL recovered", "logit_kl_recovered")):
-            assert numbers(row[column]) == [pytest.approx(100 * measured[figure]["value"], abs=0.051)]
+        assert numbers(row["pattern KL"]) == [
+            pytest.approx(measured["pattern_kl"]["value"], abs=5.1e-5)
+        ]
+        for column, figure in (
+            ("loss recovered", "ce_recovered"),
+            ("logit KL recovered", "logit_kl_recovered"),
+        ):
+            assert numbers(row[column]) == [
+                pytest.approx(100 * measured[figure]["value"], abs=0.051)
+            ]
 
 
 def test_the_order_of_folders_does_not_matter(listed):
-    assert repository_card(None, "org/repo", dict(reversed(listed.items()))) == repository_card(None, "org/repo", listed)
+    assert repository_card(None, "org/repo", dict(reversed(listed.items()))) == repository_card(
+        None, "org/repo", listed
+    )
 
 
 def test_dictionaries_come_and_go(listed):
@@ -352,7 +438,11 @@ def test_a_readme_keeps_its_text_and_header(own, listed):
     assert made.text.startswith(theirs.text.rstrip())
     found = header(made)
     if own is OWN:
-        assert (found["license"], found["language"], found["custom"]) == ("apache-2.0", ["en", "de"], {"deep": [1, 2]})
+        assert (found["license"], found["language"], found["custom"]) == (
+            "apache-2.0",
+            ["en", "de"],
+            {"deep": [1, 2]},
+        )
         assert found["tags"] == ["mine", *TAGS]
         assert found["datasets"] == ["own/texts", "Skylion007/openwebtext"]
     else:

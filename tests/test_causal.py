@@ -73,7 +73,9 @@ def score_row(model, x, head) -> ScoreRow:
 
 
 def score_terms(d, x, head, kept=None) -> ScoreTerms:
-    return ScoreTerms.of(d, d.encode_query(x[0, QUERY]), d.encode_key(x[0, : QUERY + 1]), head, kept)
+    return ScoreTerms.of(
+        d, d.encode_query(x[0, QUERY]), d.encode_key(x[0, : QUERY + 1]), head, kept
+    )
 
 
 class TestFeatureDirections:
@@ -98,7 +100,10 @@ class TestFeatureDirections:
 
     def test_planted_directions_are_found(self, acts):
         generator = torch.Generator().manual_seed(1)
-        planted, mean = torch.randn(7, 11, generator=generator), torch.randn(11, generator=generator)
+        planted, mean = (
+            torch.randn(7, 11, generator=generator),
+            torch.randn(11, generator=generator),
+        )
         fitted = self.fit(acts, mean + acts @ planted, ridge=1e-9)
         torch.testing.assert_close(fitted.directions[1:], planted[1:], rtol=0, atol=1e-4)
         torch.testing.assert_close(fitted.mean, mean, rtol=0, atol=1e-4)
@@ -106,7 +111,9 @@ class TestFeatureDirections:
         assert fitted.rates[1] == 1.0 > ALWAYS_ON
         assert fitted.usable.tolist() == [False, False, *[True] * 5]
         components = fitted.components(acts[0, 0], torch.tensor([2, 5]))
-        torch.testing.assert_close(components, acts[0, 0, [2, 5], None] * planted[[2, 5]], rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            components, acts[0, 0, [2, 5], None] * planted[[2, 5]], rtol=0, atol=1e-4
+        )
         assert fitted.residual(mean + acts[0] @ planted, acts[0]).abs().max() < 1e-3
 
     def test_ridge_equals_least_squares_with_penalty_rows(self, acts):
@@ -114,10 +121,17 @@ class TestFeatureDirections:
         fitted = self.fit(acts, x, ridge=2.5)
         flat, fired = acts.flatten(0, 1).double(), (acts > 0).flatten(0, 1).sum(dim=0)
         penalty = (2.5 * flat.square().sum(dim=0) / fired.clamp(min=1)).sqrt()
-        left = torch.cat([torch.cat([flat, torch.ones(len(flat), 1)], dim=1), torch.diag(penalty).double().new_zeros(7, 8)])
+        left = torch.cat(
+            [
+                torch.cat([flat, torch.ones(len(flat), 1)], dim=1),
+                torch.diag(penalty).double().new_zeros(7, 8),
+            ]
+        )
         left[len(flat) :, :7] = torch.diag(penalty)
         right = torch.cat([x.flatten(0, 1).double(), torch.zeros(7, 3)])
-        solved = torch.linalg.lstsq(left[:, 1:], right).solution  # without the feature that never fires
+        solved = torch.linalg.lstsq(
+            left[:, 1:], right
+        ).solution  # without the feature that never fires
         torch.testing.assert_close(fitted.directions[1:].double(), solved[:6], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(fitted.mean.double(), solved[6], rtol=1e-4, atol=1e-5)
 
@@ -127,7 +141,10 @@ class TestFeatureDirections:
         plain, scaled = self.fit(acts, x, ridge=1.0), self.fit(acts * factors, x, ridge=1.0)
         features = torch.arange(7)
         torch.testing.assert_close(
-            plain.components(acts[0, 0], features), scaled.components(acts[0, 0] * factors, features), rtol=1e-4, atol=1e-6
+            plain.components(acts[0, 0], features),
+            scaled.components(acts[0, 0] * factors, features),
+            rtol=1e-4,
+            atol=1e-6,
         )
 
     def test_no_rows_are_refused(self):
@@ -140,7 +157,9 @@ def test_score_row_is_the_models_own(model, rows, x):
     for head in range(scores.shape[1]):
         row, own = score_row(model, x, head), scores[0, head, QUERY, : QUERY + 1]
         torch.testing.assert_close(row.scores, own, rtol=0, atol=1e-5)
-        torch.testing.assert_close(row.pattern.double(), pattern_by_hand(scores)[0, head, QUERY, : QUERY + 1].double())
+        torch.testing.assert_close(
+            row.pattern.double(), pattern_by_hand(scores)[0, head, QUERY, : QUERY + 1].double()
+        )
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -166,15 +185,22 @@ def test_edits_are_those_of_the_model(model, rows, x, side):
 
 
 def test_terms_are_the_pairs_terms(dictionary, x):
-    acts = tuple(encode(x[:1]).double().numpy() for encode in (dictionary.encode_query, dictionary.encode_key))
+    acts = tuple(
+        encode(x[:1]).double().numpy()
+        for encode in (dictionary.encode_query, dictionary.encode_key)
+    )
     for head in range(dictionary.spec.n_heads):
         terms = score_terms(dictionary, x, head)
-        torch.testing.assert_close(terms.scores, dictionary.scores(x)[0, head, QUERY, : QUERY + 1], rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            terms.scores, dictionary.scores(x)[0, head, QUERY, : QUERY + 1], rtol=0, atol=1e-4
+        )
         a, b = terms.query_features, terms.key_features[terms.key_positions == KEY]
         assert (int(a[-1]), int(b[-1])) == (D_QUERY, D_KEY)
         pairs = terms.pairs(a, b)
         for n, m in ((0, 0), (2, 1), (len(a) - 1, 2), (1, len(b) - 1), (len(a) - 1, len(b) - 1)):
-            expected = pair_term(dictionary, acts, (int(a[n]), int(b[m]), head))[0, QUERY, : QUERY + 1]
+            expected = pair_term(dictionary, acts, (int(a[n]), int(b[m]), head))[
+                0, QUERY, : QUERY + 1
+            ]
             assert np.abs(pairs[n, m].numpy() - expected).max() < 1e-4
             assert np.abs(expected).max() > 1e-3
 
@@ -197,7 +223,10 @@ def test_rows_are_what_a_feature_adds_at_its_place(dictionary, x, side):
         assert not (features % 5 == 0).any()
         assert len(features) > 3
         rows = terms.rows(side, KEY, features)
-        query_acts, key_acts = dictionary.encode_query(x[0, QUERY]), dictionary.encode_key(x[0, : QUERY + 1])
+        query_acts, key_acts = (
+            dictionary.encode_query(x[0, QUERY]),
+            dictionary.encode_key(x[0, : QUERY + 1]),
+        )
         for n, feature in enumerate(features):
             changed = query_acts.clone(), key_acts.clone()
             if side == "query":
@@ -220,7 +249,9 @@ def test_an_exact_dictionary_predicts_what_is_measured(model, x, side):
         assert len(features) == d_model
         acts = d.encode_query(x[0, position]) if side == "query" else d.encode_key(x[0, position])
         place = Place(acts[features, None] * directions[features], terms.rows(side, KEY, features))
-        factors = (torch.rand(5, d_model, generator=torch.Generator().manual_seed(head)) < 0.3).float()
+        factors = (
+            torch.rand(5, d_model, generator=torch.Generator().manual_seed(head)) < 0.3
+        ).float()
         measured, predicted = place.remove(row, x[0, position], side, KEY, factors)
         torch.testing.assert_close(predicted, measured, rtol=0, atol=1e-4)
         assert (measured - row.scores).abs().max() > 0.1
@@ -265,7 +296,10 @@ class TestControls:
         return control_removals(self.place, chosen, torch.Generator().manual_seed(seed))
 
     def test_equal_in_number_and_outside(self):
-        drawn = {tuple(self.controls([4, 2], seed)["other"].nonzero()[:, 0].tolist()) for seed in range(30)}
+        drawn = {
+            tuple(self.controls([4, 2], seed)["other"].nonzero()[:, 0].tolist())
+            for seed in range(30)
+        }
         assert drawn == {(0, 1), (0, 3), (1, 3)}
 
     def test_matched_on_size_largest_first(self):
@@ -277,7 +311,9 @@ class TestControls:
         assert list(made) == ["rescaled"]  # two remain, of three
         factors = made["rescaled"]
         assert factors[0] == factors[1] > 0 == factors[2:].abs().sum()
-        assert float((factors @ self.place.components).norm()) == pytest.approx(math.sqrt(25 + 16 + 9))
+        assert float((factors @ self.place.components).norm()) == pytest.approx(
+            math.sqrt(25 + 16 + 9)
+        )
 
     def test_none_remain(self):
         assert self.controls([0, 1, 2, 3, 4]) == {}
@@ -333,7 +369,11 @@ def test_table_by_hand():
     assert at_1["controls"]["matched"]["wins"]["tv"] is None
     assert other["predicted_wins"]["tv"] == 0.0  # of a table that predicts the first case wrongly
     assert (other["agree"]["tv"], rescaled["agree"]["tv"]) == pytest.approx((0.5, 2 / 3))
-    expected = {"pearson": np.corrcoef([-0.5, 0.3, 0.1], [0.5, 0.3, 0.1])[0, 1], "spearman": -0.5, "slope": -15 / 35}
+    expected = {
+        "pearson": np.corrcoef([-0.5, 0.3, 0.1], [0.5, 0.3, 0.1])[0, 1],
+        "spearman": -0.5,
+        "slope": -15 / 35,
+    }
     assert at_1["prediction"]["tv"] == pytest.approx(expected, rel=1e-5)
     assert at_2["prediction"]["tv"]["pearson"] is None
     area = made["tv_area"]["rescaled"]
@@ -361,10 +401,18 @@ def test_correlations():
 
 
 def test_logit_figures():
-    kls = [{(1, "top"): 0.3, (1, "predicted"): 0.2, (1, "other"): 0.1}, {(1, "top"): 0.1, (1, "predicted"): 0.1}]
+    kls = [
+        {(1, "top"): 0.3, (1, "predicted"): 0.2, (1, "other"): 0.1},
+        {(1, "top"): 0.1, (1, "predicted"): 0.1},
+    ]
     made = logit_figures(kls, [0, 1], (1, 2), 50, seed=0)
     assert made["1"]["top"][0] == pytest.approx(0.2)
-    assert made["1"]["controls"]["other"] == {"n": 1, "top": 0.3, "control": 0.1, "wins": [1.0, 1.0, 1.0]}
+    assert made["1"]["controls"]["other"] == {
+        "n": 1,
+        "top": 0.3,
+        "control": 0.1,
+        "wins": [1.0, 1.0, 1.0],
+    }
     assert (made["1"]["n"], made["2"]["n"], made["2"]["top"]) == (2, 0, None)
 
 
@@ -373,7 +421,9 @@ def layer_cases(llama_bridge) -> list[LayerCases]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(CORPUS, raising=False)
         plain = tiny_dictionary(llama_bridge, n_pairs=0, seed=1)
-        return prepare(llama_bridge, {LAYER: {"mapped": tiny_dictionary(llama_bridge), "plain": plain}}, SMOKE)
+        return prepare(
+            llama_bridge, {LAYER: {"mapped": tiny_dictionary(llama_bridge), "plain": plain}}, SMOKE
+        )
 
 
 def test_cases_are_what_they_should_be(layer_cases, llama_bridge):
@@ -395,7 +445,9 @@ def test_cases_are_what_they_should_be(layer_cases, llama_bridge):
 
 def test_layers_share_text_and_one_pass(llama_bridge, monkeypatch):
     monkeypatch.delenv(CORPUS, raising=False)
-    dictionaries = {layer: {"d": tiny_dictionary(llama_bridge, layer=layer)} for layer in (0, LAYER)}
+    dictionaries = {
+        layer: {"d": tiny_dictionary(llama_bridge, layer=layer)} for layer in (0, LAYER)
+    }
     for cases in prepare(llama_bridge, dictionaries, SMOKE):
         x, _ = inputs_and_scores(llama_bridge, cases.tokens, cases.layer)
         torch.testing.assert_close(cases.x, x, rtol=0, atol=1e-5)
@@ -412,7 +464,9 @@ def test_smoke(results):
     assert set(results) == {str(LAYER)}
     for name, result in results[str(LAYER)].items():
         rankings = {"effect", "contribution", "decoder", "importance", "random", "marginal"}
-        assert set(result["rankings"]) == rankings | ({"effect_kept"} if name == "mapped" else set())
+        assert set(result["rankings"]) == rankings | (
+            {"effect_kept"} if name == "mapped" else set()
+        )
         assert result["in_score_check"] < 1e-4
         top = result["rankings"]["effect"]["query"]["by_k"]["1"]
         assert 0 < top["n"] <= SMOKE.cases
@@ -428,7 +482,9 @@ def test_results_repeat(results, layer_cases):
     again, before = alone[str(LAYER)]["plain"], results[str(LAYER)]["plain"]
     assert again["rankings"] == before["rankings"]
     assert again["twins"] == before["twins"]
-    assert again["logits"]["1"]["top"] == pytest.approx(before["logits"]["1"]["top"], rel=1e-3, abs=1e-9)
+    assert again["logits"]["1"]["top"] == pytest.approx(
+        before["logits"]["1"]["top"], rel=1e-3, abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -439,7 +495,11 @@ def test_where_nothing_fires_there_is_nothing_to_remove(layer_cases, side):
     of_silent = [cases._replace(dictionaries={"silent": d})]
     made = causal.run(of_silent, SMOKE)[str(LAYER)]["silent"]
     json.dumps(made, allow_nan=False)
-    assert {by_k["n"] for by_side in made["rankings"].values() for by_k in by_side[side]["by_k"].values()} == {0}
+    assert {
+        by_k["n"]
+        for by_side in made["rankings"].values()
+        for by_k in by_side[side]["by_k"].values()
+    } == {0}
     shares = explained.run(of_silent)[str(LAYER)]["silent"]["transcoders"]["all"]
     assert (shares["n"], shares["active_pairs"]) == (0, 0)
     assert shares["score_explained"]["mean"] == 0
@@ -464,7 +524,9 @@ def test_explained_as_evaluate_says(layer_cases, llama_bridge):
             for figure in explained.FIGURES:
                 per_head = getattr(evaluated.sources[source], figure)
                 assert figures[figure]["per_head"] == pytest.approx(per_head, rel=1e-4, abs=1e-5)
-                assert figures[figure]["mean"] == pytest.approx(sum(per_head) / len(per_head), rel=1e-4, abs=1e-5)
+                assert figures[figure]["mean"] == pytest.approx(
+                    sum(per_head) / len(per_head), rel=1e-4, abs=1e-5
+                )
 
 
 def set_always_on(d):
@@ -483,16 +545,23 @@ def test_always_on_features_are_left_out(layer_cases):
     d, silent = (set_always_on(tiny_dictionary(cases.model)) for _ in range(2))
     for half in (silent.query, silent.key):
         half.W_dec[always_on(half, cases)] = 0.0
-    made, expected = (explained.run([cases._replace(dictionaries={"d": one})])[str(LAYER)]["d"] for one in (d, silent))
+    made, expected = (
+        explained.run([cases._replace(dictionaries={"d": one})])[str(LAYER)]["d"]
+        for one in (d, silent)
+    )
     assert min(made["always_on"].values()) >= 1
     for source in ("transcoders", "feature_map"):
         without, all_of_silent = made[source]["without_always_on"], expected[source]["all"]
         for figure in explained.FIGURES:
-            assert without[figure]["mean"] == pytest.approx(all_of_silent[figure]["mean"], rel=1e-4, abs=1e-5)
+            assert without[figure]["mean"] == pytest.approx(
+                all_of_silent[figure]["mean"], rel=1e-4, abs=1e-5
+            )
         assert without["pairs_for"] == all_of_silent["pairs_for"]
         shares = [made[source][name]["norm_share"]["mean"] for name in explained.COUNTED]
         assert shares[0] >= shares[1] > 1.1 * shares[2]
-        assert (shares[0] > 1.1 * shares[1]) == (source == "transcoders")  # the map has no pair of two such features
+        assert (shares[0] > 1.1 * shares[1]) == (
+            source == "transcoders"
+        )  # the map has no pair of two such features
 
 
 def test_pairs_of_two_always_on_features_are_left_out(layer_cases):
@@ -505,7 +574,9 @@ def test_pairs_of_two_always_on_features_are_left_out(layer_cases):
     for measure in (explained.explained, explained.pair_counts):
         by_scores, by_pairs = (measure(d, cases, varies, kept) for kept in (None, everything))
         for name in explained.COUNTED:
-            assert list(leaves(by_scores[name])) == pytest.approx(list(leaves(by_pairs[name])), rel=1e-4), name
+            assert list(leaves(by_scores[name])) == pytest.approx(
+                list(leaves(by_pairs[name])), rel=1e-4
+            ), name
 
 
 def leaves(figures):
@@ -520,7 +591,9 @@ def test_pair_counts_by_plain_loops(layer_cases):
     (cases,) = layer_cases
     d = cases.dictionaries["plain"]
     some = cases._replace(cases=cases.cases[:3])
-    varies = explained.Varies(torch.ones(D_QUERY, dtype=torch.bool), torch.ones(D_KEY, dtype=torch.bool))
+    varies = explained.Varies(
+        torch.ones(D_QUERY, dtype=torch.bool), torch.ones(D_KEY, dtype=torch.bool)
+    )
     made = explained.pair_counts(d, some, varies, None)["all"]
     counts: dict[str, list[int]] = {"0.5": [], "0.9": []}
     held = []
@@ -534,7 +607,9 @@ def test_pair_counts_by_plain_loops(layer_cases):
         listed = []
         for a in np.flatnonzero(acts[0][0, case.query_pos]):
             for b in np.flatnonzero(acts[1][0, case.key_pos]):
-                term = torch.from_numpy(pair_term(d, acts, (int(a), int(b), case.head))[0, case.query_pos])
+                term = torch.from_numpy(
+                    pair_term(d, acts, (int(a), int(b), case.head))[0, case.query_pos]
+                )
                 listed.append((float(term[case.key_pos] - (pattern * term).sum()), term))
         listed = sorted((pair for pair in listed if pair[0] > 0), key=lambda pair: -pair[0])
         drops, total = [], torch.zeros_like(scores)
@@ -543,7 +618,9 @@ def test_pair_counts_by_plain_loops(layer_cases):
             drops.append(float(pattern[case.key_pos] - (scores - total).softmax(-1)[case.key_pos]))
         held.append(drops[-1] / float(pattern[case.key_pos]))
         for share, needed in counts.items():
-            needed.append(next(n for n, drop in enumerate(drops, 1) if drop >= float(share) * drops[-1]))
+            needed.append(
+                next(n for n, drop in enumerate(drops, 1) if drop >= float(share) * drops[-1])
+            )
     assert made["n"] == 3
     assert made["weight_held"]["median"] == pytest.approx(sorted(held)[1], rel=1e-4)
     for share, needed in counts.items():

@@ -49,7 +49,9 @@ def strongest_features(exact, side):
     prompt, terms = exact.prompt, exact.terms
     pattern, n = prompt.pattern[HEAD, QUERY, : QUERY + 1], 2 * prompt.x.shape[1]
     effects = {}
-    for at, feature in enumerate(terms.query_features.tolist() if side == "query" else terms.key_features.tolist()):
+    for at, feature in enumerate(
+        terms.query_features.tolist() if side == "query" else terms.key_features.tolist()
+    ):
         row = torch.zeros(QUERY + 1)
         if side == "query":
             row.index_add_(0, terms.key_positions, terms.terms[at])
@@ -74,7 +76,10 @@ def test_removals_are_measured_with_the_models_own_weights(exact, made, side):
             prompt.weights.keys(x if side == "key" else prompt.x),
         )
         scores = attention_scores(changed[0][None], changed[1][None], spec)
-        clean, pattern = prompt.scores[HEAD, QUERY, : QUERY + 1], prompt.pattern[HEAD, QUERY, : QUERY + 1]
+        clean, pattern = (
+            prompt.scores[HEAD, QUERY, : QUERY + 1],
+            prompt.pattern[HEAD, QUERY, : QUERY + 1],
+        )
         drop = centred(clean - scores[0, HEAD, QUERY, : QUERY + 1], pattern)
         left = pattern_from_scores(scores)[0, HEAD, QUERY, KEY]
         row = made.table.set_index(["ranking", "side", "k"]).loc[("features", side, k)]
@@ -97,7 +102,9 @@ def test_a_check_is_the_same_each_time_and_draws_anew_with_another_seed(exact, d
     again = exact.check(k=(1, 3), directions=directions, n_controls=7)
     pd.testing.assert_frame_equal(again.table, made.table)
     other = exact.check(k=(1, 3), directions=directions, n_controls=7, seed=1).table
-    assert other["score_drop"].equals(made.table["score_drop"]) and other["matched"].equals(made.table["matched"])
+    assert other["score_drop"].equals(made.table["score_drop"]) and other["matched"].equals(
+        made.table["matched"]
+    )
     assert not other["other"].equals(made.table["other"])
 
 
@@ -156,12 +163,17 @@ def test_the_terminal_shows_the_verdict(made):
     console = Console(width=140)
     with console.capture() as capture:
         console.print(made)
-    assert f"the explanation {made.verdict}" in capture.get() and f"{made.table['score_drop'].iloc[0]:+.3f}" in capture.get()
+    assert (
+        f"the explanation {made.verdict}" in capture.get()
+        and f"{made.table['score_drop'].iloc[0]:+.3f}" in capture.get()
+    )
 
 
 def test_wrong_numbers_are_refused(exact, directions):
     for k in ((), (0, 2)):
-        with pytest.raises(ValueError, match="k must be numbers of pairs or features to remove, 1 or more"):
+        with pytest.raises(
+            ValueError, match="k must be numbers of pairs or features to remove, 1 or more"
+        ):
             exact.check(k=k, directions=directions)
 
 
@@ -173,7 +185,9 @@ def test_too_large_k_is_left_out(exact, directions):
 def test_features_that_are_always_on_stay(llama_bridge):
     d = tiny_dictionary(llama_bridge)
     a = attribute(d, llama_bridge, tiny_tokens(1, N_POS), HEAD, QUERY, KEY)
-    rows = list(torch.randn(5, N_POS, a.prompt.x.shape[1], generator=torch.Generator().manual_seed(0)))
+    rows = list(
+        torch.randn(5, N_POS, a.prompt.x.shape[1], generator=torch.Generator().manual_seed(0))
+    )
     fitted = Directions.fit(d, rows)
     made = a.check(k=(1,), directions=fitted)
     nothing = Directions(*(side._replace(rates=torch.ones_like(side.rates)) for side in fitted))
@@ -194,6 +208,12 @@ def test_directions_of_the_packages_own_text_are_fitted_once(gpt2_bridge, tmp_pa
 
     monkeypatch.setattr(Directions, "fit", None)  # not asked again
     again = Directions.from_own_text(d, gpt2_bridge, n_rows=7, n_pos=19)
-    assert all(torch.equal(a, b) for one, other in zip(again, made, strict=True) for a, b in zip(one, other, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for one, other in zip(again, made, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
     with pytest.raises(TypeError):  # another dictionary is another file
-        Directions.from_own_text(tiny_dictionary(gpt2_bridge, seed=1), gpt2_bridge, n_rows=7, n_pos=19)
+        Directions.from_own_text(
+            tiny_dictionary(gpt2_bridge, seed=1), gpt2_bridge, n_rows=7, n_pos=19
+        )

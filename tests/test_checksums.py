@@ -12,7 +12,15 @@ from tiny_dictionaries import tiny_dictionary
 from tiny_models import tiny_tokens
 
 import sae_lens_qk as qk
-from sae_lens_qk.pretrained.checksums import METRICS, RUNNER_CONFIG, SUMS, read_sums, sha256_of, verify_folder, write_sums
+from sae_lens_qk.pretrained.checksums import (
+    METRICS,
+    RUNNER_CONFIG,
+    SUMS,
+    read_sums,
+    sha256_of,
+    verify_folder,
+    write_sums,
+)
 
 DOCUMENTS = {
     "cfg.json": b'{"d_in": 24}\n',
@@ -37,7 +45,9 @@ def folder(tmp_path) -> Path:
 
 
 def sha256sum(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["sha256sum", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        ["sha256sum", *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
 
 
 def refusal(folder: Path, **options) -> str:
@@ -56,7 +66,9 @@ def test_sha256sum_accepts_what_is_written(folder):
     done = sha256sum(folder, "--check", "--strict", SUMS)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [f"{name}: OK" for name in sorted(FILES)]
-    assert read_sums(folder / SUMS) == {name: sha256(content).hexdigest() for name, content in FILES.items()}
+    assert read_sums(folder / SUMS) == {
+        name: sha256(content).hexdigest() for name, content in FILES.items()
+    }
     (folder / "cfg.json").write_bytes(b"[]")
     assert sha256sum(folder, "--check", SUMS).returncode == 1
 
@@ -77,11 +89,18 @@ def test_writing_twice_changes_nothing(folder):
 def test_a_saved_dictionary_is_verifiable(with_documents, gpt2_bridge, tmp_path):
     d, names = tiny_dictionary(gpt2_bridge), {"README.md", "cfg.json", "sae_weights.safetensors"}
     if with_documents:
-        d.metrics, d.runner_cfg = qk.evaluate(d, gpt2_bridge, tiny_tokens(2, 7)), qk.BilinearQKRunnerConfig().to_dict()
+        d.metrics, d.runner_cfg = (
+            qk.evaluate(d, gpt2_bridge, tiny_tokens(2, 7)),
+            qk.BilinearQKRunnerConfig().to_dict(),
+        )
         names |= {"metrics.json", "runner_cfg.json"}
     d.save_model(tmp_path)
     assert sha256sum(tmp_path, "--check", "--strict", SUMS).returncode == 0
-    assert set(read_sums(tmp_path / SUMS)) == names == {path.name for path in tmp_path.iterdir()} - {SUMS}
+    assert (
+        set(read_sums(tmp_path / SUMS))
+        == names
+        == {path.name for path in tmp_path.iterdir()} - {SUMS}
+    )
     verify_folder(tmp_path, "strict")
 
 
@@ -119,7 +138,10 @@ def test_an_unlisted_document_is_refused(name, folder):
     """As when the weights of another dictionary are copied into the folder, or `metrics.json` of another run."""
     lines = (folder / SUMS).read_text().splitlines(keepends=True)
     (folder / SUMS).write_text("".join(line for line in lines if not line.endswith(f"  {name}\n")))
-    assert refusal(folder) == f"{folder / SUMS} does not list {name}: the folder mixes files of two dictionaries."
+    assert (
+        refusal(folder)
+        == f"{folder / SUMS} does not list {name}: the folder mixes files of two dictionaries."
+    )
     (folder / name).unlink()
     if name in (METRICS, RUNNER_CONFIG):  # which a dictionary may lack
         verify_folder(folder, "strict")
@@ -138,7 +160,9 @@ def test_empty_sums_are_refused(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["../secret", "/etc/passwd", "a/b", r"a\b", r"..\secret", "..", ".", "", SUMS, "a\0b"], ids=repr
+    "name",
+    ["../secret", "/etc/passwd", "a/b", r"a\b", r"..\secret", "..", ".", "", SUMS, "a\0b"],
+    ids=repr,
 )
 def test_hostile_names_are_refused(name, folder):
     """Even with the right sum: nothing outside the folder is read."""
@@ -171,7 +195,9 @@ def test_damaged_sums_are_refused(change, folder):
     assert len(message) < 300 + len(str(folder))
 
 
-@pytest.mark.parametrize("garbage", [b"\xff\xfe\x00\x01", bytes(range(128, 256)), "Größe".encode("latin-1")])
+@pytest.mark.parametrize(
+    "garbage", [b"\xff\xfe\x00\x01", bytes(range(128, 256)), "Größe".encode("latin-1")]
+)
 def test_sums_that_are_not_text_are_refused(garbage, folder):
     with open(folder / SUMS, "ab") as file:
         file.write(garbage)
@@ -221,5 +247,8 @@ def test_a_good_folder_passes_in_silence(folder):
 
 @pytest.mark.parametrize("verify", ["yes", "True", "", None, 2, []])
 def test_other_modes_are_refused(verify, folder):
-    with pytest.raises(ValueError, match=rf"^verify must be True, False or 'strict', got {re.escape(repr(verify))}\.$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^verify must be True, False or 'strict', got {re.escape(repr(verify))}\.$",
+    ):
         verify_folder(folder, verify)

@@ -37,12 +37,24 @@ def config(tmp_path, gpt2_folder, text_dataset, monkeypatch) -> Path:
     text_dataset.to_parquet(str(tmp_path / "texts.parquet"))
     monkeypatch.setenv("QK_TEXTS", str(tmp_path))
     values = {
-        "model_name": str(gpt2_folder), "layer": 1, "dataset_path": "$QK_TEXTS/texts.parquet", "context_size": 23,
-        "train_batch_size_tokens": BATCH, "n_batches_in_buffer": 8, "training_tokens": BATCH * 20, "lr_warm_up_steps": 0,
-        "checkpoint_path": None, "output_path": str(tmp_path / "dictionary"),
+        "model_name": str(gpt2_folder),
+        "layer": 1,
+        "dataset_path": "$QK_TEXTS/texts.parquet",
+        "context_size": 23,
+        "train_batch_size_tokens": BATCH,
+        "n_batches_in_buffer": 8,
+        "training_tokens": BATCH * 20,
+        "lr_warm_up_steps": 0,
+        "checkpoint_path": None,
+        "output_path": str(tmp_path / "dictionary"),
         "sae": {"d_query": 29, "d_key": 31, "k": 4.0},
-        "mask": {"training_tokens": BATCH * 5, "n_pairs": 150, "n_candidates": 300, "ranking_tokens": BATCH},
-    }  # fmt: skip
+        "mask": {
+            "training_tokens": BATCH * 5,
+            "n_pairs": 150,
+            "n_candidates": 300,
+            "ranking_tokens": BATCH,
+        },
+    }
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
@@ -50,16 +62,46 @@ def config(tmp_path, gpt2_folder, text_dataset, monkeypatch) -> Path:
 
 def test_train_then_evaluate(config, tmp_path, gpt2_folder, capsys):
     output, figures = tmp_path / "dictionary", tmp_path / "figures.json"
-    assert run("train", "--config", config, "--mask.n_pairs", 90, "--sae.kl_full_coefficient", 2.5, "--lr", "3e-3") == 0
+    assert (
+        run(
+            "train",
+            "--config",
+            config,
+            "--mask.n_pairs",
+            90,
+            "--sae.kl_full_coefficient",
+            2.5,
+            "--lr",
+            "3e-3",
+        )
+        == 0
+    )
     assert capsys.readouterr().out.splitlines()[-1] == f"saved to {output}"
     written = json.loads((output / "runner_cfg.json").read_text())
-    assert (written["mask"]["n_pairs"], written["sae"]["kl_full_coefficient"], written["lr"]) == (90, 2.5, 3e-3)
-    assert (written["mask"]["n_candidates"], written["sae"]["d_query"], written["layer"]) == (300, 29, 1)
+    assert (written["mask"]["n_pairs"], written["sae"]["kl_full_coefficient"], written["lr"]) == (
+        90,
+        2.5,
+        3e-3,
+    )
+    assert (written["mask"]["n_candidates"], written["sae"]["d_query"], written["layer"]) == (
+        300,
+        29,
+        1,
+    )
     dictionary = qk.BilinearQKDictionary.from_pretrained(str(output))
     assert 0 < len(dictionary.feature_map) <= 90
     assert dictionary.cfg.model_name == str(gpt2_folder)
 
-    options = ("--dataset_path", "$QK_TEXTS/texts.parquet", "--n_tokens", 230, "--context_size", 23, "--batch_size", 5)
+    options = (
+        "--dataset_path",
+        "$QK_TEXTS/texts.parquet",
+        "--n_tokens",
+        230,
+        "--context_size",
+        23,
+        "--batch_size",
+        5,
+    )
     assert run("evaluate", output, *options, "--baselines", "uniform", "--output", figures) == 0
     shown = capsys.readouterr().out
     assert "230 tokens in 10 rows" in shown
@@ -71,7 +113,9 @@ def test_train_then_evaluate(config, tmp_path, gpt2_folder, capsys):
     assert (tokens[:, 0] == model.tokenizer.bos_token_id).all()
     expected = qk.evaluate(dictionary, model, tokens, batch_size=5, baselines=("uniform",))
     assert json.loads(figures.read_text()) == json.loads(json.dumps(expected.to_dict()))
-    transcoders, uniform = (expected.sources[name].pattern_kl for name in ("transcoders", "uniform"))
+    transcoders, uniform = (
+        expected.sources[name].pattern_kl for name in ("transcoders", "uniform")
+    )
     assert transcoders is not None
     assert uniform is not None
     assert transcoders.value < uniform.value
@@ -87,8 +131,12 @@ def test_train_help_lists_every_field_with_its_doc(capsys):
         ("card.", qk.CardConfig),
     )
     for prefix, config_class in blocks:
-        for name in (f.name for f in fields(config_class) if f.name not in ("sae", "mask", "card", "logger")):
-            assert f" --{prefix}{name} " in shown or f"[--{prefix}{name} " in shown, f"--{prefix}{name}"
+        for name in (
+            f.name for f in fields(config_class) if f.name not in ("sae", "mask", "card", "logger")
+        ):
+            assert f" --{prefix}{name} " in shown or f"[--{prefix}{name} " in shown, (
+                f"--{prefix}{name}"
+            )
     for doc in (
         "--config str YAML or JSON file with config fields",
         "--layer int Layer whose attention is decomposed. (default: 23)",
@@ -134,13 +182,19 @@ def one_line(capsys) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evalute"], "unknown command 'evalute': use one of train, evaluate, explain, dashboard, list, push"),
+        (
+            ["evalute"],
+            "unknown command 'evalute': use one of train, evaluate, explain, dashboard, list, push",
+        ),
         (["train", "--laier", "3"], "unrecognized arguments: --laier 3"),
         (["train", "--layer", "three"], "invalid int value: 'three'"),
         (["train", "--sae.activation", "gelu"], "invalid choice: 'gelu'"),
         (["train", "--config"], "argument --config: expected one argument"),
         (["train", "--config", "nowhere.yaml"], "There is no config file nowhere.yaml"),
-        (["train", "--mask.n_candidates", "3"], "n_candidates must be at least mask.n_pairs, got 3 and 50000"),
+        (
+            ["train", "--mask.n_candidates", "3"],
+            "n_candidates must be at least mask.n_pairs, got 3 and 50000",
+        ),
         (["evaluate"], "the following arguments are required"),
         (["evaluate", "nowhere"], "There is no dictionary 'nowhere'"),
         (["evaluate", "nowhere", "--tokens", "3"], "unrecognized arguments: --tokens 3"),
@@ -174,7 +228,10 @@ def test_mistakes_in_the_config_file_take_one_line(text, message, capsys, tmp_pa
     [
         (["--layer", "7"], "layer must lie in [0, 1], got 7"),
         (["--dataset_path", "nowhere.parquet"], "There is no file nowhere.parquet (dataset_path)"),
-        (["--dataset_path", "$QK_UNSET/texts.parquet"], "names an environment variable that is not set"),
+        (
+            ["--dataset_path", "$QK_UNSET/texts.parquet"],
+            "names an environment variable that is not set",
+        ),
         (["--text_column", "words"], "has the columns ['text'], not 'words': set text_column"),
         (["--model_name", "nobody/nothing"], "huggingface.co"),
     ],
@@ -201,16 +258,24 @@ def token(hub, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["stored", "float16"])
-def test_push_then_list_then_load_by_name(hub, token, hub_cache, folder, dtype, tmp_path, capsys, monkeypatch):
-    assert run("push", folder, REPO, FOLDER, "--dtype", dtype, "--private", "--commit_message", "Ours") == 0
+def test_push_then_list_then_load_by_name(
+    hub, token, hub_cache, folder, dtype, tmp_path, capsys, monkeypatch
+):
+    assert (
+        run("push", folder, REPO, FOLDER, "--dtype", dtype, "--private", "--commit_message", "Ours")
+        == 0
+    )
     url, title, entry = capsys.readouterr().out.split("\n", 2)
     newest = hub.commits(REPO)[0]
     assert (url, title) == (f"{hub.url}/{REPO}/commit/{newest.oid}", "for a registry:")
     assert newest.message == "Ours"
     assert yaml.safe_load(entry)[FOLDER] == {
-        "status": "published", "repo": REPO, "folder": FOLDER, "revision": newest.oid,
+        "status": "published",
+        "repo": REPO,
+        "folder": FOLDER,
+        "revision": newest.oid,
         "sha256": sha256(newest.files[f"{FOLDER}/{SUMS}"]).hexdigest(),
-    }  # fmt: skip
+    }
 
     own = tmp_path / "own"
     (own / "recipes").mkdir(parents=True)
@@ -252,7 +317,10 @@ def test_push_as_a_pull_request(hub, token, folder, capsys):
         (["gpt2-small-L2", REPO, FOLDER], "gpt2-small-L2 is not published yet"),
         (["{folder}", REPO, "../x"], "The folder must be a plain path inside the repository"),
         (["{folder}", "org/repo/x", FOLDER], "Repo id must be in the form"),
-        (["{folder}", "stranger/repo", FOLDER], "The Hub refuses this token for stranger/repo (403)"),
+        (
+            ["{folder}", "stranger/repo", FOLDER],
+            "The Hub refuses this token for stranger/repo (403)",
+        ),
     ],
 )
 def test_a_push_that_cannot_be_takes_one_line(hub, token, folder, arguments, message, capsys):
@@ -262,9 +330,15 @@ def test_a_push_that_cannot_be_takes_one_line(hub, token, folder, arguments, mes
 
 
 @pytest.mark.parametrize(
-    ("token", "message"), [("hf_x", "The Hub refuses this token for org/repo (401)"), (None, "The Hub refuses this token")]
+    ("token", "message"),
+    [
+        ("hf_x", "The Hub refuses this token for org/repo (401)"),
+        (None, "The Hub refuses this token"),
+    ],
 )
-def test_a_push_without_a_good_token_takes_one_line(hub, folder, token, message, capsys, monkeypatch):
+def test_a_push_without_a_good_token_takes_one_line(
+    hub, folder, token, message, capsys, monkeypatch
+):
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     assert run("push", folder, REPO, FOLDER) == 2
@@ -284,8 +358,14 @@ def test_a_push_to_a_hub_that_is_gone_takes_one_line(hub, token, folder, capsys,
         (None, "There is no registry file"),
         ("- 1", "is not a registry of dictionaries"),
         ("a: [1,", "is not a registry of dictionaries"),
-        ("a: {status: nope}", "Registry entry a: status must be one of ('shipped', 'published', 'unpublished'), got 'nope'"),
-        ("a: {status: published, repo: org/repo}", "Registry entry a is published: folder must match"),
+        (
+            "a: {status: nope}",
+            "Registry entry a: status must be one of ('shipped', 'published', 'unpublished'), got 'nope'",
+        ),
+        (
+            "a: {status: published, repo: org/repo}",
+            "Registry entry a is published: folder must match",
+        ),
         ("a: {status: unpublished}", "a.yaml"),
         ("a: {status: unpublished, weights: 3}", "weights"),
     ],
@@ -302,11 +382,19 @@ def test_mistakes_in_a_registry_take_one_line(text, message, tmp_path, capsys, m
 
 def test_the_process_exits_with_2():
     command = [sys.executable, "-m", "sae_lens_qk", "evalute"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=Path(__file__).parents[1])
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
     assert done.returncode == 2
     assert done.stdout == ""
     assert (
-        done.stderr == "sae_lens_qk: unknown command 'evalute': use one of train, evaluate, explain, dashboard, list, push\n"
+        done.stderr
+        == "sae_lens_qk: unknown command 'evalute': use one of train, evaluate, explain, dashboard, list, push\n"
     )
 
 
@@ -323,7 +411,23 @@ def saved(gpt2_folder, tmp_path_factory) -> Path:
 
 def test_explain_shows_one_attention_weight_and_writes_it(saved, tmp_path, capsys):
     output = tmp_path / "terms.json"
-    assert run("explain", "w[h9b", "--dictionary", saved, "--head", 1, "--query", -1, "--key", "h", "--output", output) == 0
+    assert (
+        run(
+            "explain",
+            "w[h9b",
+            "--dictionary",
+            saved,
+            "--head",
+            1,
+            "--query",
+            -1,
+            "--key",
+            "h",
+            "--output",
+            output,
+        )
+        == 0
+    )
     shown = capsys.readouterr().out
     d = qk.BilinearQKDictionary.from_pretrained(str(saved))
     model = qk.load_model(d)
@@ -365,7 +469,20 @@ def test_explain_says_what_is_wrong(saved, capsys, options, message):
 
 def test_dashboard_writes_a_report(saved, tmp_path, capsys):
     output = tmp_path / "report.html"
-    options = ("--n_tokens", 230, "--context_size", 23, "--n_features", 20, "--n_pairs", 30, "--output", output)
+    options = (
+        "--n_tokens",
+        230,
+        "--context_size",
+        23,
+        "--n_features",
+        20,
+        "--n_pairs",
+        30,
+        "--output",
+        output,
+    )
     assert run("dashboard", "--dictionary", saved, "--prompts", "w[h9b", *options) == 0
     assert f"wrote {output}" in capsys.readouterr().out
-    assert output.read_text().startswith("<!doctype html>") or output.read_text().startswith("<!DOCTYPE html>")
+    assert output.read_text().startswith("<!doctype html>") or output.read_text().startswith(
+        "<!DOCTYPE html>"
+    )

@@ -15,17 +15,29 @@ from sae_lens_qk.training.mask import MaskTrainingSAE
 from sae_lens_qk.training.transcoders import TranscodersTrainingSAE
 
 CHANGED = {
-    "model_name": "some/model", "layer": 3, "context_size": 32, "train_batch_size_tokens": 64, "training_tokens": 6400,
-    "n_batches_in_buffer": 4, "lr": 1e-5, "seed": 7, "checkpoint_path": None, "output_path": None,
-    "input_cache_path": "$CACHE", "input_cache_tokens": 6400, "dataset_path": "$TEXTS/train.parquet",
+    "model_name": "some/model",
+    "layer": 3,
+    "context_size": 32,
+    "train_batch_size_tokens": 64,
+    "training_tokens": 6400,
+    "n_batches_in_buffer": 4,
+    "lr": 1e-5,
+    "seed": 7,
+    "checkpoint_path": None,
+    "output_path": None,
+    "input_cache_path": "$CACHE",
+    "input_cache_tokens": 6400,
+    "dataset_path": "$TEXTS/train.parquet",
     "from_pretrained_path": "some/dictionary",
-}  # fmt: skip
+}
 
 
 def changed_config() -> qk.BilinearQKRunnerConfig:
     return qk.BilinearQKRunnerConfig(
         **CHANGED,
-        sae=qk.TranscodersTrainingConfig(d_in=5, d_query=29, d_key=31, k=4.5, kl_full_coefficient=2.0, dead_k=3),
+        sae=qk.TranscodersTrainingConfig(
+            d_in=5, d_query=29, d_key=31, k=4.5, kl_full_coefficient=2.0, dead_k=3
+        ),
         mask=qk.MaskStepConfig(
             training_tokens=640,
             train_batch_size_tokens=32,
@@ -42,7 +54,9 @@ def changed_config() -> qk.BilinearQKRunnerConfig:
 
 
 @pytest.mark.parametrize("suffix", ["json", "yaml"])
-@pytest.mark.parametrize("make", [qk.BilinearQKRunnerConfig, changed_config], ids=["default", "changed"])
+@pytest.mark.parametrize(
+    "make", [qk.BilinearQKRunnerConfig, changed_config], ids=["default", "changed"]
+)
 def test_round_trip(make, suffix, tmp_path):
     cfg, path = make(), tmp_path / f"config.{suffix}"
     cfg.save(path)
@@ -78,17 +92,32 @@ def test_a_partial_file_leaves_the_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"trainig_tokens": 1}, "^Unknown config key trainig_tokens. Close to it: .*training_tokens"),
+        (
+            {"trainig_tokens": 1},
+            "^Unknown config key trainig_tokens. Close to it: .*training_tokens",
+        ),
         ({"zzz": 1}, "^Unknown config key zzz.$"),
-        ({"sae": {"activatoin": "topk"}}, "^Unknown config key sae.activatoin. Close to it: activation.$"),
+        (
+            {"sae": {"activatoin": "topk"}},
+            "^Unknown config key sae.activatoin. Close to it: activation.$",
+        ),
         ({"mask": {"n_pair": 1}}, "^Unknown config key mask.n_pair. Close to it: n_pairs.$"),
-        ({"logger": {"wandb_proj": "p"}}, "^Unknown config key logger.wandb_proj. Close to it: .*wandb_project"),
-        ({"sae": {"architecture": "standard"}}, "sae.architecture must be 'bilinear_qk_transcoders', got 'standard'"),
+        (
+            {"logger": {"wandb_proj": "p"}},
+            "^Unknown config key logger.wandb_proj. Close to it: .*wandb_project",
+        ),
+        (
+            {"sae": {"architecture": "standard"}},
+            "sae.architecture must be 'bilinear_qk_transcoders', got 'standard'",
+        ),
         ({"mask": 3}, "^mask must be a mapping of config fields, got 3"),
         ({"lr": "1e-3"}, "^lr must be float, got the text '1e-3'"),
         ({"mask": {"lr": "1e-2"}}, "^mask.lr must be float"),
         ({"mask": {"fine_tune_lr": "small"}}, "^mask.fine_tune_lr must be float"),
-        ({"mask": {"fine_tune": True}}, "^Unknown config key mask.fine_tune. Close to it: fine_tune_lr.$"),
+        (
+            {"mask": {"fine_tune": True}},
+            "^Unknown config key mask.fine_tune. Close to it: fine_tune_lr.$",
+        ),
         ({"sae": {"dead_k": "many"}}, "^sae.dead_k must be int"),
     ],
 )
@@ -98,7 +127,11 @@ def test_wrong_keys_are_refused(values, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("- layer\n", "must hold a mapping .* got list"), ("layer: [1,\n", "is neither YAML nor JSON")]
+    ("text", "message"),
+    [
+        ("- layer\n", "must hold a mapping .* got list"),
+        ("layer: [1,\n", "is neither YAML nor JSON"),
+    ],
 )
 def test_wrong_files_are_refused(text, message, tmp_path):
     path = tmp_path / "config.yaml"
@@ -121,26 +154,61 @@ def test_numbers_in_scientific_notation_are_numbers(text, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: qk.MaskStepConfig(n_pairs=10, n_candidates=9), "n_candidates must be at least mask.n_pairs, got 9 and 10"),
+        (
+            lambda: qk.MaskStepConfig(n_pairs=10, n_candidates=9),
+            "n_candidates must be at least mask.n_pairs, got 9 and 10",
+        ),
         (lambda: qk.MaskStepConfig(prune_until=1.5), r"prune_until must lie in \[0, 1\], got 1.5"),
-        (lambda: qk.MaskStepConfig(n_pairs=0, n_candidates=0), "mask.n_pairs must be at least 1, got 0"),
-        (lambda: qk.MaskStepConfig(fine_tune_lr=-1e-3), "mask.fine_tune_lr must not be negative, got -0.001"),
-        (lambda: qk.MaskStepConfig(fine_tune_lr=1e-3, lr=0.0), "mask.lr must be positive when .* tuned, got 0.0"),
+        (
+            lambda: qk.MaskStepConfig(n_pairs=0, n_candidates=0),
+            "mask.n_pairs must be at least 1, got 0",
+        ),
+        (
+            lambda: qk.MaskStepConfig(fine_tune_lr=-1e-3),
+            "mask.fine_tune_lr must not be negative, got -0.001",
+        ),
+        (
+            lambda: qk.MaskStepConfig(fine_tune_lr=1e-3, lr=0.0),
+            "mask.lr must be positive when .* tuned, got 0.0",
+        ),
         (lambda: qk.MaskTrainingConfig(d_in=4, max_pairs=0), "max_pairs must be at least 1, got 0"),
         (
             lambda: qk.MaskTrainingConfig(d_in=4, fine_tune=True, half_architecture="transcoder"),
             "Only JumpReLU transcoders can be tuned with the mask",
         ),
-        (lambda: qk.TranscodersTrainingConfig(d_in=4, d_query=0), "d_query and d_key must be positive|k must lie"),
-        (lambda: qk.TranscodersTrainingConfig(d_in=4, d_query=8, k=9), r"k must lie in \(0, min\(d_query, d_key\)\], got 9"),
-        (lambda: qk.TranscodersTrainingConfig(d_in=4, k=0), "k must lie in"),
-        (lambda: qk.TranscodersTrainingConfig(d_in=4, k=2.5, activation="topk"), "topk needs a whole number k, got 2.5"),
-        (lambda: qk.TranscodersTrainingConfig(d_in=4, activation="gelu"), "batchtopk, topk or relu, got 'gelu'"),
-        (lambda: qk.TranscodersTrainingConfig(d_in=4, initialization="zeros"), "scores, data or kaiming, got 'zeros'"),
-        (lambda: qk.BilinearQKConfig(d_in=4, apply_b_dec_to_input=True), "apply_b_dec_to_input must be False"),
-        (lambda: qk.BilinearQKConfig(d_in=4, normalize_activations="layer_norm"), "normalize_activations must be 'none'"),
         (
-            lambda: qk.BilinearQKConfig(d_in=4, attention=qk.AttentionSpec(2, 1, 3, 5, 1.0).to_dict()),
+            lambda: qk.TranscodersTrainingConfig(d_in=4, d_query=0),
+            "d_query and d_key must be positive|k must lie",
+        ),
+        (
+            lambda: qk.TranscodersTrainingConfig(d_in=4, d_query=8, k=9),
+            r"k must lie in \(0, min\(d_query, d_key\)\], got 9",
+        ),
+        (lambda: qk.TranscodersTrainingConfig(d_in=4, k=0), "k must lie in"),
+        (
+            lambda: qk.TranscodersTrainingConfig(d_in=4, k=2.5, activation="topk"),
+            "topk needs a whole number k, got 2.5",
+        ),
+        (
+            lambda: qk.TranscodersTrainingConfig(d_in=4, activation="gelu"),
+            "batchtopk, topk or relu, got 'gelu'",
+        ),
+        (
+            lambda: qk.TranscodersTrainingConfig(d_in=4, initialization="zeros"),
+            "scores, data or kaiming, got 'zeros'",
+        ),
+        (
+            lambda: qk.BilinearQKConfig(d_in=4, apply_b_dec_to_input=True),
+            "apply_b_dec_to_input must be False",
+        ),
+        (
+            lambda: qk.BilinearQKConfig(d_in=4, normalize_activations="layer_norm"),
+            "normalize_activations must be 'none'",
+        ),
+        (
+            lambda: qk.BilinearQKConfig(
+                d_in=4, attention=qk.AttentionSpec(2, 1, 3, 5, 1.0).to_dict()
+            ),
             "d_in must be the attention's d_model 5, got 4",
         ),
         (
@@ -155,8 +223,14 @@ def test_numbers_in_scientific_notation_are_numbers(text, tmp_path):
             lambda: qk.BilinearQKRunnerConfig(mask=qk.MaskStepConfig(train_batch_size_tokens=0)),
             r"mask.train_batch_size_tokens must be a multiple of context_size, got 0 and 256",
         ),
-        (lambda: qk.BilinearQKRunnerConfig(logger=LoggingConfig(log_to_wandb=True)), "log_to_wandb must be False"),
-        (lambda: qk.BilinearQKRunnerConfig(n_batches_in_buffer=7), r"must hold one batch of 2048 tokens, got 7 \* 256"),
+        (
+            lambda: qk.BilinearQKRunnerConfig(logger=LoggingConfig(log_to_wandb=True)),
+            "log_to_wandb must be False",
+        ),
+        (
+            lambda: qk.BilinearQKRunnerConfig(n_batches_in_buffer=7),
+            r"must hold one batch of 2048 tokens, got 7 \* 256",
+        ),
         (lambda: qk.BilinearQKRunnerConfig(layer=-1), "layer must not be negative, got -1"),
     ],
 )
@@ -167,46 +241,90 @@ def test_wrong_values_are_refused(make, message):
 
 def test_architectures_are_registered():
     assert SAE_CLASS_REGISTRY["bilinear_qk"] == (qk.BilinearQKDictionary, qk.BilinearQKConfig)
-    assert SAE_TRAINING_CLASS_REGISTRY["bilinear_qk_transcoders"] == (TranscodersTrainingSAE, qk.TranscodersTrainingConfig)
-    assert SAE_TRAINING_CLASS_REGISTRY["bilinear_qk_mask"] == (MaskTrainingSAE, qk.MaskTrainingConfig)
+    assert SAE_TRAINING_CLASS_REGISTRY["bilinear_qk_transcoders"] == (
+        TranscodersTrainingSAE,
+        qk.TranscodersTrainingConfig,
+    )
+    assert SAE_TRAINING_CLASS_REGISTRY["bilinear_qk_mask"] == (
+        MaskTrainingSAE,
+        qk.MaskTrainingConfig,
+    )
 
 
 @pytest.mark.parametrize("architecture", ["bilinear_qk_transcoders", "bilinear_qk_mask"])
 def test_stock_command_line_builds_our_configs(architecture):
     config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
     made = config_class(d_in=512, d_sae=1024)
-    assert (made.d_in, made.d_sae, made.architecture()) == (512, made.d_query + made.d_key, architecture)
+    assert (made.d_in, made.d_sae, made.architecture()) == (
+        512,
+        made.d_query + made.d_key,
+        architecture,
+    )
     parsed = _parse_cfg_args(
-        ["--architecture", architecture, "--d_in", "20", "--d_query", "29", "--n_batches_in_buffer", "16"]
+        [
+            "--architecture",
+            architecture,
+            "--d_in",
+            "20",
+            "--d_query",
+            "29",
+            "--n_batches_in_buffer",
+            "16",
+        ]
     )
     assert type(parsed.sae) is config_class
-    assert (parsed.sae.d_in, parsed.sae.d_query, parsed.sae.d_sae) == (20, 29, 29 + parsed.sae.d_key)
+    assert (parsed.sae.d_in, parsed.sae.d_query, parsed.sae.d_sae) == (
+        20,
+        29,
+        29 + parsed.sae.d_key,
+    )
     assert parsed.sae.get_inference_config_class() is qk.BilinearQKConfig
 
 
 def test_training_leaves_the_config_as_it_is(tmp_path, text_dataset):
     batch = 23 * 8
     cfg = qk.BilinearQKRunnerConfig(
-        model_name="tiny", layer=1, context_size=23, train_batch_size_tokens=batch, training_tokens=batch * 4,
-        n_batches_in_buffer=8, n_checkpoints=1, lr_warm_up_steps=0,
-        checkpoint_path=str(tmp_path / "checkpoints"), output_path=str(tmp_path / "output"),
+        model_name="tiny",
+        layer=1,
+        context_size=23,
+        train_batch_size_tokens=batch,
+        training_tokens=batch * 4,
+        n_batches_in_buffer=8,
+        n_checkpoints=1,
+        lr_warm_up_steps=0,
+        checkpoint_path=str(tmp_path / "checkpoints"),
+        output_path=str(tmp_path / "output"),
         sae=qk.TranscodersTrainingConfig(d_in=1, d_query=29, d_key=31, k=4.0),
-        mask=qk.MaskStepConfig(training_tokens=batch * 3, n_pairs=50, n_candidates=90, ranking_tokens=batch),
-    )  # fmt: skip
+        mask=qk.MaskStepConfig(
+            training_tokens=batch * 3, n_pairs=50, n_candidates=90, ranking_tokens=batch
+        ),
+    )
     before = copy.deepcopy(cfg)
     dictionary = qk.BilinearQKTrainingRunner(cfg, tiny_model("llama"), text_dataset).run()
     assert cfg == before
     assert cfg.to_dict() == before.to_dict()
     assert dictionary.cfg.d_in == 20  # what the run filled in went into its own copy
-    assert qk.BilinearQKRunnerConfig.from_file(tmp_path / "output" / "runner_cfg.json").mask == before.mask
+    assert (
+        qk.BilinearQKRunnerConfig.from_file(tmp_path / "output" / "runner_cfg.json").mask
+        == before.mask
+    )
 
 
 def test_mask_step_takes_the_settings_of_step_2():
     cfg = changed_config()
     cfg.mask.lr, cfg.mask.fine_tune_lr, cfg.mask.n_checkpoints = 0.5, 0.0, 2
     step = cfg.mask_step()
-    assert (step.training_tokens, step.lr, step.n_checkpoints, step.lr_warm_up_steps) == (640, 0.5, 2, 0)
-    assert step.train_batch_size_tokens == cfg.mask.train_batch_size_tokens != cfg.train_batch_size_tokens
+    assert (step.training_tokens, step.lr, step.n_checkpoints, step.lr_warm_up_steps) == (
+        640,
+        0.5,
+        2,
+        0,
+    )
+    assert (
+        step.train_batch_size_tokens
+        == cfg.mask.train_batch_size_tokens
+        != cfg.train_batch_size_tokens
+    )
     cfg.mask.train_batch_size_tokens = None
     assert cfg.mask_step().train_batch_size_tokens == cfg.train_batch_size_tokens
     assert (cfg.training_tokens, cfg.lr) == (6400, 1e-5)
@@ -225,6 +343,10 @@ def test_mask_step_of_a_tuning_run_takes_the_learning_rate_of_the_transcoders():
 def test_original_sizes_are_those_before_compaction():
     cfg = qk.BilinearQKConfig(d_in=4, d_query=29, d_key=31)
     assert cfg.original_sizes == (29, 31)
-    compacted = qk.BilinearQKConfig(d_in=4, d_query=29, d_key=31, d_query_before=37, d_key_before=41)
+    compacted = qk.BilinearQKConfig(
+        d_in=4, d_query=29, d_key=31, d_query_before=37, d_key_before=41
+    )
     assert compacted.original_sizes == (37, 41)
-    assert qk.BilinearQKConfig.from_dict(json.loads(json.dumps(compacted.to_dict()))).original_sizes == (37, 41)
+    assert qk.BilinearQKConfig.from_dict(
+        json.loads(json.dumps(compacted.to_dict()))
+    ).original_sizes == (37, 41)

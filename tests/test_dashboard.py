@@ -13,14 +13,33 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_dictionaries import D_KEY, D_QUERY, LAYER, N_PAIRS, inputs_and_scores, pair_term, tiny_dictionary
+from tiny_dictionaries import (
+    D_KEY,
+    D_QUERY,
+    LAYER,
+    N_PAIRS,
+    inputs_and_scores,
+    pair_term,
+    tiny_dictionary,
+)
 from tiny_models import tiny_tokens
 
 import sae_lens_qk as qk
-from sae_lens_qk.analysis.activations import ActivationStatistics, collect_activations, model_batches
+from sae_lens_qk.analysis.activations import (
+    ActivationStatistics,
+    collect_activations,
+    model_batches,
+)
 from sae_lens_qk.analysis.prompt import Prompt
 from sae_lens_qk.dashboard import report
-from sae_lens_qk.dashboard.data import MAX_PROMPT, ReportLimits, choose, kernel_stretches, pair_table, report_data
+from sae_lens_qk.dashboard.data import (
+    MAX_PROMPT,
+    ReportLimits,
+    choose,
+    kernel_stretches,
+    pair_table,
+    report_data,
+)
 from sae_lens_qk.dashboard.report import json_for_script, render, write_report
 
 N_ROWS, N_POS, N_PROMPT = 7, 41, 11
@@ -28,7 +47,17 @@ TEMPLATES = Path(report.__file__).parent / "templates"
 CLOSE = {"rel": 6e-4, "abs": 1e-12}
 """4 significant digits."""
 
-HOSTILE = ["<script>alert(1)</script>", "</script><!--", "&lt;b&gt;", "\u2028", '" onload="alert(2)', "\n", "\x00", "é", ""]
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</script><!--",
+    "&lt;b&gt;",
+    "\u2028",
+    '" onload="alert(2)',
+    "\n",
+    "\x00",
+    "é",
+    "",
+]
 
 
 def words(ids):
@@ -61,7 +90,9 @@ def x(model):
 
 @pytest.fixture(scope="module")
 def statistics(d, model) -> ActivationStatistics:
-    return collect_activations(d, model_batches(model, LAYER, tiny_tokens(N_ROWS, N_POS)), progress=False)
+    return collect_activations(
+        d, model_batches(model, LAYER, tiny_tokens(N_ROWS, N_POS)), progress=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +134,9 @@ class TestFeatures:
             assert of_side["density"][at] == pytest.approx(measured["density"][feature], **CLOSE)
             for name in ("mean", "max"):
                 value = measured[name][feature]
-                assert of_side[name][at] == (None if np.isnan(value) else pytest.approx(value, **CLOSE))
+                assert of_side[name][at] == (
+                    None if np.isnan(value) else pytest.approx(value, **CLOSE)
+                )
             own = frame[frame[f"{side}_feature"] == feature]
             assert of_side["pairs"][at] == len(own)
             assert of_side["importance"][at] == pytest.approx(own["importance"].sum(), **CLOSE)
@@ -126,14 +159,25 @@ class TestFeatures:
         frame, mean = kept(d), statistics.pairs["mean"]
         of_side = data["features"][side]
         for feature, partners in zip(of_side["feature"], of_side["partners"], strict=True):
-            own = sorted(frame[frame[f"{side}_feature"] == feature].itertuples(), key=lambda pair: -pair.importance)
-            assert [p[:2] for p in partners] == [[getattr(pair, other), pair.head] for pair in own[:24]]
+            own = sorted(
+                frame[frame[f"{side}_feature"] == feature].itertuples(),
+                key=lambda pair: -pair.importance,
+            )
+            assert [p[:2] for p in partners] == [
+                [getattr(pair, other), pair.head] for pair in own[:24]
+            ]
             for (_, _, weight, importance, term), pair in zip(partners, own, strict=False):
-                assert [weight, importance] == pytest.approx([pair.weight, pair.importance], **CLOSE)
-                assert term == (None if np.isnan(mean[pair.Index]) else pytest.approx(mean[pair.Index], **CLOSE))
+                assert [weight, importance] == pytest.approx(
+                    [pair.weight, pair.importance], **CLOSE
+                )
+                assert term == (
+                    None if np.isnan(mean[pair.Index]) else pytest.approx(mean[pair.Index], **CLOSE)
+                )
 
     def test_neighbours_fire_along(self, data, statistics):
-        for feature, listed in zip(data["features"]["key"]["feature"], data["features"]["key"]["neighbours"], strict=True):
+        for feature, listed in zip(
+            data["features"]["key"]["feature"], data["features"]["key"]["neighbours"], strict=True
+        ):
             expected = statistics.feature_co_occurrence("key", feature, 8)
             assert [n[0] for n in listed] == expected["feature"].tolist()
             assert [n[1] for n in listed] == pytest.approx(expected["share"].tolist(), **CLOSE)
@@ -143,7 +187,10 @@ class TestFeatures:
             labels = data["texts"]["labels"][side]
             assert len(labels) == size
             for feature, label in enumerate(labels):
-                fired_on = [int(statistics.tokens[c.row, c.pos]) for c in statistics.feature_contexts(side, feature)]
+                fired_on = [
+                    int(statistics.tokens[c.row, c.pos])
+                    for c in statistics.feature_contexts(side, feature)
+                ]
                 distinct = sorted(set(fired_on), key=fired_on.index)[:3]
                 assert [data["texts"]["words"][w] for w in label] == words(distinct)
 
@@ -160,7 +207,9 @@ class TestFeatures:
             of_side = data["features"][side]
             for feature, contexts in zip(of_side["feature"], of_side["contexts"], strict=True):
                 for row, pos, value, around in contexts:
-                    window = acts[row, max(0, pos - limits.before) : pos + limits.after + 1, feature]
+                    window = acts[
+                        row, max(0, pos - limits.before) : pos + limits.after + 1, feature
+                    ]
                     assert around == pytest.approx(window.tolist(), rel=6e-4, abs=1e-5)
                     assert value == pytest.approx(around[min(pos, limits.before)], rel=1e-3)
 
@@ -177,7 +226,9 @@ class TestPairs:
                 assert pairs[name][at] == pytest.approx(frame[name][number], **CLOSE)
             for name in ("co_occurrence", "mean", "max", "min"):
                 value = statistics.pairs[name][number]
-                assert pairs[name][at] == (None if np.isnan(value) else pytest.approx(value, **CLOSE))
+                assert pairs[name][at] == (
+                    None if np.isnan(value) else pytest.approx(value, **CLOSE)
+                )
 
     def test_contexts_point_at_query_and_key(self, data, statistics):
         seen = 0
@@ -193,11 +244,15 @@ class TestPairs:
 
     def test_the_same_features_in_other_heads(self, data, d):
         pairs, frame = data["pairs"], kept(d)
-        for a, b, listed in zip(pairs["query_feature"], pairs["key_feature"], pairs["heads"], strict=True):
+        for a, b, listed in zip(
+            pairs["query_feature"], pairs["key_feature"], pairs["heads"], strict=True
+        ):
             same = frame[(frame["query_feature"] == a) & (frame["key_feature"] == b)]
             assert [row[0] for row in listed] == same["head"].tolist()
             for row, pair in zip(listed, same.itertuples(), strict=True):
-                assert row[1:] == pytest.approx([pair.weight, pair.importance, pair.effect], **CLOSE)
+                assert row[1:] == pytest.approx(
+                    [pair.weight, pair.importance, pair.effect], **CLOSE
+                )
 
     def test_kernel_is_the_score_of_mean_activations_by_distance(self, data, d, statistics):
         features = statistics.features
@@ -220,7 +275,9 @@ class TestPairs:
     @pytest.mark.parametrize("n_pos", [1, 7, 31, 32, 33, 256, 2048])
     def test_stretches_cover_every_distance_once(self, n_pos):
         stretches = kernel_stretches(n_pos)
-        assert [offset for first, last in stretches for offset in range(first, last + 1)] == list(range(n_pos))
+        assert [offset for first, last in stretches for offset in range(first, last + 1)] == list(
+            range(n_pos)
+        )
         assert len(stretches) <= 64
 
 
@@ -235,7 +292,9 @@ class TestPrompts:
         ):
             listed = shown["true"] if name == "true" else shown["rebuilt"][name]
             for head in range(d.spec.n_heads):
-                expected = [float(pattern[head, i, j]) for i in range(N_PROMPT) for j in range(i + 1)]
+                expected = [
+                    float(pattern[head, i, j]) for i in range(N_PROMPT) for j in range(i + 1)
+                ]
                 assert listed[head] == pytest.approx(expected, abs=6e-5)
 
     def test_cells_list_the_strongest_pairs(self, data, d, prompt):
@@ -245,9 +304,13 @@ class TestPrompts:
         assert sum(map(len, shown["cells"].values())) == len(strongest) > 500
         for (head, i, j), expected in strongest.groupby(["head", "query_pos", "key_pos"]):
             listed = shown["cells"][f"{head}/{i}/{j}"]
-            assert [row[:2] for row in listed] == expected[["query_feature", "key_feature"]].to_numpy().tolist()
+            assert [row[:2] for row in listed] == expected[
+                ["query_feature", "key_feature"]
+            ].to_numpy().tolist()
             for column, name in ((2, "contribution"), (3, "pattern_effect")):
-                assert [row[column] for row in listed] == pytest.approx(expected[name].tolist(), **CLOSE)
+                assert [row[column] for row in listed] == pytest.approx(
+                    expected[name].tolist(), **CLOSE
+                )
 
     def test_only_the_largest_weights_have_lists(self, d, statistics, prompt):
         data = made(d, statistics, [prompt], ReportLimits(cells=13))
@@ -262,7 +325,11 @@ class TestOverview:
     def test_sizes_and_figures(self, data, d, statistics):
         shown = data["overview"]
         assert (shown["d_query"], shown["d_key"], shown["n_pairs"]) == (D_QUERY, D_KEY, N_PAIRS)
-        assert (shown["n_heads"], shown["layer"], shown["n_tokens"]) == (d.spec.n_heads, LAYER, N_ROWS * N_POS)
+        assert (shown["n_heads"], shown["layer"], shown["n_tokens"]) == (
+            d.spec.n_heads,
+            LAYER,
+            N_ROWS * N_POS,
+        )
         assert shown["metrics"]["sources"]["zero"] == {"ce_loss": 3.51954, "pattern_kl": None}
         assert shown["importance_measured"] is True
         for side in ("query", "key"):
@@ -283,13 +350,21 @@ class TestOverview:
         frame = kept(d)
         for head in range(d.spec.n_heads):
             own = frame[frame["head"] == head]
-            constant = [a == D_QUERY or b == D_KEY for a, b in zip(own["query_feature"], own["key_feature"], strict=True)]
+            constant = [
+                a == D_QUERY or b == D_KEY
+                for a, b in zip(own["query_feature"], own["key_feature"], strict=True)
+            ]
             assert data["overview"]["heads"]["pairs"][head] == len(own)
             assert data["overview"]["heads"]["with_constant"][head] == sum(constant)
-            assert data["overview"]["heads"]["importance"][head] == pytest.approx(own["importance"].sum(), **CLOSE)
+            assert data["overview"]["heads"]["importance"][head] == pytest.approx(
+                own["importance"].sum(), **CLOSE
+            )
 
     def test_further_tables_keep_a_named_index(self, d, statistics):
-        table = pd.DataFrame({"share": [0.123456, np.nan], "n": [3, 4]}, index=pd.Index(["first", "<b>"], name="kind"))
+        table = pd.DataFrame(
+            {"share": [0.123456, np.nan], "n": [3, 4]},
+            index=pd.Index(["first", "<b>"], name="kind"),
+        )
         counted = table.reset_index(drop=True)
         tables = {"By kind": table, "By head": counted.rename_axis("head"), "Plain": counted}
         by_kind, by_head, plain = made(d, statistics, tables=tables)["overview"]["tables"]
@@ -297,11 +372,24 @@ class TestOverview:
         assert by_kind == {"title": "By kind", "columns": ["kind", "share", "n"], "rows": rows}
         assert by_head["columns"] == ["head", "share", "n"]
         assert by_head["rows"] == [[at, *row[1:]] for at, row in enumerate(rows)]
-        assert plain == {"title": "Plain", "columns": ["share", "n"], "rows": [row[1:] for row in rows]}
+        assert plain == {
+            "title": "Plain",
+            "columns": ["share", "n"],
+            "rows": [row[1:] for row in rows],
+        }
 
 
 class TestLimits:
-    LIMITS = ReportLimits(features=6, pairs=5, contexts=2, pair_contexts=1, before=1, after=1, partners=2, neighbours=1)
+    LIMITS = ReportLimits(
+        features=6,
+        pairs=5,
+        contexts=2,
+        pair_contexts=1,
+        before=1,
+        after=1,
+        partners=2,
+        neighbours=1,
+    )
 
     def test_the_most_important_stay(self, d, statistics):
         data, frame = made(d, statistics, limits=self.LIMITS), kept(d)
@@ -311,7 +399,8 @@ class TestLimits:
             chosen[side] = total.sort_values(ascending=False).index[:6].tolist()
             assert data["features"][side]["feature"] == chosen[side]
         possible = frame[
-            frame["query_feature"].isin([*chosen["query"], D_QUERY]) & frame["key_feature"].isin([*chosen["key"], D_KEY])
+            frame["query_feature"].isin([*chosen["query"], D_QUERY])
+            & frame["key_feature"].isin([*chosen["key"], D_KEY])
         ]
         best = possible["importance"].sort_values(ascending=False).index[:5]
         assert data["pairs"]["pair"] == best.tolist()
@@ -325,11 +414,15 @@ class TestLimits:
             for name, most in (("contexts", 2), ("partners", 2), ("neighbours", 1)):
                 assert max(map(len, data["features"][side][name])) == most
         assert max(map(len, data["pairs"]["contexts"])) == 1
-        for row, *positions, _ in (context for listed in data["pairs"]["contexts"] for context in listed):
+        for row, *positions, _ in (
+            context for listed in data["pairs"]["contexts"] for context in listed
+        ):
             for pos in positions:
                 assert word_at(data["texts"], row, pos) == words([statistics.tokens[row, pos]])[0]
         n_words = sum(len(run) for runs in data["texts"]["rows"].values() for _, run in runs)
-        contexts = sum(len(c) for side in ("query", "key") for c in data["features"][side]["contexts"])
+        contexts = sum(
+            len(c) for side in ("query", "key") for c in data["features"][side]["contexts"]
+        )
         assert n_words <= 3 * (contexts + 2 * 5) < N_ROWS * N_POS
 
     def test_half_goes_to_what_the_prompts_name(self, d, statistics, prompt):
@@ -338,11 +431,21 @@ class TestLimits:
         effect = strongest["pattern_effect"].abs()
         for side, size in (("query", D_QUERY), ("key", D_KEY)):
             named = effect.groupby(strongest[f"{side}_feature"]).max().drop(size, errors="ignore")
-            assert set(named.sort_values(ascending=False).index[:3]) <= set(data["features"][side]["feature"])
+            assert set(named.sort_values(ascending=False).index[:3]) <= set(
+                data["features"][side]["feature"]
+            )
             assert len(data["features"][side]["feature"]) == 6
-        pages = [tuple(data["pairs"][name][at] for name in ("query_feature", "key_feature", "head")) for at in range(5)]
-        named = effect.groupby([strongest[name] for name in ("query_feature", "key_feature", "head")]).max()
-        shown = {side: {*data["features"][side]["feature"], size} for side, size in (("query", D_QUERY), ("key", D_KEY))}
+        pages = [
+            tuple(data["pairs"][name][at] for name in ("query_feature", "key_feature", "head"))
+            for at in range(5)
+        ]
+        named = effect.groupby(
+            [strongest[name] for name in ("query_feature", "key_feature", "head")]
+        ).max()
+        shown = {
+            side: {*data["features"][side]["feature"], size}
+            for side, size in (("query", D_QUERY), ("key", D_KEY))
+        }
         possible = [
             (a, b, head)
             for a, b, head in named.sort_values(ascending=False).index
@@ -355,18 +458,26 @@ class TestLimits:
         pairs.loc[pairs["query_feature"] == 4, "importance"] = 0.0
         features.loc[features.eval("side == 'query' and feature == 4"), "density"] = 0.0
         texts = SimpleNamespace(features=features)
-        cells = pd.DataFrame({"query_feature": [4], "key_feature": [2], "head": [0], "pattern_effect": [-0.1]})
+        cells = pd.DataFrame(
+            {"query_feature": [4], "key_feature": [2], "head": [0], "pattern_effect": [-0.1]}
+        )
         assert 4 in choose(d, texts, pairs, [cells], ReportLimits()).query
         assert 4 not in choose(d, texts, pairs, [], ReportLimits()).query
 
     def test_without_measured_importance_the_texts_rank(self, model):
         d = tiny_dictionary(model)
-        statistics = collect_activations(d, model_batches(model, LAYER, tiny_tokens(N_ROWS, N_POS)), progress=False)
+        statistics = collect_activations(
+            d, model_batches(model, LAYER, tiny_tokens(N_ROWS, N_POS)), progress=False
+        )
         data = made(d, statistics)
         assert data["overview"]["importance_measured"] is False
-        expected = (0.5 * statistics.pairs["co_occurrence"] * statistics.pairs["mean"] ** 2).fillna(0)
+        expected = (0.5 * statistics.pairs["co_occurrence"] * statistics.pairs["mean"] ** 2).fillna(
+            0
+        )
         numbers = data["pairs"]["pair"]
-        assert data["pairs"]["importance"] == pytest.approx([expected[number] for number in numbers], **CLOSE)
+        assert data["pairs"]["importance"] == pytest.approx(
+            [expected[number] for number in numbers], **CLOSE
+        )
         assert data["pairs"]["importance"] == sorted(data["pairs"]["importance"], reverse=True)
 
 
@@ -395,10 +506,17 @@ class TestPage:
 
     @pytest.fixture(scope="class")
     def path(self, d, statistics, prompt, tmp_path_factory):
-        hostile = dataclasses.replace(prompt, words=[HOSTILE[i % len(HOSTILE)] for i in range(N_PROMPT)])
+        hostile = dataclasses.replace(
+            prompt, words=[HOSTILE[i % len(HOSTILE)] for i in range(N_PROMPT)]
+        )
         path = tmp_path_factory.mktemp("report") / "new folder" / "report.html"
         table = pd.DataFrame({"<i>": ["</script><script>alert(3)</script>"]})
-        assert write_report(path, d, statistics, [hostile], words=words, title=self.TITLE, tables={"<u>": table}) == path
+        assert (
+            write_report(
+                path, d, statistics, [hostile], words=words, title=self.TITLE, tables={"<u>": table}
+            )
+            == path
+        )
         return path
 
     @pytest.fixture(scope="class")
@@ -407,12 +525,16 @@ class TestPage:
 
     def test_sections_are_read_back(self, page, d, statistics, prompt):
         sections = {attrs["id"]: json.loads(text) for _, attrs, text in page.raw if "type" in attrs}
-        assert sorted(sections) == [f"data-{name}" for name in ("features", "overview", "pairs", "prompts", "texts")]
+        assert sorted(sections) == [
+            f"data-{name}" for name in ("features", "overview", "pairs", "prompts", "texts")
+        ]
         expected = json.loads(json.dumps(made(d, statistics, [prompt])))
         assert sections["data-features"] == expected["features"]
         assert sections["data-texts"] == expected["texts"]
         assert {*HOSTILE} <= {*sections["data-texts"]["words"]}
-        assert sections["data-prompts"][0]["words"] == [HOSTILE[i % len(HOSTILE)] for i in range(N_PROMPT)]
+        assert sections["data-prompts"][0]["words"] == [
+            HOSTILE[i % len(HOSTILE)] for i in range(N_PROMPT)
+        ]
         assert sections["data-overview"]["title"] == self.TITLE
 
     def test_data_adds_no_markup(self, page, path):
@@ -428,12 +550,18 @@ class TestPage:
         assert "\x00" not in html
 
     def test_the_policy_allows_these_scripts_and_nothing_else(self, page):
-        policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+        policy = next(
+            attrs["content"]
+            for tag, attrs in page.tags
+            if attrs.get("http-equiv") == "Content-Security-Policy"
+        )
         rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
         hashes = {"script-src": [], "style-src": []}
         for tag, attrs, text in page.raw:
             if "type" not in attrs:
-                hashes[f"{tag}-src"].append(base64.b64encode(hashlib.sha256(text.encode()).digest()).decode())
+                hashes[f"{tag}-src"].append(
+                    base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+                )
         assert len(hashes["script-src"]) == 2
         for name, listed in hashes.items():
             assert rules[name].split() == [f"'sha256-{value}'" for value in listed]
@@ -447,11 +575,18 @@ class TestPage:
             assert attrs.get("href", "#").startswith(("#", "data:")), (tag, attrs)
         own = [text for tag, attrs, text in page.raw if "Chart.js v" not in text]
         assert len(own) == len(page.raw) - 1
-        assert not [text for text in own if re.search(r"//[\w-]+\.\w|@import|url\(|fetch\(|XMLHttpRequest|import\(", text)]
+        assert not [
+            text
+            for text in own
+            if re.search(r"//[\w-]+\.\w|@import|url\(|fetch\(|XMLHttpRequest|import\(", text)
+        ]
 
     def test_the_file_is_the_same_everywhere(self, path, d, statistics, tmp_path):
         assert b"\r" not in path.read_bytes()
-        one, other = (write_report(tmp_path / name, d, statistics, words=words) for name in ("one.html", "other.html"))
+        one, other = (
+            write_report(tmp_path / name, d, statistics, words=words)
+            for name in ("one.html", "other.html")
+        )
         assert one.read_bytes() == other.read_bytes()
 
 
@@ -508,7 +643,9 @@ class TestErrors:
 
     def test_long_prompt(self, d, statistics, prompt):
         long = SimpleNamespace(dictionary=d, tokens=torch.zeros(MAX_PROMPT + 1))
-        with pytest.raises(ValueError, match="Prompt 1 has 129 tokens, the report shows at most 128"):
+        with pytest.raises(
+            ValueError, match="Prompt 1 has 129 tokens, the report shows at most 128"
+        ):
             made(d, statistics, [prompt, long])
 
     def test_words_of_another_number(self, d, statistics):

@@ -19,11 +19,18 @@ from sae_lens_qk.dashboard.data import ReportLimits
 from sae_lens_qk.dashboard.report import write_report
 from sae_lens_qk.host import layer_inputs
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need `pip install playwright`")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="the browser tests need `pip install playwright`"
+)
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="the browser tests need chromium on the PATH (apt-get install chromium)"),
+    pytest.mark.skipif(
+        CHROMIUM is None,
+        reason="the browser tests need chromium on the PATH (apt-get install chromium)",
+    ),
 ]
 
 ATTACK = "<script>alert(1)</script>"
@@ -42,7 +49,11 @@ def d(llama_bridge):
     d = tiny_dictionary(llama_bridge)
     kept = d.feature_map
     statistics = torch.rand(N_PAIRS, 3, generator=torch.Generator().manual_seed(3))
-    d.set_feature_map(qk.SparseFeatureMap(kept.indices, kept.weights, kept.d_query, kept.d_key, kept.n_heads, statistics))
+    d.set_feature_map(
+        qk.SparseFeatureMap(
+            kept.indices, kept.weights, kept.d_query, kept.d_key, kept.n_heads, statistics
+        )
+    )
     rows = tiny_tokens(4, 17)
     d.metrics = qk.evaluate(d, llama_bridge, rows, batch_size=2)
     return d
@@ -57,7 +68,9 @@ def prompts(d, llama_bridge):
 @pytest.fixture(scope="module")
 def url(d, prompts, llama_bridge, tmp_path_factory):
     tokens = tiny_tokens(7, 41)
-    table = pd.DataFrame({"kind": [f"{MARKUP} {n}" for n in range(31)], "n": [(n * 7) % 31 for n in range(31)]})
+    table = pd.DataFrame(
+        {"kind": [f"{MARKUP} {n}" for n in range(31)], "n": [(n * 7) % 31 for n in range(31)]}
+    )
     path = write_report(
         tmp_path_factory.mktemp("report") / "report.html",
         d,
@@ -90,13 +103,22 @@ def open_page(browser, url):
     contexts, wrong = [], []
 
     def opened(path="/", scheme="light", width=1280):
-        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True)
+        context = browser.new_context(
+            viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True
+        )
         contexts.append(context)
         page = context.new_page()
-        page.on("request", lambda request: request.url.split("#")[0] == url or wrong.append(f"request {request.url[:100]}"))
+        page.on(
+            "request",
+            lambda request: (
+                request.url.split("#")[0] == url or wrong.append(f"request {request.url[:100]}")
+            ),
+        )
         page.on("console", lambda message: wrong.append(f"{message.type} {message.text}"))
         page.on("pageerror", lambda error: wrong.append(f"error {error}"))
-        page.on("dialog", lambda dialog: (wrong.append(f"dialog {dialog.message}"), dialog.dismiss()))
+        page.on(
+            "dialog", lambda dialog: (wrong.append(f"dialog {dialog.message}"), dialog.dismiss())
+        )
         page.goto(f"{url}#{path}")
         page.wait_for_selector("h1")
         return page
@@ -160,7 +182,11 @@ def numbers(browser, url):
     page = browser.new_page()
     page.goto(url)
     features = section(page, "features")
-    found = {"query": features["query"]["feature"][0], "key": features["key"]["feature"][0], "pair": first_pair(page)}
+    found = {
+        "query": features["query"]["feature"][0],
+        "key": features["key"]["feature"][0],
+        "pair": first_pair(page),
+    }
     page.close()
     return found
 
@@ -171,10 +197,18 @@ def test_every_view(open_page, numbers, path, scheme):
     page = open_page(path.format(**numbers), scheme)
     heading = VIEWS[path].format(**numbers)
     assert heading in page.locator("h1").inner_text().replace("“", "").replace("”", "")
-    assert page.title() == f"Tiny {MARKUP}" if path == "/" else page.title() == f"{heading} – Tiny {MARKUP}"
-    width, room = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    assert (
+        page.title() == f"Tiny {MARKUP}"
+        if path == "/"
+        else page.title() == f"{heading} – Tiny {MARKUP}"
+    )
+    width, room = page.evaluate(
+        "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    )
     assert width <= room
-    levels = page.evaluate("[...document.querySelectorAll('h1, h2, h3')].map((h) => Number(h.tagName[1]))")
+    levels = page.evaluate(
+        "[...document.querySelectorAll('h1, h2, h3')].map((h) => Number(h.tagName[1]))"
+    )
     assert levels[0] == 1
     assert set(levels[1:]) <= {2}
     for landmark in ("main", "banner", "contentinfo", "search"):
@@ -212,7 +246,9 @@ POOR_CONTRAST = """() => {
 def test_the_menu_leads_everywhere(open_page):
     page = open_page()
     for name in ("Prompts", "Query features", "Key features", "Pairs", "Heads", "Overview"):
-        entry = page.get_by_role("navigation", name="Views").get_by_role("link", name=name, exact=True)
+        entry = page.get_by_role("navigation", name="Views").get_by_role(
+            "link", name=name, exact=True
+        )
         entry.click()
         playwright.expect(entry).to_have_attribute("aria-current", "page")
         assert page.locator("header [aria-current]").count() == 1
@@ -235,7 +271,9 @@ def test_back_and_forward(open_page, numbers):
 
 def cell_name(prompt, head, i, j, source="feature_map"):
     at = i * (i + 1) // 2 + j
-    shown = [prompt["words"][pos].replace("\n", "⏎").replace("\u202e", "U+202E") or "∅" for pos in (i, j)]
+    shown = [
+        prompt["words"][pos].replace("\n", "⏎").replace("\u202e", "U+202E") or "∅" for pos in (i, j)
+    ]
     real, rebuilt = prompt["true"][head][at], prompt["rebuilt"][source][head][at]
     return f'head {head}, query "{shown[0]}" ({i}), key "{shown[1]}" ({j}): true {real:.2f}, rebuilt {rebuilt:.2f}'
 
@@ -249,7 +287,10 @@ def listed_pairs(page):
     values = []
     for table in page.locator(".cell-pairs table").all():
         for row in table.locator("tbody tr").all():
-            texts = [text.replace("−", "-").replace("+", "") for text in row.locator("td.number").all_inner_texts()]
+            texts = [
+                text.replace("−", "-").replace("+", "")
+                for text in row.locator("td.number").all_inner_texts()
+            ]
             values.append(tuple(float(text) for text in texts))
     return values
 
@@ -275,7 +316,9 @@ class TestPrompt:
             shown = listed_pairs(page)
             assert len(shown) == len(expected)
             for (contribution, effect), pair in zip(shown, expected, strict=True):
-                assert contribution == pytest.approx(pair[2], rel=6e-2)  # 3 digits, or 2 of very small ones
+                assert contribution == pytest.approx(
+                    pair[2], rel=6e-2
+                )  # 3 digits, or 2 of very small ones
                 assert effect == pytest.approx(pair[3], rel=6e-2)
         page.reload()
         assert len(listed_pairs(page)) == len(expected)  # the address says which cell
@@ -305,7 +348,9 @@ class TestPrompt:
         page = open_page("/prompt/1")
         prompt = section(page, "prompts")[1]
         assert len(prompt["cells"]) <= 300 < prompt["n_cells"]
-        i, j = next((i, j) for i in range(31) for j in range(i + 1) if f"1/{i}/{j}" not in prompt["cells"])
+        i, j = next(
+            (i, j) for i in range(31) for j in range(i + 1) if f"1/{i}/{j}" not in prompt["cells"]
+        )
         go(page, f"/prompt/1/1/{i}/{j}")
         assert "not among them" in page.locator(".cell-pairs").inner_text()
 
@@ -318,7 +363,9 @@ class TestPrompt:
                 assert cell(page, i, j).get_attribute("aria-label") == cell_name(prompt, head, i, j)
             assert path_of(page).startswith(f"/prompt/0/{head}/")
         page.get_by_label("Rebuilt from").select_option("transcoders")
-        assert cell(page, 7, 3).get_attribute("aria-label") == cell_name(prompt, 0, 7, 3, "transcoders")
+        assert cell(page, 7, 3).get_attribute("aria-label") == cell_name(
+            prompt, 0, 7, 3, "transcoders"
+        )
         page.go_back()
         playwright.expect(page.get_by_role("radio", name="Head 3")).to_be_checked()
         assert path_of(page).startswith("/prompt/0/3/")
@@ -335,7 +382,9 @@ class TestPrompt:
         for i, j in list(at)[::7]:
             n = at[i, j]
             too_little = prompt["rebuilt"]["feature_map"][0][n] < prompt["true"][0][n]
-            assert ("negative" in (cell(page, i, j, "difference").get_attribute("class") or "")) == too_little
+            assert (
+                "negative" in (cell(page, i, j, "difference").get_attribute("class") or "")
+            ) == too_little
 
     def test_the_keyboard_alone(self, open_page):
         page = open_page("/prompt/0/2/6/3")
@@ -369,7 +418,10 @@ class TestPrompt:
         assert path_of(page) == "/prompt/0/3/1/0"
         assert page.evaluate(name) == cell_name(prompt, 3, 1, 0)  # still there
         page.keyboard.press("Tab")
-        assert page.evaluate("document.activeElement.closest('.pattern').className") == "pattern rebuilt"
+        assert (
+            page.evaluate("document.activeElement.closest('.pattern').className")
+            == "pattern rebuilt"
+        )
         assert page.evaluate(name) == cell_name(prompt, 3, 1, 0)
 
     def test_grids_have_rows_and_headings(self, open_page):
@@ -406,14 +458,23 @@ class TestSearch:
         plain = next(w for w in texts["words"] if w.startswith("w"))
         expected = 0
         for side in ("query", "key"):
-            for feature, contexts in zip(features[side]["feature"], features[side]["contexts"], strict=True):
+            for feature, contexts in zip(
+                features[side]["feature"], features[side]["contexts"], strict=True
+            ):
                 fired = {texts["words"][w] for w in texts["labels"][side][feature]}
                 for row, pos, *_ in contexts:
                     runs = texts["rows"][str(row)]
-                    fired |= {texts["words"][run[pos - at]] for at, run in runs if at <= pos < at + len(run)}
+                    fired |= {
+                        texts["words"][run[pos - at]]
+                        for at, run in runs
+                        if at <= pos < at + len(run)
+                    }
                 expected += any(plain in word for word in fired)
         self.search(page, plain)
-        assert page.locator("main table caption").first.inner_text() == f"{expected} feature{'s' * (expected != 1)}"
+        assert (
+            page.locator("main table caption").first.inner_text()
+            == f"{expected} feature{'s' * (expected != 1)}"
+        )
 
     def test_numbers(self, open_page, numbers):
         page = open_page()
@@ -434,7 +495,11 @@ class TestSearch:
 class TestTables:
     @staticmethod
     def column(page, at):
-        texts = page.locator("main table").first.locator(f"tbody tr > :nth-child({at})").all_inner_texts()
+        texts = (
+            page.locator("main table")
+            .first.locator(f"tbody tr > :nth-child({at})")
+            .all_inner_texts()
+        )
         return [float(text.replace("−", "-").replace("+", "").replace(",", "")) for text in texts]
 
     def test_sort_and_page(self, open_page):
@@ -444,7 +509,9 @@ class TestTables:
         assert table.locator('th[aria-sort="descending"]').inner_text().startswith("Importance")
         heading = table.get_by_role("button", name="Weight")
         heading.click()
-        assert self.column(page, 5) == pytest.approx(sorted(pairs["weight"], reverse=True)[:25], abs=6e-4)
+        assert self.column(page, 5) == pytest.approx(
+            sorted(pairs["weight"], reverse=True)[:25], abs=6e-4
+        )
         assert table.locator('th[aria-sort="descending"]').inner_text().startswith("Weight")
         heading.press("Enter")
         assert self.column(page, 5) == pytest.approx(sorted(pairs["weight"])[:25], abs=6e-4)
@@ -486,7 +553,10 @@ class TestTables:
         page.get_by_label("Show").select_option("1")
         shows(page, "Pairs of head 1")
         assert path_of(page) == "/pairs/1"
-        assert self.column(page, 1) == [n for n, head in zip(pairs["pair"], pairs["head"], strict=True) if head == 1][:25]
+        assert (
+            self.column(page, 1)
+            == [n for n, head in zip(pairs["pair"], pairs["head"], strict=True) if head == 1][:25]
+        )
 
 
 def test_the_pictures_show_the_views(browser, url, numbers, tmp_path):
@@ -505,7 +575,14 @@ class TestTexts:
         page = open_page(f"/feature/key/{numbers['key']}")
         page.locator(".passage").first.wait_for()
         before = page.locator("script").count()
-        for path in ("/prompt/0", "/prompt/1", f"/pair/{numbers['pair']}", "/features/query", f"/search/{ATTACK}", "/"):
+        for path in (
+            "/prompt/0",
+            "/prompt/1",
+            f"/pair/{numbers['pair']}",
+            "/features/query",
+            f"/search/{ATTACK}",
+            "/",
+        ):
             go(page, path)
             assert page.locator("script").count() == before
             assert page.locator("main b").count() == 0
@@ -518,7 +595,10 @@ class TestTexts:
     def test_the_policy_holds(self, browser, url):
         page = browser.new_page()
         page.goto(url)
-        for attack in ("document.body.innerHTML = '<b>x</b>'", "document.body.append(document.createElement('script'))"):
+        for attack in (
+            "document.body.innerHTML = '<b>x</b>'",
+            "document.body.append(document.createElement('script'))",
+        ):
             before = page.locator("body *").count()
             code = f"{attack}; document.querySelector('script:last-of-type').textContent = 'document.title = 1'"
             with pytest.raises(playwright.Error, match="Trusted"):
@@ -533,7 +613,9 @@ class TestTexts:
         features = section(page, "features")["query"]
         acts = features["contexts"][0][0][3]
         first = page.locator(".contexts li").first
-        shaded = first.locator(".firing").evaluate_all("(ns) => ns.map((n) => Number(n.style.getPropertyValue('--level')))")
+        shaded = first.locator(".firing").evaluate_all(
+            "(ns) => ns.map((n) => Number(n.style.getPropertyValue('--level')))"
+        )
         expected = [act / features["max"][0] for act in acts if act]
         assert shaded == pytest.approx(expected, abs=1e-3)
         assert first.locator("mark").count() == 1
@@ -542,14 +624,27 @@ class TestTexts:
     def test_pair_contexts_mark_query_and_key(self, open_page, numbers):
         page = open_page(f"/pair/{numbers['pair']}")
         pairs, texts = section(page, "pairs"), section(page, "texts")
-        for item, (row, i, j, _) in zip(page.locator(".contexts li").all(), pairs["contexts"][0], strict=True):
-            marks = dict(item.locator("mark").evaluate_all("(ns) => ns.map((n) => n.textContent.split(': '))"))
+        for item, (row, i, j, _) in zip(
+            page.locator(".contexts li").all(), pairs["contexts"][0], strict=True
+        ):
+            marks = dict(
+                item.locator("mark").evaluate_all(
+                    "(ns) => ns.map((n) => n.textContent.split(': '))"
+                )
+            )
             word = {
-                pos: next(texts["words"][run[pos - at]] for at, run in texts["rows"][str(row)] if at <= pos < at + len(run))
+                pos: next(
+                    texts["words"][run[pos - at]]
+                    for at, run in texts["rows"][str(row)]
+                    if at <= pos < at + len(run)
+                )
                 for pos in (i, j)
             }
             names = {"query and key token": i} if i == j else {"query token": i, "key token": j}
-            shown = {name: word[pos].replace("\n", "⏎").replace("\u202e", "U+202E") or "∅" for name, pos in names.items()}
+            shown = {
+                name: word[pos].replace("\n", "⏎").replace("\u202e", "U+202E") or "∅"
+                for name, pos in names.items()
+            }
             assert marks == shown
 
 
@@ -607,10 +702,16 @@ class TestLooks:
         for _ in range(14):
             page.keyboard.press("Tab")
             outline = "((style) => style.outlineStyle + style.outlineWidth)(getComputedStyle(document.activeElement))"
-            assert page.evaluate(outline) == "solid2px", page.evaluate("document.activeElement.outerHTML")
+            assert page.evaluate(outline) == "solid2px", page.evaluate(
+                "document.activeElement.outerHTML"
+            )
 
     @pytest.mark.parametrize("width", [1000, 1280, 1920])
-    @pytest.mark.parametrize("path", ["/", "/prompt/0", "/prompt/1", "/pair/{pair}", "/feature/key/{key}", "/pairs"])
+    @pytest.mark.parametrize(
+        "path", ["/", "/prompt/0", "/prompt/1", "/pair/{pair}", "/feature/key/{key}", "/pairs"]
+    )
     def test_no_sideways_scrolling(self, open_page, numbers, path, width):
         page = open_page(path.format(**numbers), width=width)
-        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        assert page.evaluate(
+            "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+        )

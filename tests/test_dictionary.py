@@ -41,9 +41,14 @@ def make_dictionary(
 ) -> qk.BilinearQKDictionary:
     """Every parameter random, thresholds positive, a map of random pairs, constants among them, half of them measured."""
     config = qk.BilinearQKConfig(
-        d_in=spec.d_model, d_query=d_query, d_key=d_key, half_architecture=half, attention=spec.to_dict(),
-        model_name="tiny", **cfg,
-    )  # fmt: skip
+        d_in=spec.d_model,
+        d_query=d_query,
+        d_key=d_key,
+        half_architecture=half,
+        attention=spec.to_dict(),
+        model_name="tiny",
+        **cfg,
+    )
     made = qk.BilinearQKDictionary(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -55,13 +60,23 @@ def make_dictionary(
         codes = torch.randperm(d_query * d_key * spec.n_heads, generator=generator)[: n_pairs - 10]
         query_key = codes // spec.n_heads
         pairs = torch.stack([query_key // d_key, query_key % d_key, codes % spec.n_heads], dim=1)
-        constants = [(d_query, 3 * i, i % 3) for i in range(5)] + [(5 * i, d_key, i % 3) for i in range(5)]
-        pairs = torch.cat([torch.tensor(constants), pairs])[torch.randperm(n_pairs, generator=generator)]
+        constants = [(d_query, 3 * i, i % 3) for i in range(5)] + [
+            (5 * i, d_key, i % 3) for i in range(5)
+        ]
+        pairs = torch.cat([torch.tensor(constants), pairs])[
+            torch.randperm(n_pairs, generator=generator)
+        ]
         weights = torch.rand(n_pairs, generator=generator)
-        spread = torch.rand(n_pairs, 3, generator=generator)  # importance and co-occurrence span 1e-6 to 1
-        statistics = torch.stack([10 ** (-6 * spread[:, 0]), 4 * spread[:, 1] - 2, 10 ** (-6 * spread[:, 2])], dim=1)
+        spread = torch.rand(
+            n_pairs, 3, generator=generator
+        )  # importance and co-occurrence span 1e-6 to 1
+        statistics = torch.stack(
+            [10 ** (-6 * spread[:, 0]), 4 * spread[:, 1] - 2, 10 ** (-6 * spread[:, 2])], dim=1
+        )
         statistics[::2] = 0
-        made.set_feature_map(SparseFeatureMap(pairs, weights, d_query, d_key, spec.n_heads, statistics))
+        made.set_feature_map(
+            SparseFeatureMap(pairs, weights, d_query, d_key, spec.n_heads, statistics)
+        )
     return made.requires_grad_(False)
 
 
@@ -91,7 +106,8 @@ def in_step(d: qk.BilinearQKDictionary, dtype: torch.dtype, device: str = "cpu")
         {tensor.dtype for tensor in floats} == {dtype}
         and {tensor.device.type for tensor in d.state_dict().values()} == {device}
         and {(module.dtype, module.device.type) for module in modules} == {(dtype, device)}
-        and {(module.cfg.dtype, module.cfg.device) for module in modules} == {(str(dtype).removeprefix("torch."), device)}
+        and {(module.cfg.dtype, module.cfg.device) for module in modules}
+        == {(str(dtype).removeprefix("torch."), device)}
     )
 
 
@@ -127,7 +143,10 @@ def test_encode_and_decode_are_the_two_halves_side_by_side(dictionary):
     x = random_x()
     acts = dictionary.encode(x)
     assert acts.shape == (2, 11, D_QUERY + D_KEY)
-    for half, part in ((dictionary.query, acts[..., :D_QUERY]), (dictionary.key, acts[..., D_QUERY:])):
+    for half, part in (
+        (dictionary.query, acts[..., :D_QUERY]),
+        (dictionary.key, acts[..., D_QUERY:]),
+    ):
         hidden = x @ half.W_enc + half.b_enc
         torch.testing.assert_close(part, hidden * (hidden > half.threshold), rtol=0, atol=1e-6)
         assert 0.01 < (part > 0).float().mean() < 0.5
@@ -153,12 +172,16 @@ def test_pattern_is_the_softmax_of_either_source(dictionary):
     everything = make_dictionary(d_query=29, d_key=31, n_pairs=0)
     everything.set_feature_map(SparseFeatureMap.all_pairs(29, 31, 6))
     assert everything.cfg.n_pairs == (30 * 32 - 1) * 6
-    from_map, from_halves = (everything.pattern(x, source) for source in ("feature_map", "transcoders"))
+    from_map, from_halves = (
+        everything.pattern(x, source) for source in ("feature_map", "transcoders")
+    )
     torch.testing.assert_close(from_map, from_halves, rtol=0, atol=1e-5)
     assert (dictionary.pattern(x, "feature_map") - dictionary.pattern(x)).abs().max() > 0.05
     for source in SOURCES:
         assert dictionary.pattern(x, source).shape == (2, 6, 11, 11)
-        torch.testing.assert_close(dictionary.pattern(x, source).sum(dim=-1), torch.ones(2, 6, 11), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            dictionary.pattern(x, source).sum(dim=-1), torch.ones(2, 6, 11), rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -182,7 +205,9 @@ def test_hooks_on_the_halves_act_on_both_sources(dictionary, side, source):
         column, constant = (0, D_QUERY) if side == "query" else (1, D_KEY)
         left = dictionary.feature_map.select(dictionary.feature_map.indices[:, column] == constant)
         assert len(left) > 0
-        expected = left.scores(dictionary.encode_query(x), dictionary.encode_key(x), dictionary.decoders, SPEC)
+        expected = left.scores(
+            dictionary.encode_query(x), dictionary.encode_key(x), dictionary.decoders, SPEC
+        )
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
     assert torch.equal(dictionary.scores(x, source), before), "the hook stayed behind"
 
@@ -191,14 +216,23 @@ def test_hooks_on_the_halves_act_on_both_sources(dictionary, side, source):
 
 
 def test_saved_folder_holds_json_and_safetensors_alone(dictionary, saved):
-    assert sorted(path.name for path in saved.iterdir()) == ["README.md", "SHA256SUMS", "cfg.json", WEIGHTS]
+    assert sorted(path.name for path in saved.iterdir()) == [
+        "README.md",
+        "SHA256SUMS",
+        "cfg.json",
+        WEIGHTS,
+    ]
     cfg = json.loads((saved / "cfg.json").read_text())
     assert cfg["architecture"] == "bilinear_qk"
     assert (cfg["d_query"], cfg["d_key"], cfg["d_sae"], cfg["n_pairs"]) == (307, 311, 618, 1009)
     assert AttentionSpec.from_dict(cfg["attention"]) == SPEC
     tensors = load_file(saved / WEIGHTS)
     assert set(tensors) == {
-        *(f"{side}.{name}" for side in ("query", "key") for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")),
+        *(
+            f"{side}.{name}"
+            for side in ("query", "key")
+            for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+        ),
         "feature_map.digits",
         "feature_map.weights",
         "feature_map.statistics",
@@ -220,7 +254,9 @@ def test_a_loaded_dictionary_computes_the_same_bits(dictionary, saved, loader):
             assert torch.equal(loaded.state_dict()[name], tensor), name
         assert loaded.state_dict()[name].dtype == tensor.dtype
     for source in SOURCES:
-        assert torch.equal(loaded.pattern(random_x(), source), dictionary.pattern(random_x(), source))
+        assert torch.equal(
+            loaded.pattern(random_x(), source), dictionary.pattern(random_x(), source)
+        )
     assert in_step(loaded, torch.float32)
 
 
@@ -243,7 +279,9 @@ def test_loading_in_another_dtype_keeps_the_map(dictionary, saved, dtype, loader
     assert loaded.feature_map.indices.dtype == torch.int64
     assert torch.equal(loaded.feature_map.indices, dictionary.feature_map.indices)
     assert loaded.feature_map.indices.amax(dim=0)[:2].tolist() == [D_QUERY, D_KEY]
-    torch.testing.assert_close(loaded.feature_map.weights.float(), dictionary.feature_map.weights, rtol=0, atol=2**-8)
+    torch.testing.assert_close(
+        loaded.feature_map.weights.float(), dictionary.feature_map.weights, rtol=0, atol=2**-8
+    )
     assert loaded.encode(random_x()).dtype == getattr(torch, dtype)
     for source in SOURCES:
         difference = loaded.pattern(random_x(), source) - dictionary.pattern(random_x(), source)
@@ -258,9 +296,17 @@ def test_a_dictionary_saved_in_another_dtype_comes_back_in_it(dictionary, tmp_pa
     assert in_step(loaded, dtype)
     assert torch.equal(loaded.feature_map.indices, dictionary.feature_map.indices)
     assert torch.equal(loaded.feature_map.weights, cast.feature_map.weights)
-    statistics, expected = loaded.feature_map.statistics.double(), dictionary.feature_map.statistics.double()
+    statistics, expected = (
+        loaded.feature_map.statistics.double(),
+        dictionary.feature_map.statistics.double(),
+    )
     assert torch.equal(statistics[:, 2] == 0, expected[:, 2] == 0), "measured or not"
-    tolerance = {torch.float16: 0.02, torch.bfloat16: 0.1, torch.float32: 1e-5, torch.float64: 1e-5}[dtype]
+    tolerance = {
+        torch.float16: 0.02,
+        torch.bfloat16: 0.1,
+        torch.float32: 1e-5,
+        torch.float64: 1e-5,
+    }[dtype]
     subnormal = 1e-7 if dtype == torch.float16 else 0.0
     torch.testing.assert_close(statistics, expected, rtol=tolerance, atol=subnormal)
 
@@ -290,7 +336,16 @@ def test_a_map_without_statistics_is_saved_without_them(tmp_path):
         (lambda d: d.half().float(), torch.float32),
         (lambda d: d.cpu(), torch.float32),
     ],
-    ids=["half", "bfloat16", "to bfloat16", "to cpu float16", "to float64", "double", "half float", "cpu"],
+    ids=[
+        "half",
+        "bfloat16",
+        "to bfloat16",
+        "to cpu float16",
+        "to float64",
+        "double",
+        "half float",
+        "cpu",
+    ],
 )
 def test_casts_keep_config_and_halves_in_step(cast, dtype):
     d = make_dictionary()
@@ -330,7 +385,9 @@ def test_folding_decoder_norms_leaves_the_pattern(half):
 def edit_weights(folder: Path, name: str, change) -> None:
     tensors = load_file(folder / WEIGHTS)
     tensors[name] = change(tensors[name])
-    save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, folder / WEIGHTS)
+    save_file(
+        {key: tensor for key, tensor in tensors.items() if tensor is not None}, folder / WEIGHTS
+    )
 
 
 def edit_cfg(folder: Path, **changes) -> None:
@@ -352,7 +409,10 @@ DAMAGES = {
         "truncated or corrupted",
     ),
     "empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), "truncated or corrupted"),
-    "random bytes": (lambda folder: (folder / WEIGHTS).write_bytes(bytes(range(255, 0, -1)) * 7), "truncated or corrupted"),
+    "random bytes": (
+        lambda folder: (folder / WEIGHTS).write_bytes(bytes(range(255, 0, -1)) * 7),
+        "truncated or corrupted",
+    ),
     "NaN": (
         lambda folder: edit_weights(folder, "key.W_enc", with_value((3, 5), torch.nan)),
         "not finite, first in key.W_enc",
@@ -386,25 +446,35 @@ DAMAGES = {
         r"Pair indices must lie in .*311, 6\]: the map belongs to another dictionary",
     ),
     "pair twice": (
-        lambda folder: edit_weights(folder, "feature_map.digits", lambda digits: digits[[0, *range(1, 1008), 0]]),
+        lambda folder: edit_weights(
+            folder, "feature_map.digits", lambda digits: digits[[0, *range(1, 1008), 0]]
+        ),
         r"The map lists the pair \(0, \d+, \d\) twice: merge duplicates first",
     ),
     "NaN in the statistics": (
-        lambda folder: edit_weights(folder, "feature_map.statistics", with_value((17, 0), torch.nan)),
+        lambda folder: edit_weights(
+            folder, "feature_map.statistics", with_value((17, 0), torch.nan)
+        ),
         "not finite, first in feature_map.statistics",
     ),
     "statistics of other pairs": (
-        lambda folder: edit_weights(folder, "feature_map.statistics", lambda statistics: statistics[:1000]),
+        lambda folder: edit_weights(
+            folder, "feature_map.statistics", lambda statistics: statistics[:1000]
+        ),
         r"feature_map.statistics should have shape \(1009, 3\), the file has \(1000, 3\)",
     ),
     "NaN in a pair": (
         lambda folder: edit_weights(
-            folder, "feature_map.digits", lambda digits: with_value((17, 0, 3), torch.nan)(digits.float())
+            folder,
+            "feature_map.digits",
+            lambda digits: with_value((17, 0, 3), torch.nan)(digits.float()),
         ),
         "Packed pairs must be integers 0 to 255",
     ),
     "pairs of another format": (
-        lambda folder: edit_weights(folder, "feature_map.digits", lambda digits: digits[..., :3].contiguous()),
+        lambda folder: edit_weights(
+            folder, "feature_map.digits", lambda digits: digits[..., :3].contiguous()
+        ),
         r"of shape \[n_pairs, 3, 4\], got shape \[1009, 3, 3\]",
     ),
     "pair weight above 1": (
@@ -423,7 +493,10 @@ DAMAGES = {
         lambda folder: edit_cfg(folder, architecture="nope"),
         r"cfg.json is not the config of a dictionary \(KeyError\('nope'\)",
     ),
-    "another SAE": (lambda folder: edit_cfg(folder, architecture="standard"), "not of type BilinearQKDictionary"),
+    "another SAE": (
+        lambda folder: edit_cfg(folder, architecture="standard"),
+        "not of type BilinearQKDictionary",
+    ),
     "no attention": (lambda folder: edit_cfg(folder, attention={}), "cfg.attention is empty"),
 }
 
@@ -442,7 +515,9 @@ def test_damaged_folders_are_refused_in_one_line(damage, saved, tmp_path):
 def test_missing_files_are_named(missing, saved, tmp_path):
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     (tmp_path / missing).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path} is not a dictionary folder: {missing} is missing"):
+    with pytest.raises(
+        FileNotFoundError, match=f"{tmp_path} is not a dictionary folder: {missing} is missing"
+    ):
         qk.BilinearQKDictionary.load_from_disk(tmp_path)
     with pytest.raises(FileNotFoundError, match="is not a dictionary folder"):
         qk.BilinearQKDictionary.load_from_disk(tmp_path / "nowhere")
@@ -454,11 +529,26 @@ def test_missing_files_are_named(missing, saved, tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda d: qk.BilinearQKDictionary(d.cfg, use_error_term=True), "two outputs and no error term: use d.patched"),
-        (lambda d: setattr(d, "use_error_term", True), "two outputs and no error term: use d.patched"),
-        (lambda d: d.fold_activation_norm_scaling_factor(2.0), "trained without activation normalisation"),
-        (lambda d: d.fold_activation_whitening(*torch.ones(3, 13)), "trained without activation whitening"),
-        (lambda d: d.fold_and_get_W_dec_norm(), r"two decoders: fold d.query and d.key, or call d.fold_W_dec_norm\(\)"),
+        (
+            lambda d: qk.BilinearQKDictionary(d.cfg, use_error_term=True),
+            "two outputs and no error term: use d.patched",
+        ),
+        (
+            lambda d: setattr(d, "use_error_term", True),
+            "two outputs and no error term: use d.patched",
+        ),
+        (
+            lambda d: d.fold_activation_norm_scaling_factor(2.0),
+            "trained without activation normalisation",
+        ),
+        (
+            lambda d: d.fold_activation_whitening(*torch.ones(3, 13)),
+            "trained without activation whitening",
+        ),
+        (
+            lambda d: d.fold_and_get_W_dec_norm(),
+            r"two decoders: fold d.query and d.key, or call d.fold_W_dec_norm\(\)",
+        ),
         (lambda d: d.turn_on_forward_pass_hook_z_reshaping(), "read the layer's input, not hook_z"),
         (lambda d: setattr(d, "hook_z_reshaping_mode", True), "cannot be attached with add_sae"),
     ],
@@ -467,14 +557,18 @@ def test_what_has_no_meaning_here_is_refused(dictionary, call, message):
     before = {name: tensor.clone() for name, tensor in dictionary.state_dict().items()}
     with pytest.raises(NotImplementedError, match=message):
         call(dictionary)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in dictionary.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in dictionary.state_dict().items()
+    )
 
 
 def sae_model(mode: str, kind: str = "gpt2"):
     """The model in SAELens's own classes, to which SAEs can be attached."""
     if mode == "bridge":
         options = dict(hf_model=tiny_hf_model(kind), tokenizer=tiny_tokenizer(), device="cpu")
-        return SAETransformerBridge.boot_transformers("tiny", **options).requires_grad_(False).eval()
+        return (
+            SAETransformerBridge.boot_transformers("tiny", **options).requires_grad_(False).eval()
+        )
     hooked = tiny_model(kind, "hooked")
     model = HookedSAETransformer(hooked.cfg, tokenizer=tiny_tokenizer(), move_to_device=False)
     model.load_state_dict(hooked.state_dict())
@@ -483,7 +577,9 @@ def sae_model(mode: str, kind: str = "gpt2"):
 
 def dictionary_of(model, **cfg) -> qk.BilinearQKDictionary:
     fingerprint = list(qk_weights(model, 1).fingerprint())
-    return make_dictionary(spec=attention_spec(model, 1), d_query=29, d_key=31, layer=1, fingerprint=fingerprint, **cfg)
+    return make_dictionary(
+        spec=attention_spec(model, 1), d_query=29, d_key=31, layer=1, fingerprint=fingerprint, **cfg
+    )
 
 
 @pytest.mark.parametrize("mode", ["bridge", "hooked"])
@@ -492,7 +588,8 @@ def test_add_sae_is_refused(mode):
     d = dictionary_of(model, metadata=SAEMetadata(hook_name=hook_names(model, 1).input))
     logits = model(tiny_tokens(2, 7))
     with pytest.raises(
-        NotImplementedError, match=r"cannot be attached with add_sae.*use d.patched\(model\), or attach d.query"
+        NotImplementedError,
+        match=r"cannot be attached with add_sae.*use d.patched\(model\), or attach d.query",
     ):
         model.add_sae(d)
     assert not model.acts_to_saes
@@ -508,14 +605,21 @@ def test_the_halves_can_be_attached_as_the_refusal_says(kind):
     seen = {}
     model.add_sae(d.query)
     model.add_sae(d.key)
-    record = [(name, lambda value, hook, name=name: seen.update({name: value})) for name in (names.input, names.pattern)]
+    record = [
+        (name, lambda value, hook, name=name: seen.update({name: value}))
+        for name in (names.input, names.pattern)
+    ]
     model.run_with_hooks(tiny_tokens(2, 7), fwd_hooks=record, prepend_bos=False)
     torch.testing.assert_close(seen[names.pattern], d.pattern(seen[names.input]), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("call", ["encode", "encode_query", "encode_key", "forward", "queries_keys", "scores", "pattern"])
+@pytest.mark.parametrize(
+    "call", ["encode", "encode_query", "encode_key", "forward", "queries_keys", "scores", "pattern"]
+)
 def test_inputs_of_another_width_are_refused(dictionary, call):
-    with pytest.raises(ValueError, match=r"x must have width d_in = 13 in its last axis, got shape \[2, 11, 12\]"):
+    with pytest.raises(
+        ValueError, match=r"x must have width d_in = 13 in its last axis, got shape \[2, 11, 12\]"
+    ):
         getattr(dictionary, call)(torch.zeros(2, 11, 12))
 
 
@@ -528,8 +632,12 @@ def test_the_map_is_needed_for_its_pattern():
 
 
 def test_unknown_sources_are_refused(dictionary, monkeypatch):
-    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # what users meet outside pytest
-    with pytest.raises(ValueError, match="source must be 'transcoders' or 'feature_map', got 'model'"):
+    monkeypatch.setattr(
+        "jaxtyping.config.jaxtyping_disable", True
+    )  # what users meet outside pytest
+    with pytest.raises(
+        ValueError, match="source must be 'transcoders' or 'feature_map', got 'model'"
+    ):
         dictionary.pattern(random_x(), source="model")
 
 
@@ -550,7 +658,9 @@ def test_maps_of_another_dictionary_are_refused(dictionary, sizes):
     """Their constant feature would be taken for a real one."""
     foreign = SparseFeatureMap([(0, 1, 2)], torch.ones(1), *sizes)
     kept = dictionary.feature_map
-    with pytest.raises(ValueError, match=r"must be for \(d_query, d_key, n_heads\) = \(307, 311, 6\), got one for"):
+    with pytest.raises(
+        ValueError, match=r"must be for \(d_query, d_key, n_heads\) = \(307, 311, 6\), got one for"
+    ):
         dictionary.set_feature_map(foreign)
     assert dictionary.feature_map is kept
     assert dictionary.cfg.n_pairs == 1009
@@ -560,13 +670,18 @@ def test_maps_of_another_dictionary_are_refused(dictionary, sizes):
     ("changes", "message"),
     [
         ({"apply_b_dec_to_input": True}, "apply_b_dec_to_input must be False"),
-        ({"normalize_activations": "layer_norm"}, "normalize_activations must be 'none', got 'layer_norm'"),
+        (
+            {"normalize_activations": "layer_norm"},
+            "normalize_activations must be 'none', got 'layer_norm'",
+        ),
         ({"d_in": 12}, "d_in must be the attention's d_model 13, got 12"),
     ],
 )
 def test_bad_configs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        qk.BilinearQKConfig(**{"d_in": 13, "d_query": 7, "d_key": 11, "attention": SPEC.to_dict(), **changes})
+        qk.BilinearQKConfig(
+            **{"d_in": 13, "d_query": 7, "d_key": 11, "attention": SPEC.to_dict(), **changes}
+        )
 
 
 def test_a_dictionary_needs_its_attention():
@@ -581,8 +696,15 @@ def test_pair_frame_lists_every_pair_with_its_score_and_statistics(dictionary, s
     before = {name: tensor.clone() for name, tensor in dictionary.state_dict().items()}
     frame, kept = dictionary.pair_frame(), dictionary.feature_map
     assert list(frame.columns) == [
-        "query_feature", "key_feature", "head", "weight", "score_at_0", "importance", "effect", "co_occurrence",
-    ]  # fmt: skip
+        "query_feature",
+        "key_feature",
+        "head",
+        "weight",
+        "score_at_0",
+        "importance",
+        "effect",
+        "co_occurrence",
+    ]
     assert len(frame) == 1009
     listed = torch.tensor(frame[["query_feature", "key_feature", "head"]].to_numpy().tolist())
     assert torch.equal(listed, kept.indices)
@@ -590,15 +712,21 @@ def test_pair_frame_lists_every_pair_with_its_score_and_statistics(dictionary, s
     for a, b, h in listed.tolist():
         q = dictionary.query.b_dec if a == D_QUERY else dictionary.query.W_dec[a]
         k = dictionary.key.b_dec if b == D_KEY else dictionary.key.W_dec[b]
-        expected.append(float(q[10 * h : 10 * h + 10] @ k[10 * (h // 2) : 10 * (h // 2) + 10]) * SPEC.scale)
-    pd.testing.assert_series_equal(frame["score_at_0"], pd.Series(expected, name="score_at_0"), check_dtype=False, atol=1e-6)
+        expected.append(
+            float(q[10 * h : 10 * h + 10] @ k[10 * (h // 2) : 10 * (h // 2) + 10]) * SPEC.scale
+        )
+    pd.testing.assert_series_equal(
+        frame["score_at_0"], pd.Series(expected, name="score_at_0"), check_dtype=False, atol=1e-6
+    )
     assert torch.equal(torch.tensor(frame["weight"].to_list()), kept.weights)
     measured = kept.statistics[:, 2] > 0
     assert 0 < int(measured.sum()) < 1009
     statistics = frame[["importance", "effect", "co_occurrence"]].to_numpy()
     assert np.isnan(statistics[~measured.numpy()]).all()
     assert np.array_equal(statistics[measured.numpy()], kept.statistics[measured].numpy())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in dictionary.state_dict().items()), "left unchanged"
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in dictionary.state_dict().items()
+    ), "left unchanged"
     loaded = qk.BilinearQKDictionary.load_from_disk(saved)
     pd.testing.assert_frame_equal(loaded.pair_frame(), frame, rtol=1e-5)
 
@@ -608,12 +736,16 @@ OFFSETS = (0, 1, 5, 40)
 
 @pytest.mark.parametrize("rotary", [(), (1.0, 0.3, 0.02)], ids=["none", "partial"])
 def test_pair_kernel_equals_the_loop(rotary):
-    d = make_dictionary(spec=AttentionSpec(6, 3, d_head=10, d_model=13, scale=0.4, rotary_inv_freq=rotary))
+    d = make_dictionary(
+        spec=AttentionSpec(6, 3, d_head=10, d_model=13, scale=0.4, rotary_inv_freq=rotary)
+    )
     kinds = [(7, 5, 4), (D_QUERY, 5, 4), (7, D_KEY, 1), (D_QUERY, D_KEY, 5), (300, 310, 0)]
     kernel = d.pair_kernel(kinds, OFFSETS)
     assert kernel.shape == (5, 4)
     for pair, scores in zip(kinds, kernel.tolist(), strict=True):
-        assert scores == pytest.approx([loop_kernel(pair, d.decoders, d.spec, offset) for offset in OFFSETS], abs=1e-5)
+        assert scores == pytest.approx(
+            [loop_kernel(pair, d.decoders, d.spec, offset) for offset in OFFSETS], abs=1e-5
+        )
     assert torch.equal(kernel, d.pair_kernel(torch.tensor(kinds), torch.tensor(OFFSETS)))
     assert (kernel[:, 1:] == kernel[:, :1]).all() == (not rotary)
     assert d.pair_kernel([], OFFSETS).shape == (0, 4)
@@ -625,10 +757,14 @@ def test_pair_kernel_is_what_a_unit_of_both_activations_adds(dictionary):
 
     def scores(query_more: float, key_more: float) -> Tensor:
         def more(at, value):
-            return lambda acts, hook: acts.index_put((torch.tensor(1), *map(torch.tensor, at)), acts[(1, *at)] + value)
+            return lambda acts, hook: acts.index_put(
+                (torch.tensor(1), *map(torch.tensor, at)), acts[(1, *at)] + value
+            )
 
         hooks = [("query", (i, a), query_more), ("key", (j, b), key_more)]
-        with dictionary.hooks(fwd_hooks=[(f"{side}.hook_sae_acts_post", more(at, v)) for side, at, v in hooks]):
+        with dictionary.hooks(
+            fwd_hooks=[(f"{side}.hook_sae_acts_post", more(at, v)) for side, at, v in hooks]
+        ):
             return dictionary.scores(x)[1]
 
     difference = scores(1, 1) - scores(1, 0) - scores(0, 1) + scores(0, 0)
@@ -640,10 +776,19 @@ def test_pair_kernel_is_what_a_unit_of_both_activations_adds(dictionary):
 
 
 @pytest.mark.parametrize(
-    ("pair", "offset"), [((D_QUERY + 1, 0, 0), 0), ((0, D_KEY + 1, 0), 0), ((0, 0, 6), 0), ((-1, 0, 0), 0), ((0, 0, 0), -1)]
+    ("pair", "offset"),
+    [
+        ((D_QUERY + 1, 0, 0), 0),
+        ((0, D_KEY + 1, 0), 0),
+        ((0, 0, 6), 0),
+        ((-1, 0, 0), 0),
+        ((0, 0, 0), -1),
+    ],
 )
 def test_pair_kernel_refuses_what_is_out_of_range(dictionary, pair, offset):
-    with pytest.raises(ValueError, match=r"lie in \[0, 307\] x \[0, 311\] x \[0, 5\] and offsets be at least 0"):
+    with pytest.raises(
+        ValueError, match=r"lie in \[0, 307\] x \[0, 311\] x \[0, 5\] and offsets be at least 0"
+    ):
         dictionary.pair_kernel([(1, 2, 3), pair], [1, offset])
 
 
@@ -665,11 +810,22 @@ def test_one_pair_of_one_prompt_by_hand():
     assert min(query_acts[1, 8, a], key_acts[1, 3, b]) > 0.5
     d.set_feature_map(SparseFeatureMap([(a, b, 4)], torch.tensor([0.25]), 29, 31, 6))
     turned = rotate(d.query.W_dec[a, 40:50].expand(1, 1, 1, 10), SPEC, torch.tensor([5]))[0, 0, 0]
-    term = 0.25 * query_acts[1, 8, a] * key_acts[1, 3, b] * SPEC.scale * (turned @ d.key.W_dec[b, 20:30])
-    biases = [side.b_dec.unflatten(0, (heads, 10)).expand(1, 11, -1, -1) for side, heads in ((d.query, 6), (d.key, 3))]
+    term = (
+        0.25
+        * query_acts[1, 8, a]
+        * key_acts[1, 3, b]
+        * SPEC.scale
+        * (turned @ d.key.W_dec[b, 20:30])
+    )
+    biases = [
+        side.b_dec.unflatten(0, (heads, 10)).expand(1, 11, -1, -1)
+        for side, heads in ((d.query, 6), (d.key, 3))
+    ]
     constant = attention_scores(*biases, SPEC)
     scores = d.scores(x, "feature_map")
     assert abs(term) > 1e-3
     torch.testing.assert_close(scores[1, 4, 8, 3], constant[0, 4, 8, 3] + term, rtol=0, atol=1e-6)
     others = [head for head in range(6) if head != 4]
-    torch.testing.assert_close(scores[:, others], constant[:, others].tril().expand(2, -1, -1, -1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        scores[:, others], constant[:, others].tril().expand(2, -1, -1, -1), rtol=0, atol=1e-6
+    )

@@ -64,7 +64,9 @@ def patterns(dictionary, model, rows) -> dict[str, torch.Tensor]:
         made["shuffled"][row] = true[row - 1]
     for i in range(N_POS):
         made["uniform"][:, :, i, : i + 1] = 1 / (i + 1)
-    made["transcoders"] = pattern_by_hand(attention_scores(*dictionary.queries_keys(x), dictionary.spec).double())
+    made["transcoders"] = pattern_by_hand(
+        attention_scores(*dictionary.queries_keys(x), dictionary.spec).double()
+    )
     made["feature_map"] = pattern_by_hand(scores_by_hand(dictionary, x, kept_pairs(dictionary)))
     return made
 
@@ -83,7 +85,11 @@ def losses(model, rows, patterns) -> dict[str, tuple[float, float]]:
         ce, kl = 0.0, 0.0
         for row in range(N_ROWS):
             patched = log_probs(pattern, row)
-            ce -= sum(float(patched[i, rows[row, i + 1]]) for i in range(N_POS - 1)) / (N_POS - 1) / N_ROWS
+            ce -= (
+                sum(float(patched[i, rows[row, i + 1]]) for i in range(N_POS - 1))
+                / (N_POS - 1)
+                / N_ROWS
+            )
             kl += float((clean[row].exp() * (clean[row] - patched)).sum()) / N_POS / N_ROWS
         figures[name] = ce, kl
     return figures
@@ -98,7 +104,11 @@ def kl_by_head(true, other) -> list[float]:
             for i in range(1, N_POS):
                 total += sum(
                     p * math.log(p / o)
-                    for p, o in zip(true[row, head, i, : i + 1].tolist(), other[row, head, i, : i + 1].tolist(), strict=True)
+                    for p, o in zip(
+                        true[row, head, i, : i + 1].tolist(),
+                        other[row, head, i, : i + 1].tolist(),
+                        strict=True,
+                    )
                 )
         figures.append(total / (len(true) * (N_POS - 1)))
     return figures
@@ -117,7 +127,9 @@ def test_loss_and_logits(result, losses, name):
     assert figures.ce_loss == pytest.approx(ce, rel=1e-5)
     assert figures.logit_kl == pytest.approx(kl, rel=1e-3, abs=1e-6)
     zero_ce, zero_kl = losses["zero"]
-    assert figures.ce_recovered.value == pytest.approx((zero_ce - ce) / (zero_ce - losses["clean"][0]), abs=1e-3)
+    assert figures.ce_recovered.value == pytest.approx(
+        (zero_ce - ce) / (zero_ce - losses["clean"][0]), abs=1e-3
+    )
     assert figures.logit_kl_recovered.value == pytest.approx(1 - kl / zero_kl, abs=1e-3)
     assert kl > 1e-3  # the source does something
 
@@ -160,7 +172,12 @@ def explained_by_hand(s, f, P) -> list[list[float]]:
         for row in range(len(s)):
             for i in range(s.shape[2]):
                 true, made = s[row, head, i, : i + 1].double(), f[row, head, i, : i + 1].double()
-                for k, p in enumerate((P[row, head, i, : i + 1], torch.full((i + 1,), 1 / (i + 1), dtype=torch.float64))):
+                for k, p in enumerate(
+                    (
+                        P[row, head, i, : i + 1],
+                        torch.full((i + 1,), 1 / (i + 1), dtype=torch.float64),
+                    )
+                ):
                     s_centred, f_centred = true - (p * true).sum(), made - (p * made).sum()
                     sums[2 * k] += (p * (s_centred - f_centred) ** 2).sum()
                     sums[2 * k + 1] += (p * s_centred**2).sum()
@@ -175,7 +192,11 @@ def explained_by_hand(s, f, P) -> list[list[float]]:
 @pytest.mark.parametrize("source", SOURCES)
 def test_score_explained(dictionary, model, rows, result, patterns, source):
     n_rows, figures = N_ROWS, result.sources[source]
-    features = {pair: m for pair, m in kept_pairs(dictionary).items() if pair[0] < D_QUERY and pair[1] < D_KEY}
+    features = {
+        pair: m
+        for pair, m in kept_pairs(dictionary).items()
+        if pair[0] < D_QUERY and pair[1] < D_KEY
+    }
     assert len(features) < len(kept_pairs(dictionary))
     if source == "transcoders":  # every pair, of fewer rows
         heads = range(dictionary.spec.n_heads)
@@ -217,7 +238,9 @@ def test_a_dictionary_of_the_true_queries_and_keys_is_perfect(model, rows):
     assert figures.norm_share == pytest.approx(expected[2], rel=1e-5)
     without_biases = not (weights.b_Q.any() or weights.b_K.any())
     assert (max(figures.score_explained) > 0.99999) == without_biases
-    assert (result.features.l0_query, result.features.l0_key) == pytest.approx((d.cfg.d_in, d.cfg.d_in))
+    assert (result.features.l0_query, result.features.l0_key) == pytest.approx(
+        (d.cfg.d_in, d.cfg.d_in)
+    )
 
 
 def test_intervals_hold_their_values(result):
@@ -234,7 +257,10 @@ def test_intervals_are_those_of_resampled_rows(dictionary, model, rows):
     figures = qk.evaluate(dictionary, model, equal, baselines=()).sources["transcoders"]
     for interval in (figures.pattern_kl, figures.ce_recovered, figures.logit_kl_recovered):
         assert interval.high - interval.low < 1e-5
-    a, b = (qk.evaluate(dictionary, model, rows, baselines=(), seed=seed).sources["transcoders"] for seed in (0, 0))
+    a, b = (
+        qk.evaluate(dictionary, model, rows, baselines=(), seed=seed).sources["transcoders"]
+        for seed in (0, 0)
+    )
     other = qk.evaluate(dictionary, model, rows, baselines=(), seed=1).sources["transcoders"]
     assert a == b
     assert a.pattern_kl != other.pattern_kl
@@ -244,8 +270,14 @@ def test_intervals_are_those_of_resampled_rows(dictionary, model, rows):
 def test_features(dictionary, model, rows, result):
     x, _ = inputs_and_scores(model, rows)
     for side, acts in (("query", dictionary.encode_query(x)), ("key", dictionary.encode_key(x))):
-        counts = [sum(value > 0 for value in acts[..., feature].flatten().tolist()) for feature in range(acts.shape[2])]
-        found = {name.removesuffix(f"_{side}"): value for name, value in result.features._asdict().items()}
+        counts = [
+            sum(value > 0 for value in acts[..., feature].flatten().tolist())
+            for feature in range(acts.shape[2])
+        ]
+        found = {
+            name.removesuffix(f"_{side}"): value
+            for name, value in result.features._asdict().items()
+        }
         assert found["l0"] == pytest.approx(sum(counts) / (N_ROWS * N_POS), rel=1e-6)
         assert found["live"] == sum(count > 0 for count in counts)
         assert found["max_density"] == pytest.approx(max(counts) / (N_ROWS * N_POS), rel=1e-6)
@@ -255,11 +287,16 @@ def test_features(dictionary, model, rows, result):
 def test_feature_map(dictionary, model, rows, result):
     x, _ = inputs_and_scores(model, rows)
     fires = {
-        "query": torch.cat([dictionary.encode_query(x) > 0, torch.ones(N_ROWS, N_POS, 1, dtype=torch.bool)], dim=2),
-        "key": torch.cat([dictionary.encode_key(x) > 0, torch.ones(N_ROWS, N_POS, 1, dtype=torch.bool)], dim=2),
+        "query": torch.cat(
+            [dictionary.encode_query(x) > 0, torch.ones(N_ROWS, N_POS, 1, dtype=torch.bool)], dim=2
+        ),
+        "key": torch.cat(
+            [dictionary.encode_key(x) > 0, torch.ones(N_ROWS, N_POS, 1, dtype=torch.bool)], dim=2
+        ),
     }
     live_query, live_key = (
-        {f for f in range(acts.shape[2] - 1) if acts[..., f].any()} for acts in (fires["query"], fires["key"])
+        {f for f in range(acts.shape[2] - 1) if acts[..., f].any()}
+        for acts in (fires["query"], fires["key"])
     )
     pairs, n_heads = list(kept_pairs(dictionary)), dictionary.spec.n_heads
     between = [(a, b, h) for a, b, h in pairs if a != D_QUERY and b != D_KEY]
@@ -273,24 +310,36 @@ def test_feature_map(dictionary, model, rows, result):
     assert (found.n_pairs, found.n_pairs_without_constants) == (len(pairs), len(between))
     assert 0 < len(both_live) < len(between) < len(pairs)
     assert found.sparsity_of_all == pytest.approx(1 - len(between) / (D_QUERY * D_KEY * n_heads))
-    assert found.sparsity_of_live == pytest.approx(1 - len(both_live) / (len(live_query) * len(live_key) * n_heads))
+    assert found.sparsity_of_live == pytest.approx(
+        1 - len(both_live) / (len(live_query) * len(live_key) * n_heads)
+    )
     assert found.pairs_per_head == [sum(h == head for _, _, h in pairs) for head in range(n_heads)]
     assert found.active_pairs == pytest.approx(active / (N_ROWS * N_POS * (N_POS + 1) / 2))
 
 
 def test_figures_by_row(dictionary, model, rows, patterns, result):
-    made, alone = result.by_row, qk.evaluate(dictionary, model, rows[2:5], baselines=("uniform",)).by_row
+    made, alone = (
+        result.by_row,
+        qk.evaluate(dictionary, model, rows[2:5], baselines=("uniform",)).by_row,
+    )
     for name in (*SOURCES, "zero", "uniform"):
-        figures = ("pattern_tv", "ce_loss", "logit_kl") + ("pattern_kl", "argmax_agreement") * (name != "zero")
+        figures = ("pattern_tv", "ce_loss", "logit_kl") + ("pattern_kl", "argmax_agreement") * (
+            name != "zero"
+        )
         assert set(made.sources[name]) == set(figures)
         for figure in figures:
             found = made.sources[name][figure]
             assert found.shape == (N_ROWS, *[dictionary.spec.n_heads] * (figure == "pattern_kl"))
             assert alone.sources[name][figure] == pytest.approx(found[2:5], rel=1e-3, abs=1e-6)
     true, other = patterns["clean"][3:4], patterns["transcoders"][3:4]
-    assert made.sources["transcoders"]["pattern_kl"][3] == pytest.approx(kl_by_head(true, other), rel=1e-3)
+    assert made.sources["transcoders"]["pattern_kl"][3] == pytest.approx(
+        kl_by_head(true, other), rel=1e-3
+    )
     x, _ = inputs_and_scores(model, rows)
-    for fired, acts in ((made.fired_query, dictionary.encode_query(x)), (made.fired_key, dictionary.encode_key(x))):
+    for fired, acts in (
+        (made.fired_query, dictionary.encode_query(x)),
+        (made.fired_key, dictionary.encode_key(x)),
+    ):
         assert fired.tolist() == (acts > 0).sum(dim=(0, 1)).tolist()
 
 
@@ -304,15 +353,25 @@ def test_batches_do_not_matter(dictionary, model, rows, result):
 
 def _flat(value, path="") -> dict[str, float]:
     if isinstance(value, dict):
-        return {name: leaf for key, item in value.items() for name, leaf in _flat(item, f"{path}/{key}").items()}
+        return {
+            name: leaf
+            for key, item in value.items()
+            for name, leaf in _flat(item, f"{path}/{key}").items()
+        }
     if isinstance(value, list | tuple):
-        return {name: leaf for i, item in enumerate(value) for name, leaf in _flat(item, f"{path}/{i}").items()}
+        return {
+            name: leaf
+            for i, item in enumerate(value)
+            for name, leaf in _flat(item, f"{path}/{i}").items()
+        }
     return {} if value is None else {path: value}
 
 
 def test_the_same_figures_on_the_other_host(rows):
     d = tiny_dictionary(tiny_model("llama"))
-    one, other = (qk.evaluate(d, tiny_model("llama", mode), rows).to_dict() for mode in ("bridge", "hooked"))
+    one, other = (
+        qk.evaluate(d, tiny_model("llama", mode), rows).to_dict() for mode in ("bridge", "hooked")
+    )
     assert _flat(one) == pytest.approx(_flat(other), rel=1e-2, abs=1e-4)
 
 
@@ -320,7 +379,10 @@ def test_result_is_json(result):
     text = json.dumps(result.to_dict(), allow_nan=False)
     read = json.loads(text)
     assert set(read) == {"n_tokens", "n_rows", "ce_clean", "sources", "features", "feature_map"}
-    assert read["sources"]["transcoders"]["pattern_kl"] == result.sources["transcoders"].pattern_kl._asdict()
+    assert (
+        read["sources"]["transcoders"]["pattern_kl"]
+        == result.sources["transcoders"].pattern_kl._asdict()
+    )
     assert read["sources"]["zero"]["pattern_kl"] is None
     assert read["feature_map"]["pairs_per_head"] == result.feature_map.pairs_per_head
     assert len(_flat(read)) > 80
@@ -333,16 +395,26 @@ def test_result_prints_as_a_table(result):
         return console.file.getvalue()
 
     text = printed(result)
-    assert f"{N_ROWS * N_POS} tokens in {N_ROWS} rows, clean loss {result.ce_clean:.4f} nats" in text
+    assert (
+        f"{N_ROWS * N_POS} tokens in {N_ROWS} rows, clean loss {result.ce_clean:.4f} nats" in text
+    )
     lines = {line.split()[1]: line for line in text.splitlines() if line.startswith("│")}
     assert list(lines) == list(result.sources)
     for name, figures in result.sources.items():
         interval = figures.ce_recovered
         recovered = f"{interval.value:.1%} ({interval.low:.1%}, {interval.high:.1%})"
-        for piece in (f"{figures.pattern_tv:.4f}", f"{figures.ce_loss:.4f}", f"{figures.logit_kl:.4f}", recovered):
+        for piece in (
+            f"{figures.pattern_tv:.4f}",
+            f"{figures.ce_loss:.4f}",
+            f"{figures.logit_kl:.4f}",
+            recovered,
+        ):
             assert piece in lines[name]
         assert (f"{figures.pattern_kl.value:.4f}" if figures.pattern_kl else " - ") in lines[name]
-    assert f"live {result.features.live_query} / {result.features.live_key} in {N_ROWS * N_POS} tokens" in text
+    assert (
+        f"live {result.features.live_query} / {result.features.live_key} in {N_ROWS * N_POS} tokens"
+        in text
+    )
     assert f"feature map: {result.feature_map.n_pairs} pairs" in text
     assert "feature map:" not in printed(result._replace(feature_map=None))
 
@@ -361,7 +433,11 @@ def test_chosen_baselines_and_state(dictionary, model, rows):
 
 @pytest.mark.parametrize(
     ("options", "n_rows", "got"),
-    [({"baselines": ("random",)}, 3, "random"), ({"batch_size": 1}, 3, "1 and"), ({}, 1, r"\[1, 13\]")],
+    [
+        ({"baselines": ("random",)}, 3, "random"),
+        ({"batch_size": 1}, 3, "1 and"),
+        ({}, 1, r"\[1, 13\]"),
+    ],
 )
 def test_wrong_arguments_are_refused(dictionary, model, rows, options, n_rows, got):
     with pytest.raises(ValueError, match=rf"evaluate needs tokens \[row >= 2, pos\].*got .*{got}"):
@@ -379,5 +455,7 @@ def test_compared_dictionaries_are_of_one_layer(dictionary, model, rows, result)
     other = tiny_dictionary(model)
     other.cfg.layer = LAYER - 1
     for chosen, said in (({"a": dictionary, "b": other}, [LAYER - 1, LAYER]), ({}, [])):
-        with pytest.raises(ValueError, match=rf"dictionaries of one layer, got those of {re.escape(str(said))}"):
+        with pytest.raises(
+            ValueError, match=rf"dictionaries of one layer, got those of {re.escape(str(said))}"
+        ):
             qk.evals.compare(chosen, model, rows)

@@ -32,8 +32,20 @@ def test_every_example_is_listed():
 @pytest.mark.parametrize("name", SHOWN)
 def test_examples_run(name, tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "140"}
-    command = [sys.executable, str(EXAMPLES / name), *(["--smoke"] if not name.startswith("demo") else [])]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200, check=False)
+    command = [
+        sys.executable,
+        str(EXAMPLES / name),
+        *(["--smoke"] if not name.startswith("demo") else []),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip()
     for piece in SHOWN[name]:

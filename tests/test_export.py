@@ -34,11 +34,18 @@ class Case(NamedTuple):
         return "-".join(self)
 
 
-CASES = [Case(kind, half, dtype) for kind in KINDS for half in CLASSES for dtype in ("float32", "float16")]
+CASES = [
+    Case(kind, half, dtype)
+    for kind in KINDS
+    for half in CLASSES
+    for dtype in ("float32", "float16")
+]
 CASES += [Case(kind, mode="bridge_compatibility") for kind in KINDS]
 
 
-def random_dictionary(kind: str, half: str, dtype: str = "float32", mode: str = "bridge") -> qk.BilinearQKDictionary:
+def random_dictionary(
+    kind: str, half: str, dtype: str = "float32", mode: str = "bridge"
+) -> qk.BilinearQKDictionary:
     """Every parameter random, thresholds positive."""
     made = empty_dictionary(tiny_model(kind, mode), D_QUERY, D_KEY, half)
     generator = torch.Generator().manual_seed(0)
@@ -76,7 +83,10 @@ def stock_user(work: str) -> None:
     torch.set_grad_enabled(False)
     found = {"refusal": refusal}
     for folder in sorted(path for path in Path(work).iterdir() if path.is_dir()):
-        told, given = json.loads((folder / "case.json").read_text()), load_file(folder / "given.safetensors")
+        told, given = (
+            json.loads((folder / "case.json").read_text()),
+            load_file(folder / "given.safetensors"),
+        )
         stored = {side: SAE.load_from_disk(folder / side) for side in ("query", "key")}
         found[folder.name] = {
             side: {
@@ -92,9 +102,13 @@ def stock_user(work: str) -> None:
             seen[f"{side}_out"] = half.decode(seen[f"{side}_acts"])
 
         model = SAETransformerBridge.boot_transformers(
-            "tiny", hf_model=AutoModelForCausalLM.from_pretrained(told["model"], attn_implementation="eager"),
-            tokenizer=AutoTokenizer.from_pretrained(told["model"]), device="cpu",
-        )  # fmt: skip
+            "tiny",
+            hf_model=AutoModelForCausalLM.from_pretrained(
+                told["model"], attn_implementation="eager"
+            ),
+            tokenizer=AutoTokenizer.from_pretrained(told["model"]),
+            device="cpu",
+        )
         if told["compatibility_mode"]:
             model.enable_compatibility_mode()
         seen["logits_before"] = model(given["tokens"])
@@ -104,7 +118,10 @@ def stock_user(work: str) -> None:
         seen["pattern"] = cache[told["hook_pattern"]]
         model.reset_saes()
         seen["logits_after"] = model(given["tokens"])
-        save_file({name: tensor.contiguous() for name, tensor in seen.items()}, folder / "seen.safetensors")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in seen.items()},
+            folder / "seen.safetensors",
+        )
     assert not [name for name in sys.modules if name.split(".")[0] == "sae_lens_qk"]
     (Path(work) / "found.json").write_text(json.dumps(found))
 
@@ -130,7 +147,10 @@ def process(tmp_path_factory, gpt2_folder, llama_folder) -> Path:
         names = hook_names(model, LAYER)
         _, inputs = observe(model, tokens, names=(names.input,))
         random_dictionary(*case).export_transcoders(work / case.name)
-        save_file({"x": inputs[names.input].contiguous(), "tokens": tokens}, work / case.name / "given.safetensors")
+        save_file(
+            {"x": inputs[names.input].contiguous(), "tokens": tokens},
+            work / case.name / "given.safetensors",
+        )
         told = {
             "model": str(model_folders[case.kind]),
             "compatibility_mode": case.mode == "bridge_compatibility",
@@ -139,7 +159,9 @@ def process(tmp_path_factory, gpt2_folder, llama_folder) -> Path:
         (work / case.name / "case.json").write_text(json.dumps(told))
     script = f"{inspect.getsource(stock_user)}\nstock_user({str(work)!r})"
     command = [sys.executable, "-W", "ignore", "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=work)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, check=False, cwd=work
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return work
 
@@ -154,7 +176,9 @@ def outcome(request, process, found) -> Outcome:
     case: Case = request.param
     folder = process / case.name
     given, seen = load_file(folder / "given.safetensors"), load_file(folder / "seen.safetensors")
-    return Outcome(case, random_dictionary(*case), given["x"], given["tokens"], found[case.name], seen)
+    return Outcome(
+        case, random_dictionary(*case), given["x"], given["tokens"], found[case.name], seen
+    )
 
 
 # In a process without this package
@@ -190,7 +214,9 @@ def test_features_and_outputs_are_the_dictionarys(outcome):
         acts = seen[f"{side}_acts"]
         assert acts.shape[-1] == d_features
         assert 0.1 < (acts > 0).float().mean() < 0.7
-    assert not torch.allclose(seen["query_acts"][..., :D_QUERY], seen["key_acts"][..., :D_QUERY], atol=0.1)
+    assert not torch.allclose(
+        seen["query_acts"][..., :D_QUERY], seen["key_acts"][..., :D_QUERY], atol=0.1
+    )
 
 
 def test_both_attached_give_the_dictionarys_pattern(outcome):
@@ -217,25 +243,38 @@ def test_the_model_changes_as_it_does_under_patched_and_is_restored(outcome):
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("half", CLASSES)
 def test_folders_hold_config_and_weights_alone(half, dtype, tmp_path):
     d = random_dictionary("llama", half, dtype)
-    before, cfg_before = {name: tensor.clone() for name, tensor in d.state_dict().items()}, d.cfg.to_dict()
+    before, cfg_before = (
+        {name: tensor.clone() for name, tensor in d.state_dict().items()},
+        d.cfg.to_dict(),
+    )
     folders = d.export_transcoders(str(tmp_path / "new" / "folder"))
-    assert (folders.query, folders.key) == tuple(tmp_path / "new" / "folder" / side for side in SIDES)
+    assert (folders.query, folders.key) == tuple(
+        tmp_path / "new" / "folder" / side for side in SIDES
+    )
     assert list(files_of(tmp_path / "new" / "folder")) == [
-        f"{side}/{file}" for side in reversed(SIDES) for file in ("cfg.json", "sae_weights.safetensors")
+        f"{side}/{file}"
+        for side in reversed(SIDES)
+        for file in ("cfg.json", "sae_weights.safetensors")
     ]
     for side, folder, d_out in zip(SIDES, folders, (d.spec.d_queries, d.spec.d_keys), strict=True):
         cfg = json.loads((folder / "cfg.json").read_text())
         assert (cfg["architecture"], cfg["dtype"], cfg["device"]) == (half, dtype, "cpu")
         assert (cfg["d_in"], cfg["d_sae"], cfg["d_out"]) == (20, getattr(d.cfg, f"d_{side}"), d_out)
         tensors = load_file(folder / "sae_weights.safetensors")
-        assert set(tensors) == {"W_enc", "b_enc", "W_dec", "b_dec"} | ({"threshold"} if "jump" in half else set())
+        assert set(tensors) == {"W_enc", "b_enc", "W_dec", "b_dec"} | (
+            {"threshold"} if "jump" in half else set()
+        )
         for name, tensor in tensors.items():
             assert torch.equal(tensor, before[f"{side}.{name}"]), name
             assert tensor.dtype == getattr(torch, dtype)
@@ -251,7 +290,9 @@ def test_a_dictionary_from_disk_exports_the_same_files(loader, dtype, tmp_path):
     d.save_model(tmp_path / "saved")
     load = {
         "load_from_disk": qk.BilinearQKDictionary.load_from_disk,
-        "from_pretrained": lambda path: qk.BilinearQKDictionary.from_pretrained(str(path), dtype=None),
+        "from_pretrained": lambda path: qk.BilinearQKDictionary.from_pretrained(
+            str(path), dtype=None
+        ),
         "stock": SAE.load_from_disk,
     }[loader]
     loaded = load(tmp_path / "saved")

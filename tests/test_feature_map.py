@@ -36,7 +36,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 SIZES = D_QUERY, D_KEY, 6
 
 
-def transcoder_scores(query_acts, key_acts, decoders: Decoders, spec: AttentionSpec) -> torch.Tensor:
+def transcoder_scores(
+    query_acts, key_acts, decoders: Decoders, spec: AttentionSpec
+) -> torch.Tensor:
     """The other code path: decode, then attend."""
     queries = torch.einsum("bia,ahd->bihd", with_constant(query_acts), decoders.query)
     keys = torch.einsum("bja,ahd->bjhd", with_constant(key_acts), decoders.key)
@@ -65,7 +67,10 @@ def test_scores_equal_the_plain_loop(rotary):
     some = random_map()
     expected = torch.zeros(BATCH, spec.n_heads, N_POS, N_POS, dtype=torch.float64)
     constants = [((D_QUERY, D_KEY, h), 1.0) for h in range(spec.n_heads)]
-    for pair, weight in [*zip(some.indices.tolist(), some.weights.tolist(), strict=True), *constants]:
+    for pair, weight in [
+        *zip(some.indices.tolist(), some.weights.tolist(), strict=True),
+        *constants,
+    ]:
         a, b, h = pair
         kernel = [loop_kernel(pair, decoders, spec, offset) for offset in range(N_POS)]
         for row, i in product(range(BATCH), range(N_POS)):
@@ -75,7 +80,9 @@ def test_scores_equal_the_plain_loop(rotary):
             for j in range(i + 1):
                 key_act = 1.0 if b == D_KEY else float(key_acts[row, j, b])
                 expected[row, h, i, j] += weight * query_act * key_act * kernel[i - j]
-    torch.testing.assert_close(some.scores(query_acts, key_acts, decoders, spec), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        some.scores(query_acts, key_acts, decoders, spec), expected, rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -108,7 +115,9 @@ def test_include_constant_adds_constant_x_constant(rotary):
     without = some.scores(query_acts, key_acts, decoders, spec, include_constant=False)
     with_it = some.scores(query_acts, key_acts, decoders, spec)
     assert constant.abs().max() > 0.05
-    torch.testing.assert_close(with_it - without, constant.expand(BATCH, -1, -1, -1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        with_it - without, constant.expand(BATCH, -1, -1, -1), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("rotary", ["none", "partial"])
@@ -128,15 +137,21 @@ def test_gradients_with_the_constants_equal_autograd_of_the_dense_mask(rotary):
     spec = make_spec(rotary)
     query_acts, key_acts, decoders = random_case(spec)
     some = random_map()
-    towards = torch.randn(BATCH, 6, N_POS, N_POS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    towards = torch.randn(
+        BATCH, 6, N_POS, N_POS, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
 
     def gradients(make_scores, weights):
         leaves = [tensor.clone().requires_grad_() for tensor in (weights, *decoders)]
         (make_scores(leaves[0], Decoders(*leaves[1:])) * towards).sin().sum().backward()
         return [leaf.grad for leaf in leaves]
 
-    found = gradients(lambda w, d: some.scores(query_acts, key_acts, d, spec, weights=w), some.weights)
-    expected = gradients(lambda m, d: dense_scores(m, query_acts, key_acts, d, spec), some.to_dense())
+    found = gradients(
+        lambda w, d: some.scores(query_acts, key_acts, d, spec, weights=w), some.weights
+    )
+    expected = gradients(
+        lambda m, d: dense_scores(m, query_acts, key_acts, d, spec), some.to_dense()
+    )
     expected[0] = expected[0][tuple(some.indices.T)]
     for gradient, exact in zip(found, expected, strict=True):
         assert exact.abs().max() > 0.1
@@ -162,7 +177,9 @@ def test_gradient_of_the_weights_equals_finite_differences(rotary):
         ]
     )
     assert differences.abs().max() > 0.1
-    torch.testing.assert_close(weights.grad, differences, rtol=0, atol=1e-9)  # exact: the loss is quadratic
+    torch.testing.assert_close(
+        weights.grad, differences, rtol=0, atol=1e-9
+    )  # exact: the loss is quadratic
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -178,14 +195,18 @@ def test_half_precision_decoders_are_contracted_in_float32(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_packed_indices_are_exact_in_every_dtype(dtype):
-    features = torch.tensor([0, 1, 255, 256, 257, 2047, 2049, 4099, 65535, 65537, 100_003, 16_777_217, 2**31 - 1])
+    features = torch.tensor(
+        [0, 1, 255, 256, 257, 2047, 2049, 4099, 65535, 65537, 100_003, 16_777_217, 2**31 - 1]
+    )
     indices = torch.stack([features, features.flip(0), features.roll(3)], dim=1)
     digits = pack_indices(indices).to(dtype)  # as the host's loader casts them
     assert digits.dtype == dtype
     assert digits.shape == (13, 3, 4)
     assert torch.equal(unpack_indices(digits), indices)
     if dtype.itemsize == 2:
-        assert not torch.equal(indices.to(dtype).to(torch.int64), indices), "packing would not be needed"
+        assert not torch.equal(indices.to(dtype).to(torch.int64), indices), (
+            "packing would not be needed"
+        )
 
 
 @pytest.mark.parametrize("value", [torch.nan, -1.0, 256.0, 3.4, torch.inf])
@@ -208,7 +229,11 @@ def test_find_gives_rows_and_minus_one():
     order = torch.randperm(len(some), generator=torch.Generator().manual_seed(2))
     assert torch.equal(some.find(some.indices[order]), order)
     listed = {tuple(pair) for pair in some.indices.tolist()}
-    others = [pair for pair in product(range(D_QUERY + 1), range(D_KEY + 1), range(6)) if pair not in listed]
+    others = [
+        pair
+        for pair in product(range(D_QUERY + 1), range(D_KEY + 1), range(6))
+        if pair not in listed
+    ]
     assert (some.find(others) == -1).all()
     mixed = [others[0], tuple(some.indices[7].tolist()), others[5]]
     assert some.find(mixed).tolist() == [-1, 7, -1]
@@ -218,13 +243,21 @@ def test_find_does_not_take_pairs_out_of_range_for_others():
     """A head too large would otherwise name head 0 of the next key feature."""
     some = SparseFeatureMap([(5, 3, 0), (6, 0, 2)], torch.ones(2), D_QUERY, D_KEY, 6)
     assert some.find([(5, 3, 0), (6, 0, 2)]).tolist() == [0, 1]
-    assert some.find([(5, 2, 6), (5, D_KEY + 1, 2), (6, 1, -4), (4, D_KEY + 1 + 3, 0), (7, -D_KEY - 1, 2)]).eq(-1).all()
+    assert (
+        some.find(
+            [(5, 2, 6), (5, D_KEY + 1, 2), (6, 1, -4), (4, D_KEY + 1 + 3, 0), (7, -D_KEY - 1, 2)]
+        )
+        .eq(-1)
+        .all()
+    )
 
 
 def as_dict(some: SparseFeatureMap) -> dict[tuple, tuple]:
     """Weight and statistics by pair."""
     values = torch.cat([some.weights[:, None], some.statistics], dim=1).tolist()
-    return {tuple(pair): tuple(row) for pair, row in zip(some.indices.tolist(), values, strict=True)}
+    return {
+        tuple(pair): tuple(row) for pair, row in zip(some.indices.tolist(), values, strict=True)
+    }
 
 
 def is_sorted(some: SparseFeatureMap) -> bool:
@@ -236,12 +269,16 @@ def test_pairs_are_sorted_and_weights_and_statistics_follow():
     some = random_map()
     assert is_sorted(some)
     shuffle = torch.randperm(len(some), generator=torch.Generator().manual_seed(4))
-    again = SparseFeatureMap(some.indices[shuffle], some.weights[shuffle], *SIZES, some.statistics[shuffle])
+    again = SparseFeatureMap(
+        some.indices[shuffle], some.weights[shuffle], *SIZES, some.statistics[shuffle]
+    )
     assert as_dict(again) == as_dict(some)
     assert again.equals(some)
     assert torch.equal(again.statistics, some.statistics)
     listed = some.indices[shuffle].tolist()
-    assert [tuple(pair) for pair in listed] != list(as_dict(again)), "the order given was sorted already"
+    assert [tuple(pair) for pair in listed] != list(as_dict(again)), (
+        "the order given was sorted already"
+    )
     bare = SparseFeatureMap(listed, some.weights[shuffle], *SIZES)
     assert bare.statistics.eq(0).all()
     assert bare.statistics.shape == (len(some), 3)
@@ -270,9 +307,15 @@ def test_select_by_mask_or_rows_and_reweighted():
     [
         ({}, lambda a, b, h: True),
         ({"heads": 4}, lambda a, b, h: h == 4),
-        ({"heads": [0, 5], "query_features": range(3, 11)}, lambda a, b, h: h in (0, 5) and 3 <= a < 11),
+        (
+            {"heads": [0, 5], "query_features": range(3, 11)},
+            lambda a, b, h: h in (0, 5) and 3 <= a < 11,
+        ),
         ({"key_features": {D_KEY}}, lambda a, b, h: b == D_KEY),
-        ({"query_features": 7, "key_features": (1, 2, 18, 3)}, lambda a, b, h: a == 7 and b in (1, 2, 18, 3)),
+        (
+            {"query_features": 7, "key_features": (1, 2, 18, 3)},
+            lambda a, b, h: a == 7 and b in (1, 2, 18, 3),
+        ),
         ({"heads": range(1, 3), "key_features": 0}, lambda a, b, h: h in (1, 2) and b == 0),
         ({"heads": []}, lambda a, b, h: False),
         ({"heads": 99}, lambda a, b, h: False),
@@ -306,7 +349,10 @@ def test_statistics_measured_elsewhere():
     one, other = random_map(seed=0), random_map(n_pairs=1009, seed=1)
     made = one.measured_as(other)
     assert made.equals(one)
-    expected = {pair: (row[0], *as_dict(other).get(pair, (0.0,) * 4)[1:]) for pair, row in as_dict(one).items()}
+    expected = {
+        pair: (row[0], *as_dict(other).get(pair, (0.0,) * 4)[1:])
+        for pair, row in as_dict(one).items()
+    }
     assert as_dict(made) == expected
     found = made.statistics.any(dim=1)
     assert 0 < int(found.sum()) < len(one)
@@ -318,10 +364,12 @@ def test_equals_is_bit_for_bit():
     lighter = some.weights.clone()
     lighter[7] = torch.nextafter(lighter[7], torch.tensor(0.0, dtype=torch.float64))
     others = [
-        some.reweighted(lighter), some.select(torch.arange(210)), some | random_map(seed=1),
+        some.reweighted(lighter),
+        some.select(torch.arange(210)),
+        some | random_map(seed=1),
         SparseFeatureMap(some.indices, some.weights, D_QUERY, D_KEY, 7),
         SparseFeatureMap(some.indices, some.weights, D_QUERY + 1, D_KEY, 6).restrict(),
-    ]  # fmt: skip
+    ]
     for other in others:
         assert not some.equals(other)
         assert not other.equals(some)
@@ -354,9 +402,15 @@ def changed(name: str, at: tuple[int, ...], value: float):
         (changed("indices", (5, 2), -1), "the map belongs to another dictionary"),
         (changed("weights", (3,), torch.nan), "Pair weights must be finite numbers"),
         (changed("weights", (3,), 1.5), "Pair weights must be finite numbers"),
-        (lambda tensors: tensors["indices"][5].copy_(tensors["indices"][4]), "twice: merge duplicates first"),
+        (
+            lambda tensors: tensors["indices"][5].copy_(tensors["indices"][4]),
+            "twice: merge duplicates first",
+        ),
         (lambda tensors: tensors.update(weights=torch.ones(210)), "A feature map needs indices"),
-        (lambda tensors: tensors.update(statistics=torch.ones(211, 2)), "A feature map needs indices"),
+        (
+            lambda tensors: tensors.update(statistics=torch.ones(211, 2)),
+            "A feature map needs indices",
+        ),
     ],
 )
 def test_a_damaged_file_is_refused(change, message, tmp_path):
@@ -372,7 +426,9 @@ def test_a_damaged_file_is_refused(change, message, tmp_path):
 def test_a_large_map_is_not_made_dense():
     fits = SparseFeatureMap([(1, 2, 0)], torch.ones(1), 99, 99, 1)
     assert fits.to_dense().shape == (100, 100, 1)
-    with pytest.raises(MemoryError, match=r"dense mask of \(24577, 24577, 12\) entries is too large"):
+    with pytest.raises(
+        MemoryError, match=r"dense mask of \(24577, 24577, 12\) entries is too large"
+    ):
         SparseFeatureMap([(1, 2, 0)], torch.ones(1), 24_576, 24_576, 12).to_dense()
     with pytest.raises(MemoryError, match="too large"):
         SparseFeatureMap([], torch.ones(0), (1 << 14) - 1, 1 << 14, 1).to_dense()  # just above 2^28
@@ -387,14 +443,25 @@ def test_packed_statistics_keep_their_range(dtype):
     packed = pack_statistics(statistics).to(dtype)
     assert packed.isfinite().all()
     back = unpack_statistics(packed.double())
-    tolerance = {torch.float16: 0.01, torch.bfloat16: 0.07, torch.float32: 2e-6, torch.float64: 1e-12}[dtype]
+    tolerance = {
+        torch.float16: 0.01,
+        torch.bfloat16: 0.07,
+        torch.float32: 2e-6,
+        torch.float64: 1e-12,
+    }[dtype]
     torch.testing.assert_close(back[:, [0, 2]], statistics[:, [0, 2]], rtol=tolerance, atol=0)
     torch.testing.assert_close(back[:, 1], effect, rtol=tolerance, atol=1e-12)
     if dtype == torch.float16:
-        assert ((statistics.half().double() / statistics)[:, 0] - 1).abs().max() > 0.02, "packing would not be needed"
+        assert ((statistics.half().double() / statistics)[:, 0] - 1).abs().max() > 0.02, (
+            "packing would not be needed"
+        )
     unmeasured = torch.zeros(2, 3, dtype=torch.float64)
-    assert torch.equal(unpack_statistics(pack_statistics(unmeasured).to(dtype).double()), unmeasured), "zero stays zero"
-    assert torch.equal(unpack_statistics(pack_statistics(unmeasured.to(dtype))), unmeasured.to(dtype))
+    assert torch.equal(
+        unpack_statistics(pack_statistics(unmeasured).to(dtype).double()), unmeasured
+    ), "zero stays zero"
+    assert torch.equal(
+        unpack_statistics(pack_statistics(unmeasured.to(dtype))), unmeasured.to(dtype)
+    )
 
 
 def test_count_active_equals_the_loop():
@@ -429,7 +496,9 @@ def test_one_position_is_offset_zero(rotary):
     first = query_acts[:, :1], key_acts[:, :1]
     expected = transcoder_scores(*first, decoders, spec)
     assert expected.abs().max() > 0.1
-    torch.testing.assert_close(everything.scores(*first, decoders, spec), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        everything.scores(*first, decoders, spec), expected, rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("rotary", ROTARY)
@@ -463,11 +532,19 @@ def test_unset_map_has_the_asked_size_and_fits_on_meta():
             r"indices \[n_pairs, 3\], weights \[n_pairs\] and .*, got \[1, 3\], \[2\] and \[1, 3\]",
         ),
         ([(0, 0, 0)], torch.ones(1, 1), r"got \[1, 3\], \[1, 1\] and"),
-        ([(D_QUERY + 1, 0, 0)], torch.ones(1), rf"lie in \[0, {D_QUERY}\] x \[0, {D_KEY}\] x \[0, 5\].*got \[18, 0, 0\]"),
+        (
+            [(D_QUERY + 1, 0, 0)],
+            torch.ones(1),
+            rf"lie in \[0, {D_QUERY}\] x \[0, {D_KEY}\] x \[0, 5\].*got \[18, 0, 0\]",
+        ),
         ([(0, D_KEY + 1, 0)], torch.ones(1), r"got \[0, 20, 0\].*another dictionary"),
         ([(0, 0, 6)], torch.ones(1), r"got \[0, 0, 6\]"),
         ([(3, 4, 5), (0, -1, 0)], torch.ones(2), r"got \[0, -1, 0\] to \[3, 4, 5\]"),
-        ([(1, 2, 3), (4, 5, 1), (1, 2, 3)], torch.ones(3), r"lists the pair \(1, 2, 3\) twice: merge duplicates first"),
+        (
+            [(1, 2, 3), (4, 5, 1), (1, 2, 3)],
+            torch.ones(3),
+            r"lists the pair \(1, 2, 3\) twice: merge duplicates first",
+        ),
         ([(D_QUERY, D_KEY, 2)], torch.ones(1), "constant x constant pair is part of every map"),
         ([(0, 0, 0)], torch.tensor([torch.nan]), r"finite numbers in \[0, 1\]"),
         ([(0, 0, 0)], torch.tensor([torch.inf]), r"finite numbers in \[0, 1\]"),
@@ -492,7 +569,13 @@ def test_bad_weights_are_refused_when_reweighting():
 
 
 @pytest.mark.parametrize(
-    "pairs", [np.zeros((2, 3)), np.zeros((5, 2), dtype=np.int64), np.zeros(3, dtype=np.int64), np.ones((1, 1, 3), dtype=int)]
+    "pairs",
+    [
+        np.zeros((2, 3)),
+        np.zeros((5, 2), dtype=np.int64),
+        np.zeros(3, dtype=np.int64),
+        np.ones((1, 1, 3), dtype=int),
+    ],
 )
 def test_pairs_must_be_integer_triples(pairs):
     with pytest.raises(ValueError, match=r"Pairs are integer triples .* of shape \["):
@@ -501,7 +584,11 @@ def test_pairs_must_be_integer_triples(pairs):
 
 def test_pairs_may_come_as_lists_arrays_or_tensors():
     triples = [(1, 2, 3), (4, 5, 0)]
-    for pairs in (triples, np.array(triples, dtype=np.int32), torch.tensor(triples, dtype=torch.int16)):
+    for pairs in (
+        triples,
+        np.array(triples, dtype=np.int32),
+        torch.tensor(triples, dtype=torch.int16),
+    ):
         made = as_pairs(pairs)
         assert made.dtype == torch.int64
         assert made.tolist() == [list(triple) for triple in triples]

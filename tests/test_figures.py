@@ -28,7 +28,9 @@ SHOWN = ["<s>", "When", "$", "$$", "↵", "a very long…", "{x}^2"]
 def random_patterns(n_heads: int, n_pos: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(2, n_heads, n_pos, n_pos, generator=generator)
-    patterns = scores.masked_fill(torch.ones(n_pos, n_pos).triu(1).bool(), -torch.inf).softmax(dim=-1)
+    patterns = scores.masked_fill(torch.ones(n_pos, n_pos).triu(1).bool(), -torch.inf).softmax(
+        dim=-1
+    )
     return patterns[0], patterns[1]
 
 
@@ -76,7 +78,9 @@ class TestTriptych:
         true, made = random_patterns(3)
         panels = panels_of(pattern_triptych(true, 0.5 * made, WORDS))
         limits = [panel.images[0].get_clim() for panel in panels]
-        assert set(limits[0::3]) == set(limits[1::3]) == {(0.0, 1.0)}  # the first query attends to itself alone
+        assert (
+            set(limits[0::3]) == set(limits[1::3]) == {(0.0, 1.0)}
+        )  # the first query attends to itself alone
         widest = float((0.5 * made - true).abs().max())
         assert limits[2::3] == [(-widest, widest)] * 3
         clipped = panels_of(pattern_triptych(true, made, WORDS, limit=0.3))
@@ -92,19 +96,26 @@ class TestTriptych:
 
     def test_labels(self):
         true, made = random_patterns(2)
-        figure = drawn(pattern_triptych(true, made, WORDS, heads=[7, 2], titles=["true", "from $5", "error"]))
+        figure = drawn(
+            pattern_triptych(true, made, WORDS, heads=[7, 2], titles=["true", "from $5", "error"])
+        )
         panels = panels_of(figure)
         assert [panel.get_title() for panel in panels] == ["true", r"from \$5", "error", "", "", ""]
         assert [panel.get_ylabel() for panel in panels] == ["head 7", "", "", "head 2", "", ""]
         for n, panel in enumerate(panels):
-            assert [label for label in labels(panel.yaxis) if label] == (SHOWN if n % 3 == 0 else [])
+            assert [label for label in labels(panel.yaxis) if label] == (
+                SHOWN if n % 3 == 0 else []
+            )
             assert [label for label in labels(panel.xaxis) if label] == (SHOWN if n >= 3 else [])
         assert all(label.get_rotation() == 90 for label in panels[3].get_xticklabels())
         assert 4.5 <= min(fonts(figure)) <= max(fonts(figure)) == 8
 
     def test_a_single_head(self):
         true, made = random_patterns(1)
-        one, same = pattern_triptych(true[0], made[0], WORDS, heads=5), pattern_triptych(true, made, WORDS, heads=[5])
+        one, same = (
+            pattern_triptych(true[0], made[0], WORDS, heads=5),
+            pattern_triptych(true, made, WORDS, heads=[5]),
+        )
         for a, b in zip(panels_of(one), panels_of(same), strict=True):
             assert np.array_equal(*(panel.images[0].get_array().filled(9) for panel in (a, b)))
         assert panels_of(one)[0].get_ylabel() == "head 5"
@@ -123,8 +134,14 @@ class TestTriptych:
 
     def test_patterns_that_do_not_fit_are_refused(self):
         true, made = random_patterns(2)
-        for arguments in ((true, made, WORDS[:-1]), (true, made, WORDS, 3), (true, made, WORDS, [1, 2, 3])):
-            with pytest.raises(ValueError, match="a word for each position and a number for each head, got"):
+        for arguments in (
+            (true, made, WORDS[:-1]),
+            (true, made, WORDS, 3),
+            (true, made, WORDS, [1, 2, 3]),
+        ):
+            with pytest.raises(
+                ValueError, match="a word for each position and a number for each head, got"
+            ):
                 pattern_triptych(*arguments)
 
 
@@ -136,7 +153,9 @@ class TestDensities:
         assert ax.get_xscale() == "log"
         for outline, densities in zip(ax.patches, (query, key), strict=True):
             corners = outline.get_xy()
-            steps = dict(zip(corners[::2, 0], corners[1::2, 1], strict=False))  # left edge of a bin: its count
+            steps = dict(
+                zip(corners[::2, 0], corners[1::2, 1], strict=False)
+            )  # left edge of a bin: its count
             edges = sorted(steps)
             for left, right in pairwise(edges):
                 inside = [d for d in densities if left <= d < right or right == edges[-1] == d]
@@ -149,7 +168,9 @@ class TestDensities:
 
     @pytest.mark.parametrize("wrong", [[0.0, 1.2], [-0.1, 0.5], [float("nan"), 0.5], [0.0, 0.0]])
     def test_what_is_no_density_is_refused(self, wrong):
-        with pytest.raises(ValueError, match=r"shares of tokens in \[0, 1\], and some feature must fire"):
+        with pytest.raises(
+            ValueError, match=r"shares of tokens in \[0, 1\], and some feature must fire"
+        ):
             density_histogram(wrong, [0.0])
 
 
@@ -158,9 +179,13 @@ def an_evaluation() -> Evaluation:
         return PatternResult(kl, None, 0.1, None, 3.5, 0.01, ce, logits, None, None, None)
 
     sources = {
-        "transcoders": source(Interval(0.06, 0.05, 0.08), Interval(0.95, 0.9, 0.97), Interval(0.91, 0.9, 0.92)),
+        "transcoders": source(
+            Interval(0.06, 0.05, 0.08), Interval(0.95, 0.9, 0.97), Interval(0.91, 0.9, 0.92)
+        ),
         "zero": source(None, Interval(0.0, 0.0, 0.0), Interval(0.0, 0.0, 0.0)),
-        "uniform": source(Interval(3.1, 3.0, 3.3), Interval(-0.8, -1.0, -0.5), Interval(-0.5, -0.7, -0.4)),
+        "uniform": source(
+            Interval(3.1, 3.0, 3.3), Interval(-0.8, -1.0, -0.5), Interval(-0.5, -0.7, -0.4)
+        ),
     }
     return Evaluation(512, 2, 3.4, sources, FeatureResult(1.0, 1.0, 3, 3, 0.1, 0.1), None)
 
@@ -182,12 +207,18 @@ class TestRecovery:
             kl: [(0.05, 0.08), (3.0, 3.3)],
         }
         for ax, ends in ends_of.items():
-            segments = [segment[:, 0] for segment in ax.collections[0].get_segments() if len(segment)]
+            segments = [
+                segment[:, 0] for segment in ax.collections[0].get_segments() if len(segment)
+            ]
             found = [segment for segment in segments if np.ptp(segment) > 0]
             assert np.array(found) == pytest.approx(np.array(ends))
         assert labels(loss.yaxis) == ["transcoders", "zero", "uniform"]
         assert loss.yaxis_inverted()  # the first on top
-        assert [ax.get_xlabel() for ax in figure.axes] == ["loss recovered", "logit KL recovered", "pattern KL (nats)"]
+        assert [ax.get_xlabel() for ax in figure.axes] == [
+            "loss recovered",
+            "logit KL recovered",
+            "pattern KL (nats)",
+        ]
         assert "50%" in labels(loss.xaxis)
 
     def test_baselines_are_grey(self):
@@ -208,12 +239,18 @@ class TestKlAgainstPairs:
 
     def curves(self, figure) -> dict[str, list]:
         containers = figure.axes[0].containers
-        return {c.get_label().replace(r"\$", "$"): np.array(c.lines[0].get_xydata()).tolist() for c in containers}
+        return {
+            c.get_label().replace(r"\$", "$"): np.array(c.lines[0].get_xydata()).tolist()
+            for c in containers
+        }
 
     def test_one_curve_a_dictionary(self):
         figure = drawn(kl_against_pairs(self.table, {"transcoders": 0.08}))
         curves = self.curves(figure)
-        assert curves == {"$a$": [[200, 0.2], [400, 0.1]], "b": [[100, 0.5], [200, 0.4], [300, 0.3]]}
+        assert curves == {
+            "$a$": [[200, 0.2], [400, 0.1]],
+            "b": [[100, 0.5], [200, 0.4], [300, 0.3]],
+        }
         assert legend_labels(figure) == ["$a$", "b", "transcoders"]
         ax = figure.axes[0]
         assert (ax.get_xscale(), ax.get_yscale()) == ("log", "linear")
@@ -232,11 +269,17 @@ class TestKlAgainstPairs:
         lines = {name: 0.1 * n + 0.05 for n, name in enumerate("pqrst")}
         figure = drawn(kl_against_pairs(self.table, lines))
         assert legend_labels(figure) == ["$a$", "b", *lines]
-        found = {line.get_label(): line.get_ydata()[0] for line in figure.axes[0].lines if len(line.get_ydata()) == 2}
+        found = {
+            line.get_label(): line.get_ydata()[0]
+            for line in figure.axes[0].lines
+            if len(line.get_ydata()) == 2
+        }
         assert {name: found.get(name) for name in lines} == lines
 
     def test_intervals(self):
-        table = self.table.assign(low=self.table["pattern_kl"] - 0.01, high=self.table["pattern_kl"] + 0.02)
+        table = self.table.assign(
+            low=self.table["pattern_kl"] - 0.01, high=self.table["pattern_kl"] + 0.02
+        )
         figure = drawn(kl_against_pairs(table))
         segments = figure.axes[0].containers[1].lines[2][0].get_segments()
         ends = [segment[:, 1].tolist() for segment in segments]
@@ -257,16 +300,28 @@ class TestOffsetKernel:
         curves = [line.get_ydata() for line in figure.axes[0].lines if len(line.get_ydata()) == 13]
         assert np.array_equal(np.array(curves), d.pair_kernel(self.PAIRS, range(13)).numpy())
         assert (np.ptp(curves[0]) > 0) == (bridge == "llama_bridge")
-        assert legend_labels(figure) == ["3 × 5, head 1", "constant × 2, head 0", "4 × constant, head 2"]
+        assert legend_labels(figure) == [
+            "3 × 5, head 1",
+            "constant × 2, head 0",
+            "4 × constant, head 2",
+        ]
 
     def test_labels_of_ones_own(self, llama_bridge):
-        figure = drawn(offset_kernel(tiny_dictionary(llama_bridge), self.PAIRS[:2], labels=["prices $x$", "names"]))
+        figure = drawn(
+            offset_kernel(
+                tiny_dictionary(llama_bridge), self.PAIRS[:2], labels=["prices $x$", "names"]
+            )
+        )
         assert legend_labels(figure) == ["prices $x$", "names"]
         assert len(figure.axes[0].lines[1].get_ydata()) == 256
 
     def test_too_many_curves_are_refused(self, llama_bridge):
         d = tiny_dictionary(llama_bridge)
-        for pairs, names in (([], None), ([(0, n, 0) for n in range(8)], None), (self.PAIRS, ["one"])):
+        for pairs, names in (
+            ([], None),
+            ([(0, n, 0) for n in range(8)], None),
+            (self.PAIRS, ["one"]),
+        ):
             with pytest.raises(ValueError, match="draws 1 to 7 pairs, with a label each"):
                 offset_kernel(d, pairs, labels=names)
 
@@ -275,7 +330,10 @@ def test_no_text_is_read_as_mathematics():
     """Escaped labels draw the characters themselves: as wide as with mathematics switched off."""
     figure = Figure()
     for word in ("$", "$$", "$x$", " ${a}$ and $", r"\$", "a$b"):
-        escaped, plain = figure.text(0, 0, _escaped(word)), figure.text(0, 0, word, parse_math=False)
+        escaped, plain = (
+            figure.text(0, 0, _escaped(word)),
+            figure.text(0, 0, word, parse_math=False),
+        )
         widths = [text.get_window_extent().width for text in (escaped, plain)]
         assert widths[0] == widths[1] > 0, word
 
@@ -284,11 +342,17 @@ def test_pyplot_has_no_part_in_it(monkeypatch):
     """It would choose a backend."""
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     true, made = random_patterns(1)
-    for figure in (pattern_triptych(true, made, WORDS), density_histogram([0.1], [0.2]), recovery_bars(an_evaluation())):
+    for figure in (
+        pattern_triptych(true, made, WORDS),
+        density_histogram([0.1], [0.2]),
+        recovery_bars(an_evaluation()),
+    ):
         assert type(drawn(figure)) is Figure
 
 
 def test_matplotlib_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ModuleNotFoundError, match=r"Figures need matplotlib: pip install sae-lens-qk\[figures\]"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"Figures need matplotlib: pip install sae-lens-qk\[figures\]"
+    ):
         density_histogram([0.1], [0.2])

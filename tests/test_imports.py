@@ -45,7 +45,13 @@ ORDER = (
 """docs/architecture.md: modules of one row do not import each other."""
 
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-FACADES = ("__init__", "training.__init__", "pretrained.__init__", "analysis.__init__", "dashboard.__init__")
+FACADES = (
+    "__init__",
+    "training.__init__",
+    "pretrained.__init__",
+    "analysis.__init__",
+    "dashboard.__init__",
+)
 
 IMPORTED_IN_FUNCTIONS = {
     ("dictionary", "storage"),
@@ -82,9 +88,17 @@ FOR_TYPES_ONLY = {("models", "dictionary")}
 
 TRANSFORMER_LENS = {"host", "models"}
 SAE_LENS = {
-    "config", "text", "dictionary", "pretrained.loading",
-    "training.cache", "training.losses", "training.transcode", "training.transcoders", "training.mask", "training.runner",
-}  # fmt: skip
+    "config",
+    "text",
+    "dictionary",
+    "pretrained.loading",
+    "training.cache",
+    "training.losses",
+    "training.transcode",
+    "training.transcoders",
+    "training.mask",
+    "training.runner",
+}
 
 
 class Import(NamedTuple):
@@ -110,15 +124,29 @@ def imports_of(module: str) -> list[Import]:
 
     def visit(node: ast.AST, in_function: bool, for_types: bool) -> None:
         if isinstance(node, ast.Import):
-            found.extend(Import(module, alias.name, node.lineno, in_function, for_types) for alias in node.names)
+            found.extend(
+                Import(module, alias.name, node.lineno, in_function, for_types)
+                for alias in node.names
+            )
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}:{node.lineno} has a relative import"
             names = [node.module or ""]
-            if node.module in ("sae_lens_qk", "sae_lens_qk.training", "sae_lens_qk.pretrained", "sae_lens_qk.analysis"):
+            if node.module in (
+                "sae_lens_qk",
+                "sae_lens_qk.training",
+                "sae_lens_qk.pretrained",
+                "sae_lens_qk.analysis",
+            ):
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found.extend(Import(module, name, node.lineno, in_function, for_types) for name in names)
-        function = in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        types = for_types or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+            found.extend(
+                Import(module, name, node.lineno, in_function, for_types) for name in names
+            )
+        function = in_function or isinstance(
+            node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+        )
+        types = for_types or (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        )
         for child in ast.iter_child_nodes(node):
             visit(child, function, types)
 
@@ -161,7 +189,9 @@ def test_the_exceptions_are_in_use():
 
 def test_nothing_imports_the_facade():
     for module in modules():
-        assert not [found for found in own_imports(module) if short(found) in ("", "training", "__init__")]
+        assert not [
+            found for found in own_imports(module) if short(found) in ("", "training", "__init__")
+        ]
 
 
 def test_the_hosts_are_imported_where_agreed():
@@ -176,7 +206,12 @@ def test_the_hosts_are_imported_where_agreed():
 
 def test_the_kernels_and_the_attention_are_pure():
     assert {found.imports for found in imports_of("kernels")} == {"numba", "numpy"}
-    assert {found.imports for found in imports_of("attention")} == {"dataclasses", "typing", "torch", "jaxtyping"}
+    assert {found.imports for found in imports_of("attention")} == {
+        "dataclasses",
+        "typing",
+        "torch",
+        "jaxtyping",
+    }
 
 
 def calls(module: str) -> list[tuple[str, int]]:
@@ -193,7 +228,11 @@ def test_libraries_do_not_print(module):
 @pytest.mark.parametrize("module", [*LEVEL, *FACADES])
 def test_the_hosts_are_not_patched(module):
     """No setattr, and no assignment to an attribute of anything imported."""
-    assert not [line for name, line in calls(module) if name in ("setattr", "delattr", "object.__setattr__", "setitem")]
+    assert not [
+        line
+        for name, line in calls(module)
+        if name in ("setattr", "delattr", "object.__setattr__", "setitem")
+    ]
     tree = source(module)
     imported = {
         (alias.asname or alias.name).split(".")[0]
@@ -206,7 +245,9 @@ def test_the_hosts_are_not_patched(module):
         for target in targets:
             if isinstance(target, ast.Attribute):
                 base = ast.unparse(target).split(".")[0]
-                assert base not in imported, f"{module}.py:{target.lineno} assigns to {ast.unparse(target)}"
+                assert base not in imported, (
+                    f"{module}.py:{target.lineno} assigns to {ast.unparse(target)}"
+                )
 
 
 @pytest.mark.parametrize("module", [*LEVEL, *FACADES])

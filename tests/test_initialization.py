@@ -12,7 +12,9 @@ from sae_lens_qk.training.transcoders import TranscodersTrainingSAE
 N_POS, D_MODEL, D_HEAD = 8, 12, 6
 
 
-def layer(n_heads: int, n_kv_heads: int, inv_freq: tuple[float, ...] = ()) -> tuple[QKWeights, qk.AttentionSpec]:
+def layer(
+    n_heads: int, n_kv_heads: int, inv_freq: tuple[float, ...] = ()
+) -> tuple[QKWeights, qk.AttentionSpec]:
     """A layer that reads the first half of its input; its keys' last dimension is read by no query."""
     generator = torch.Generator().manual_seed(0)
     W_Q, W_K = (torch.randn(n, D_MODEL, D_HEAD, generator=generator) for n in (n_heads, n_kv_heads))
@@ -69,7 +71,13 @@ def test_the_start_is_a_least_squares_fit(name):
     weights, spec = layer(2, 2)
     x = tokens()
     cfg = qk.TranscodersTrainingConfig(
-        d_in=D_MODEL, d_query=24, d_key=24, k=4.0, initialization=name, attention=spec.to_dict(), model_name="made"
+        d_in=D_MODEL,
+        d_query=24,
+        d_key=24,
+        k=4.0,
+        initialization=name,
+        attention=spec.to_dict(),
+        model_name="made",
     )
     sae = TranscodersTrainingSAE(cfg)
     sae.attach(weights, N_POS, x)

@@ -39,7 +39,14 @@ from sae_lens_qk.analysis.ioi import (
     twin_patterns,
     twin_summary,
 )
-from sae_lens_qk.analysis.ioi_prompts import NAMES, OBJECTS, PLACES, TEMPLATES, IOIPrompts, ioi_prompts
+from sae_lens_qk.analysis.ioi_prompts import (
+    NAMES,
+    OBJECTS,
+    PLACES,
+    TEMPLATES,
+    IOIPrompts,
+    ioi_prompts,
+)
 from sae_lens_qk.analysis.ioi_scan import copy_scores, scan_heads
 from sae_lens_qk.host import (
     HostMismatchError,
@@ -64,21 +71,32 @@ WORDS = dict(
     names=("Mary", "John", "Tom", "Ann", "Bob", "Sue", "Jo-Jo"),
     places=("sea", "zoo"),
     objects=("pen", "hat", "tea-cup"),
-)  # fmt: skip
+)
 N_TOKENS = (11, 12)  # of the templates, BOS included
 HEAD, NAME = 1, "io"
 
 
 def word_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
     """One token a word, with the space before it; hyphens and stops are tokens."""
-    text = " ".join(["When At the and met gave a to saw ran", *WORDS["names"], *WORDS["places"], *WORDS["objects"]])
+    text = " ".join(
+        [
+            "When At the and met gave a to saw ran",
+            *WORDS["names"],
+            *WORDS["places"],
+            *WORDS["objects"],
+        ]
+    )
     words = dict.fromkeys(text.replace("-", " ").split())
     vocabulary = ["<unk>", "<bos>", ",", ".", "-", "When", "At", *(f" {word}" for word in words)]
     assert len(vocabulary) < 101  # what tiny models know
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    made = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>")
+    )
     made.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|[^\w\s]"), "isolated")
     special = {"bos_token": "<bos>", "add_bos_token": True} if bos else {}
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", name_or_path="tiny", **special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", name_or_path="tiny", **special
+    )
 
 
 @pytest.fixture(scope="module")
@@ -114,16 +132,22 @@ def test_values_and_outputs_are_the_models_own(any_model):
     tokens = tiny_tokens(3, 7)
     names, last = residual_names(any_model, 1), residual_names(any_model, 0)
     x = layer_inputs(any_model, 1, tokens)
-    logits, seen = run_recording(any_model, tokens, [*names, *last, hook_names(any_model, 1).pattern])
+    logits, seen = run_recording(
+        any_model, tokens, [*names, *last, hook_names(any_model, 1).pattern]
+    )
     W, spec = ov_weights(any_model, 1), attention_spec(any_model, 1)
     assert len(W.W_V) == len(W.b_V) == spec.n_kv_heads, "grouped values must not be repeated"
-    values = (torch.einsum("npm,gmd->npgd", x, W.W_V) + W.b_V).repeat_interleave(spec.heads_per_kv, dim=2)
+    values = (torch.einsum("npm,gmd->npgd", x, W.W_V) + W.b_V).repeat_interleave(
+        spec.heads_per_kv, dim=2
+    )
     z = torch.einsum("nhij,njhd->nihd", seen[hook_names(any_model, 1).pattern], values)
     torch.testing.assert_close(seen[names.z], z, rtol=0, atol=1e-5)
     written = torch.einsum("nihd,hdm->nim", z, W.W_O) + W.b_O
     final = seen[names.resid_pre] + written + seen[names.mlp_out]
     torch.testing.assert_close(unembedded(any_model, final), logits, rtol=0, atol=1e-4)
-    torch.testing.assert_close(attention_input(any_model, 1, seen[names.resid_pre]), x, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        attention_input(any_model, 1, seen[names.resid_pre]), x, rtol=0, atol=1e-5
+    )
     assert not W.W_O.requires_grad
     assert written.abs().max() > 0.1
 
@@ -134,7 +158,11 @@ def test_layers_out_of_range_are_refused(gpt2_bridge, function):
         function(gpt2_bridge, 2)
 
 
-FINAL_NORM = {"gpt2": "transformer.ln_f", "neox": "gpt_neox.final_layer_norm", "llama": "model.norm"}
+FINAL_NORM = {
+    "gpt2": "transformer.ln_f",
+    "neox": "gpt_neox.final_layer_norm",
+    "llama": "model.norm",
+}
 
 
 @pytest.mark.parametrize("mode", ["bridge", "bridge_compatibility", "hooked", "hooked_processed"])
@@ -152,7 +180,11 @@ def test_logit_directions_by_the_formula_of_the_norm(kind, mode):
     if kind != "llama":  # RMSNorm does not centre
         r, direction = (t - t.mean(dim=1, keepdim=True) for t in (r, direction))
     direction = direction / (r.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
-    bias = norm.bias.detach().double() if kind != "llama" else torch.zeros(r.shape[1], dtype=torch.float64)
+    bias = (
+        norm.bias.detach().double()
+        if kind != "llama"
+        else torch.zeros(r.shape[1], dtype=torch.float64)
+    )
     torch.testing.assert_close(made.directions.double(), direction, rtol=0, atol=1e-4)
     torch.testing.assert_close(made.constants.double(), difference @ bias, rtol=0, atol=1e-4)
 
@@ -195,7 +227,11 @@ def test_prompts_token_by_token(tokenizer, batches):
 
 def test_prompts_repeat_with_their_seed(tokenizer, batches):
     again, other = (ioi_prompts(tokenizer, 7, seed, **WORDS) for seed in (0, 1))
-    assert all(torch.equal(a, b) for one, two in zip(batches, again, strict=True) for a, b in zip(one, two, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for one, two in zip(batches, again, strict=True)
+        for a, b in zip(one, two, strict=True)
+    )
     assert not all(torch.equal(a.tokens, b.tokens) for a, b in zip(batches, other, strict=True))
 
 
@@ -218,18 +254,24 @@ def test_twins_differ_in_one_name(batches):
             assert (changed.sum(dim=1) == 1).all()
             assert changed[at, position].all()
             assert torch.equal(twin.tokens[at, position], token)
-            assert torch.equal(twin.io_token, batch.third_token if kind == "other_io" else batch.io_token)
+            assert torch.equal(
+                twin.io_token, batch.third_token if kind == "other_io" else batch.io_token
+            )
             assert torch.equal(twin.positions, batch.positions)
 
 
 def test_unknown_twins_are_refused(batches, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what users meet outside pytest
+    monkeypatch.setattr(
+        jaxtyping.config, "jaxtyping_disable", True
+    )  # what users meet outside pytest
     with pytest.raises(ValueError, match=r"kind must be one of .*'swapped'.*, got 'abc'"):
         batches[0].twin("abc")
 
 
 def test_what_cannot_be_made_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"At least 3 of the names must be one token after a space, got \['Tom'\]"):
+    with pytest.raises(
+        ValueError, match=r"At least 3 of the names must be one token after a space, got \['Tom'\]"
+    ):
         ioi_prompts(tokenizer, 2, **{**WORDS, "names": ("Tom", "Jo-Jo", "Tom", "Mary-Ann")})
     with pytest.raises(ValueError, match=r"At least 1 of the objects must be one token"):
         ioi_prompts(tokenizer, 2, **{**WORDS, "objects": ("tea-cup",)})
@@ -239,7 +281,9 @@ def test_what_cannot_be_made_is_refused(tokenizer):
         "{first} and {second} met, {subject} ran to",
         "When Ann {first} {second} {subject} John met Bob Mary Tom Sue to",
     ):
-        with pytest.raises(ValueError, match="must follow a space and stand for itself alone, got the template"):
+        with pytest.raises(
+            ValueError, match="must follow a space and stand for itself alone, got the template"
+        ):
             ioi_prompts(tokenizer, 2, **{**WORDS, "templates": (template,)})
 
 
@@ -263,14 +307,21 @@ def scan_by_hooks(model, batch: IOIPrompts) -> tuple[np.ndarray, np.ndarray]:
     for n, tokens in enumerate(batch.tokens):
         names = [hook_names(model, layer).pattern for layer in (0, 1)]
         logits, seen = observe(model, tokens[None], names=tuple(names))
-        attention.append([[float(row[-1, batch.io_pos[n]]) for row in seen[name][0]] for name in names])
-        differences.append(float(logits[0, -1, batch.io_token[n]] - logits[0, -1, batch.s_token[n]]))
+        attention.append(
+            [[float(row[-1, batch.io_pos[n]]) for row in seen[name][0]] for name in names]
+        )
+        differences.append(
+            float(logits[0, -1, batch.io_token[n]] - logits[0, -1, batch.s_token[n]])
+        )
     return np.array(attention), np.array(differences)
 
 
 def test_parts_add_up_to_the_logit_difference(any_model, batches):
     scan = scan_heads(any_model, batches, n_names=2)
-    attention, differences = (np.concatenate(of) for of in zip(*(scan_by_hooks(any_model, b) for b in batches), strict=True))
+    attention, differences = (
+        np.concatenate(of)
+        for of in zip(*(scan_by_hooks(any_model, b) for b in batches), strict=True)
+    )
     assert scan.logit_difference == pytest.approx(differences.mean(), abs=1e-5)
     assert scan.accuracy == pytest.approx((differences > 0).mean())
     assert scan.parts["direct_effect"].sum() == pytest.approx(differences.mean(), abs=1e-4)
@@ -278,10 +329,19 @@ def test_parts_add_up_to_the_logit_difference(any_model, batches):
     by_layer = scan.heads.groupby("layer")["direct_effect"].sum().to_numpy()
     of_heads = scan.parts.query("part == 'heads'")["direct_effect"].to_numpy()
     assert by_layer == pytest.approx(of_heads, abs=1e-5)
-    assert scan.heads["attention_io"].to_numpy() == pytest.approx(attention.mean(axis=0).ravel(), abs=1e-6)
+    assert scan.heads["attention_io"].to_numpy() == pytest.approx(
+        attention.mean(axis=0).ravel(), abs=1e-6
+    )
     assert list(scan.heads.columns) == [
-        "layer", "head", "attention_io", "attention_s1", "attention_s2", "direct_effect", "copy_score", "negative_copy_score"
-    ]  # fmt: skip
+        "layer",
+        "head",
+        "attention_io",
+        "attention_s1",
+        "attention_s2",
+        "direct_effect",
+        "copy_score",
+        "negative_copy_score",
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:A forward hook edited hook_scale")
@@ -289,7 +349,11 @@ def test_direct_effects_predict_an_intervention(any_model, batches):
     """A last-layer head taken out, its MLP and the final norm's scale held: the logit difference falls by its effect."""
     batch = batches[1]
     names = residual_names(any_model, 1)
-    scan = scan_heads(any_model, [batch], n_names=1).heads.query("layer == 1")["direct_effect"].to_numpy()
+    scan = (
+        scan_heads(any_model, [batch], n_names=1)
+        .heads.query("layer == 1")["direct_effect"]
+        .to_numpy()
+    )
     logits, seen = run_recording(any_model, batch.tokens, [names.mlp_out, "ln_final.hook_scale"])
     clean = batch.logit_difference(logits[:, -1]).mean()
     for head, effect in enumerate(scan):
@@ -300,9 +364,14 @@ def test_direct_effects_predict_an_intervention(any_model, batches):
             return edited
 
         hooks = [(names.z, without)]
-        hooks += [(name, lambda value, hook, name=name: seen[name]) for name in (names.mlp_out, "ln_final.hook_scale")]
+        hooks += [
+            (name, lambda value, hook, name=name: seen[name])
+            for name in (names.mlp_out, "ln_final.hook_scale")
+        ]
         edited = any_model.run_with_hooks(batch.tokens, fwd_hooks=hooks, prepend_bos=False)[:, -1]
-        assert float(clean - batch.logit_difference(edited).mean()) == pytest.approx(effect, abs=1e-4)
+        assert float(clean - batch.logit_difference(edited).mean()) == pytest.approx(
+            effect, abs=1e-4
+        )
 
 
 @pytest.mark.parametrize("mode", ["bridge", "hooked"])
@@ -310,7 +379,10 @@ def test_models_that_write_otherwise_are_found_out(batches, mode):
     model = tiny_model("llama", mode)
     name = "blocks.1.hook_out" if mode == "bridge" else "blocks.1.hook_resid_post"
     model.add_hook(name, lambda value, hook: value + torch.arange(value.shape[-1]))
-    with pytest.raises(HostMismatchError, match="it writes to its residual stream in a way this package does not compute"):
+    with pytest.raises(
+        HostMismatchError,
+        match="it writes to its residual stream in a way this package does not compute",
+    ):
         scan_heads(model, batches)
 
 
@@ -367,7 +439,9 @@ def test_pairs_are_means_of_terms(d, model, batches, pairs):
                 cells[pair] = cells.get(pair, 0.0) + value
     for (a, b), expected in cells.items():
         row = listed.query("query_feature == @a and key_feature == @b").iloc[0]
-        assert row[["active", "contribution", "pattern_effect"]].tolist() == pytest.approx(expected, abs=1e-4)
+        assert row[["active", "contribution", "pattern_effect"]].tolist() == pytest.approx(
+            expected, abs=1e-4
+        )
         assert row["weight"] == pytest.approx(kept.get((a, b, HEAD), 0.0))
     assert listed["contribution"].sum() == pytest.approx(scores_at, abs=1e-4)
     if (pairs["active"] == 1).all():
@@ -386,22 +460,40 @@ def test_features_by_role(d, model, batches):
                 x, _ = inputs_and_scores(model, tokens)
                 for n in range(len(tokens)):
                     if (batch.io_pos[n] < batch.s1_pos[n]) == (order == "ABBA"):
-                        at = x.shape[1] - 1 if role == "end" else int(getattr(batch, f"{role}_pos")[n])
-                        acts.append(d.encode_query(x[n, at]) if role == "end" else d.encode_key(x[n, at]))
+                        at = (
+                            x.shape[1] - 1
+                            if role == "end"
+                            else int(getattr(batch, f"{role}_pos")[n])
+                        )
+                        acts.append(
+                            d.encode_query(x[n, at]) if role == "end" else d.encode_key(x[n, at])
+                        )
             expected = torch.stack(acts)
-            rows = made.query("prompts == @kind and order == @order and role == @role").set_index("feature")
+            rows = made.query("prompts == @kind and order == @order and role == @role").set_index(
+                "feature"
+            )
             assert set(rows.index) == set((expected > 0).any(dim=0).nonzero()[:, 0].tolist())
             assert set(rows["side"]) == {"query" if role == "end" else "key"}
             for feature, row in rows.iterrows():
-                assert row["active"] == pytest.approx(float((expected[:, feature] > 0).float().mean()))
+                assert row["active"] == pytest.approx(
+                    float((expected[:, feature] > 0).float().mean())
+                )
                 assert row["mean"] == pytest.approx(float(expected[:, feature].mean()), abs=1e-5)
 
 
 def test_top_pairs(pairs):
     made = top_pairs(pairs, HEAD, "io").tolist()
-    kept = pairs[(pairs["head"] == HEAD) & (pairs["name"] == "io") & (pairs["weight"] > 0) & (pairs["pattern_effect"] > 0)]
+    kept = pairs[
+        (pairs["head"] == HEAD)
+        & (pairs["name"] == "io")
+        & (pairs["weight"] > 0)
+        & (pairs["pattern_effect"] > 0)
+    ]
     assert len(made) == len(kept) > 3
-    effects = [kept.query("query_feature == @a and key_feature == @b")["pattern_effect"].item() for a, b, _ in made]
+    effects = [
+        kept.query("query_feature == @a and key_feature == @b")["pattern_effect"].item()
+        for a, b, _ in made
+    ]
     assert effects == sorted(effects, reverse=True)
     assert {head for _, _, head in made} == {HEAD}
     frequent = top_pairs(pairs, HEAD, "io", active=0.5).tolist()
@@ -430,7 +522,9 @@ def measured(model, batch: IOIPrompts, hooks, head: int) -> np.ndarray:
 
 
 def test_ablations_are_patched_passes(d, model, batches, pairs):
-    made = pair_ablations(d, model, batches, pairs, {HEAD: "io", 0: "s2"}, ks=(1, 3, 10**6), n_controls=2)
+    made = pair_ablations(
+        d, model, batches, pairs, {HEAD: "io", 0: "s2"}, ks=(1, 3, 10**6), n_controls=2
+    )
     assert list(made.columns) == ["head", "name", "condition", "k", *MEASURES]
     assert set(made["k"]) == {0, 1, 3}
     best = top_pairs(pairs, HEAD, "io")
@@ -444,8 +538,12 @@ def test_ablations_are_patched_passes(d, model, batches, pairs):
     by_condition = made.query("head == @HEAD").set_index(["condition", "k"])
     for condition, edit in edits.items():
         hooks = [] if edit is None else d.fwd_hooks(model, heads=[HEAD], **edit)
-        expected = np.concatenate([measured(model, batch, hooks, HEAD) for batch in batches]).mean(axis=0)
-        assert by_condition.loc[condition, list(MEASURES)].tolist() == pytest.approx(expected, abs=1e-4)
+        expected = np.concatenate([measured(model, batch, hooks, HEAD) for batch in batches]).mean(
+            axis=0
+        )
+        assert by_condition.loc[condition, list(MEASURES)].tolist() == pytest.approx(
+            expected, abs=1e-4
+        )
     attention = by_condition["attention_io"]
     assert (attention["removed"] < attention["model", 0]).all()
 
@@ -453,9 +551,13 @@ def test_ablations_are_patched_passes(d, model, batches, pairs):
 def test_removed_scores_by_hand(d, model, batches, pairs):
     """The scores minus the terms of the best pairs, in float64."""
     batch, best = batches[0], top_pairs(pairs, HEAD, "io")[:4]
-    made = pair_ablations(d, model, [batch], pairs, {HEAD: "io"}, ks=(4,)).query("condition == 'removed'")
+    made = pair_ablations(d, model, [batch], pairs, {HEAD: "io"}, ks=(4,)).query(
+        "condition == 'removed'"
+    )
     x, own = inputs_and_scores(model, batch.tokens)
-    without = own.double() - scores_by_hand(d, x, {tuple(pair): 1.0 for pair in best.tolist()}, include_constant=False)
+    without = own.double() - scores_by_hand(
+        d, x, {tuple(pair): 1.0 for pair in best.tolist()}, include_constant=False
+    )
     row = pattern_by_hand(without)[:, HEAD, -1]
     expected = row.gather(1, batch.io_pos[:, None]).mean()
     assert made["attention_io"].item() == pytest.approx(float(expected), abs=1e-5)
@@ -465,29 +567,64 @@ def test_controls_are_other_pairs():
     best, frequent = torch.arange(15).view(5, 3), torch.arange(30).view(10, 3)
     made = list(ioi._ablations(best, frequent, (2, 5, 6), 3, seed=0))
     assert [(condition, k) for condition, k, _ in made if condition != "control"] == [
-        ("model", 0), ("transcoders", 0), ("feature_map", 0), ("removed", 2), ("kept", 2), ("removed", 5), ("kept", 5)
-    ]  # fmt: skip
-    drawn = [edits["ablate_pairs"] for condition, k, edits in made if condition == "control" and k == 2]
+        ("model", 0),
+        ("transcoders", 0),
+        ("feature_map", 0),
+        ("removed", 2),
+        ("kept", 2),
+        ("removed", 5),
+        ("kept", 5),
+    ]
+    drawn = [
+        edits["ablate_pairs"] for condition, k, edits in made if condition == "control" and k == 2
+    ]
     assert len(drawn) == 3
     assert len({tuple(pairs.flatten().tolist()) for pairs in drawn}) > 1
     for pairs in drawn:
-        assert not {tuple(pair) for pair in pairs.tolist()} & {tuple(pair) for pair in best[:2].tolist()}
-    assert not [k for condition, k, _ in ioi._ablations(best, frequent[:6], (5,), 3, 0) if condition == "control"]
+        assert not {tuple(pair) for pair in pairs.tolist()} & {
+            tuple(pair) for pair in best[:2].tolist()
+        }
+    assert not [
+        k
+        for condition, k, _ in ioi._ablations(best, frequent[:6], (5,), 3, 0)
+        if condition == "control"
+    ]
 
 
 def exact_directions(d_model: int) -> Directions:
     """Of the features of `exact_dictionary`: the positive and negative parts of x."""
     directions = torch.cat([torch.eye(d_model), -torch.eye(d_model)])
-    return Directions(*(FeatureDirections(torch.zeros(d_model), directions, torch.full((2 * d_model,), 0.5)) for _ in "qk"))
+    return Directions(
+        *(
+            FeatureDirections(torch.zeros(d_model), directions, torch.full((2 * d_model,), 0.5))
+            for _ in "qk"
+        )
+    )
 
 
 def test_removals_from_an_exact_dictionary_are_predicted(model, batches):
-    d, some = exact_dictionary(model), [IOIPrompts(*(tensor[:2] for tensor in batch)) for batch in batches]
-    made = feature_removals(d, model, some, {HEAD: "io", 0: "s1"}, exact_directions(d.cfg.d_in), ks=(2,))
+    d, some = (
+        exact_dictionary(model),
+        [IOIPrompts(*(tensor[:2] for tensor in batch)) for batch in batches],
+    )
+    made = feature_removals(
+        d, model, some, {HEAD: "io", 0: "s1"}, exact_directions(d.cfg.d_in), ks=(2,)
+    )
     assert list(made.columns) == [
-        "prompt", "head", "name", "side", "ranking", "k", "condition", "attention_drop", "predicted_drop", "logit_drop"
-    ]  # fmt: skip
-    assert made["predicted_drop"].to_numpy() == pytest.approx(made["attention_drop"].to_numpy(), abs=1e-4)
+        "prompt",
+        "head",
+        "name",
+        "side",
+        "ranking",
+        "k",
+        "condition",
+        "attention_drop",
+        "predicted_drop",
+        "logit_drop",
+    ]
+    assert made["predicted_drop"].to_numpy() == pytest.approx(
+        made["attention_drop"].to_numpy(), abs=1e-4
+    )
     assert set(made["condition"]) == {"top", "other", "matched", "rescaled"}
     assert set(made["prompt"]) == set(range(4))
     assert not made.duplicated(["prompt", "head", "side", "ranking", "k", "condition"]).any()
@@ -501,7 +638,9 @@ def test_removals_are_edits_of_the_models_own_vectors(model, batches, side):
     d, batch, head = exact_dictionary(model), IOIPrompts(*(tensor[:2] for tensor in batches[0])), 2
     d_model, spec = d.cfg.d_in, attention_spec(model, LAYER)
     made = feature_removals(d, model, [batch], {head: "io"}, exact_directions(d_model), ks=(1,))
-    made = made.query("condition == 'top' and ranking == 'features' and side == @side").set_index("prompt")
+    made = made.query("condition == 'top' and ranking == 'features' and side == @side").set_index(
+        "prompt"
+    )
     names, weights = hook_names(model, LAYER), qk_weights(model, LAYER)
     x, own = inputs_and_scores(model, batch.tokens)
     clean = measured(model, batch, [], head)
@@ -516,7 +655,11 @@ def test_removals_are_edits_of_the_models_own_vectors(model, batches, side):
         for vector in project(candidates)[:, group]:
 
             def replace(value, hook, vector=vector):
-                edited = value.clone().unflatten(-1, (-1, spec.d_head)) if value.ndim == 3 else value.clone()
+                edited = (
+                    value.clone().unflatten(-1, (-1, spec.d_head))
+                    if value.ndim == 3
+                    else value.clone()
+                )
                 edited[n, at, group] = vector
                 return edited.flatten(2) if value.ndim == 3 else edited
 
@@ -524,7 +667,9 @@ def test_removals_are_edits_of_the_models_own_vectors(model, batches, side):
             changes.append(seen[names.scores][n, head, -1].double())
         P, own_row = own[n, head, -1].double().softmax(-1), own[n, head, -1].double()
         if side == "key":
-            changes = [torch.where(torch.arange(len(P)) == j, change, own_row) for change in changes]
+            changes = [
+                torch.where(torch.arange(len(P)) == j, change, own_row) for change in changes
+            ]
         effects = [float((own_row - change)[j] - P @ (own_row - change)) for change in changes]
         best = int(np.argmax(effects))
         row = changes[best].softmax(-1)
@@ -542,15 +687,25 @@ def test_removals_are_edits_of_the_models_own_vectors(model, batches, side):
 def test_removal_summary_by_hand():
     place = {"head": 0, "name": "io", "side": "key", "ranking": "pairs", "k": 2}
     rows = [  # prompt, condition, attention, predicted, logits
-        (0, "top", 0.5, 0.4, 1.0), (0, "other", 0.1, 9.0, 0.2), (0, "matched", 0.7, 9.0, 0.4),
-        (1, "top", 0.3, 0.2, 0.0), (1, "other", 0.1, 9.0, 0.6),
+        (0, "top", 0.5, 0.4, 1.0),
+        (0, "other", 0.1, 9.0, 0.2),
+        (0, "matched", 0.7, 9.0, 0.4),
+        (1, "top", 0.3, 0.2, 0.0),
+        (1, "other", 0.1, 9.0, 0.6),
         (2, "top", 9.0, 9.0, 9.0),
-    ]  # fmt: skip
+    ]
     columns = ["prompt", "condition", "attention_drop", "predicted_drop", "logit_drop"]
     made = removal_summary(pd.DataFrame(rows, columns=columns).assign(**place)).set_index("control")
     assert made.loc["other", "n"] == 2
     assert made.loc["matched", "n"] == 1
-    figures = ["attention_drop", "predicted_drop", "logit_drop", "control_attention_drop", "control_logit_drop", "wins"]
+    figures = [
+        "attention_drop",
+        "predicted_drop",
+        "logit_drop",
+        "control_attention_drop",
+        "control_logit_drop",
+        "wins",
+    ]
     assert made.loc["other", figures].tolist() == pytest.approx([0.4, 0.3, 0.5, 0.1, 0.4, 1.0])
     assert made.loc["matched", figures].tolist() == pytest.approx([0.5, 0.4, 1.0, 0.7, 0.4, 0.0])
     assert made.loc["other", list(place)].to_dict() == place
@@ -567,7 +722,11 @@ def test_twins_are_what_the_model_does(d, model, batches):
         for kind in ("clean", "third_name", "other_io", "swapped"):
             twin = batch if kind == "clean" else batch.twin(kind)
             x, own = inputs_and_scores(model, twin.tokens)
-            scores = {"model": own, "transcoders": d.scores(x), "feature_map": d.scores(x, "feature_map")}
+            scores = {
+                "model": own,
+                "transcoders": d.scores(x),
+                "feature_map": d.scores(x, "feature_map"),
+            }
             for source, values in scores.items():
                 rows = made.query("prompts == @kind and source == @source").set_index("prompt")
                 rows = rows.loc[n_before : n_before + len(batch.tokens) - 1]
@@ -575,11 +734,15 @@ def test_twins_are_what_the_model_does(d, model, batches):
                 expected = measured(model, twin, hooks, HEAD)
                 assert rows[list(MEASURES)].to_numpy() == pytest.approx(expected, abs=1e-4)
                 preferences = [
-                    float(values[n, HEAD, -1, batch.io_pos[n]] - values[n, HEAD, -1, batch.s1_pos[n]])
+                    float(
+                        values[n, HEAD, -1, batch.io_pos[n]] - values[n, HEAD, -1, batch.s1_pos[n]]
+                    )
                     for n in range(len(batch.tokens))
                 ]
                 assert rows["preference"].tolist() == pytest.approx(preferences, abs=1e-4)
-                assert ((rows["order"] == "ABBA").to_numpy() == (batch.io_pos < batch.s1_pos).numpy()).all()
+                assert (
+                    (rows["order"] == "ABBA").to_numpy() == (batch.io_pos < batch.s1_pos).numpy()
+                ).all()
         n_before += len(batch.tokens)
 
 
@@ -589,7 +752,9 @@ def test_an_exact_dictionary_predicts_twins(model, batches):
     twins = made.query("prompts != 'clean'")
     assert twins["pearson"].to_numpy() == pytest.approx(1.0, abs=1e-4)
     by_source = twins.set_index(["head", "prompts", "source"])["change"].unstack()
-    assert by_source["transcoders"].to_numpy() == pytest.approx(by_source["model"].to_numpy(), abs=1e-4)
+    assert by_source["transcoders"].to_numpy() == pytest.approx(
+        by_source["model"].to_numpy(), abs=1e-4
+    )
     assert by_source["model"].abs().max() > 0.01
 
 
@@ -597,16 +762,20 @@ def test_twin_summary_by_hand():
     rows = [
         (prompt, kind, source, preference)
         for kind, source, preferences in (
-            ("clean", "model", (3.0, 1.0, 2.0)), ("swapped", "model", (1.0, 1.0, -2.0)),
-            ("clean", "transcoders", (1.0, 1.0, 1.0)), ("swapped", "transcoders", (1.0, 2.0, 0.0)),
+            ("clean", "model", (3.0, 1.0, 2.0)),
+            ("swapped", "model", (1.0, 1.0, -2.0)),
+            ("clean", "transcoders", (1.0, 1.0, 1.0)),
+            ("swapped", "transcoders", (1.0, 2.0, 0.0)),
         )
         for prompt, preference in enumerate(preferences)
-    ]  # fmt: skip
+    ]
     frame = pd.DataFrame(rows, columns=["prompt", "prompts", "source", "preference"]).assign(head=0)
     for name in MEASURES:
         frame[name] = frame["prompt"].astype(float)
     made = twin_summary(frame).set_index(["prompts", "source"])
-    assert made.loc[("swapped", "model"), ["preference", "change", "pearson"]].tolist() == pytest.approx([0, 2, 1])
+    assert made.loc[
+        ("swapped", "model"), ["preference", "change", "pearson"]
+    ].tolist() == pytest.approx([0, 2, 1])
     rebuilt = made.loc[("swapped", "transcoders")]
     assert rebuilt[["preference", "change"]].tolist() == pytest.approx([1, 0])
     expected = np.corrcoef([2, 0, 4], [0, -1, 1])[0, 1]  # changes, clean minus swapped
@@ -625,7 +794,13 @@ def studied(tokenizer):
     model.tokenizer = tokenizer
     d = tiny_dictionary(model)
     rows = layer_inputs(model, LAYER, tiny_tokens(3, 29))
-    return d, model, study_ioi(d, model, {HEAD: "io", 3: "s2"}, 6, Directions.fit(d, list(rows)), ks=(1, 2), **WORDS)
+    return (
+        d,
+        model,
+        study_ioi(
+            d, model, {HEAD: "io", 3: "s2"}, 6, Directions.fit(d, list(rows)), ks=(1, 2), **WORDS
+        ),
+    )
 
 
 def test_a_study_is_plain_json(studied):
@@ -662,7 +837,9 @@ def test_smollm2_suppresses_the_repeated_subject():
     assert heads.loc[(23, 0), "copy_score"] > 0.8
     assert heads.loc[(23, 3), "attention_s2"] > 0.5
     assert scan.parts["direct_effect"].sum() == pytest.approx(scan.logit_difference, abs=1e-3)
-    chosen = name_pairs(d, model, ioi_prompts(model.tokenizer, 16, 1, templates=TEMPLATES[:2]), [3], ["s2"])
+    chosen = name_pairs(
+        d, model, ioi_prompts(model.tokenizer, 16, 1, templates=TEMPLATES[:2]), [3], ["s2"]
+    )
     made = pair_ablations(d, model, prompts, chosen, {3: "s2"}, ks=(10,)).set_index("condition")
     assert made.loc["removed", "attention_s2"] < 0.5 * made.loc["control", "attention_s2"]
     assert made.loc["removed", "logit_difference"] < 0.7 * made.loc["control", "logit_difference"]

@@ -101,13 +101,19 @@ def processes() -> Iterator[dict[str, Any]]:
         cache = Path(scratch) / "cache"
         cache.mkdir()
         variables = {
-            "HF_ENDPOINT": hub.url, "HF_HOME": f"{scratch}/home", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1",
-        }  # fmt: skip
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": f"{scratch}/home",
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "OMP_NUM_THREADS": "1",
+            "NUMBA_NUM_THREADS": "1",
+        }
         command, pipe = [sys.executable, hub_cases.__file__, str(cache)], subprocess.PIPE
         with (
             open(f"{scratch}/log", "w+") as log,
-            subprocess.Popen(command, env=os.environ | variables, text=True, stdin=pipe, stdout=pipe, stderr=log) as process,
+            subprocess.Popen(
+                command, env=os.environ | variables, text=True, stdin=pipe, stdout=pipe, stderr=log
+            ) as process,
         ):
             watchdog = Timer(240, process.kill)
             watchdog.start()
@@ -125,24 +131,38 @@ def processes() -> Iterator[dict[str, Any]]:
 def test_another_process_loads_the_same_dictionary(processes):
     """Bits, patterns and figures; two processes that meet an empty cache at once included."""
     ours = processes["ours"]
-    assert set(ours["hashes"]) > {"query.W_dec", "feature_map.indices", "transcoders", "feature_map"}
+    assert set(ours["hashes"]) > {
+        "query.W_dec",
+        "feature_map.indices",
+        "transcoders",
+        "feature_map",
+    }
     assert ours["figures"] == ours["metrics"]
     assert processes["at_once"] == [ours, ours]
 
 
 def test_two_processes_at_once_leave_a_whole_cache(processes):
     commit = processes["commit"]
-    expected = {f"models--org--repo/snapshots/{commit}/{FOLDER}/{name}" for name in FILES} | {"models--org--repo/refs/main"}
+    expected = {f"models--org--repo/snapshots/{commit}/{FOLDER}/{name}" for name in FILES} | {
+        "models--org--repo/refs/main"
+    }
     cached = {path for path in processes["cached"] if "/blobs/" not in path}
-    folders = {str(parent) for path in expected for parent in Path(path).parents} - {"."} | {"models--org--repo/blobs"}
+    folders = {str(parent) for path in expected for parent in Path(path).parents} - {"."} | {
+        "models--org--repo/blobs"
+    }
     assert cached == expected | folders
     assert sum("/blobs/" in path for path in processes["cached"]) == len(FILES)
 
 
 def test_offline_the_cache_is_enough(processes):
     assert processes["offline"]["loaded"] == processes["ours"]
-    assert "the Hub cannot be reached (OfflineModeIsEnabled): using the cached copy of org/repo" in processes["log"]
-    assert processes["offline"]["missing"].startswith("ConnectionError: The Hub cannot be reached for org/repo (Offline")
+    assert (
+        "the Hub cannot be reached (OfflineModeIsEnabled): using the cached copy of org/repo"
+        in processes["log"]
+    )
+    assert processes["offline"]["missing"].startswith(
+        "ConnectionError: The Hub cannot be reached for org/repo (Offline"
+    )
 
 
 def test_a_cache_that_cannot_be_written(processes):
@@ -156,7 +176,10 @@ def test_a_cache_that_cannot_be_written(processes):
 
 def test_a_shared_cache_whose_folders_are_somebody_elses(processes):
     """Today a PermissionError, documented for the Hub's refusals, that names the file moved (`_adopt`)."""
-    assert re.match(r"OSError: The cache \S+/cache cannot be written \(Permission denied\): ", processes["refused_below"])
+    assert re.match(
+        r"OSError: The cache \S+/cache cannot be written \(Permission denied\): ",
+        processes["refused_below"],
+    )
 
 
 # What is loaded, here
@@ -168,7 +191,12 @@ def test_the_stock_loaders_give_the_same_dictionary(repo, versions, tmp_path, mo
     folder.mkdir()
     for name, data in versions.old_files.items():
         (folder / name).write_bytes(data)
-    loaded = [load_it(), SAE.from_pretrained(REPO, FOLDER), SAE.load_from_disk(folder), from_pretrained(str(folder))]
+    loaded = [
+        load_it(),
+        SAE.from_pretrained(REPO, FOLDER),
+        SAE.load_from_disk(folder),
+        from_pretrained(str(folder)),
+    ]
     for d in loaded:
         assert type(d) is BilinearQKDictionary
         assert same(d, versions.old)
@@ -188,9 +216,13 @@ def test_parameters_are_saelenss_in_its_order_then_ours():
     stock = inspect.signature(SAE.from_pretrained).parameters
     ours = inspect.signature(from_pretrained).parameters
     assert list(ours)[: len(stock)] == list(stock)
-    assert {name: ours[name].default for name in list(stock)[2:]} == {n: p.default for n, p in list(stock.items())[2:]}
+    assert {name: ours[name].default for name in list(stock)[2:]} == {
+        n: p.default for n, p in list(stock.items())[2:]
+    }
     assert list(ours)[len(stock) :] == ["revision", "token", "cache_dir", "verify"]
-    assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in list(ours)[len(stock) :])
+    assert all(
+        ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in list(ours)[len(stock) :]
+    )
 
 
 def test_with_cfg_and_sparsity(repo, hub_cache, versions):
@@ -228,11 +260,16 @@ def test_a_converter_loads_through_saelens(repo, versions, tmp_path, monkeypatch
 
     def converter(repo_id, folder_name, device, force_download, cfg_overrides):
         seen.append((repo_id, folder_name, device, force_download, cfg_overrides["dtype"]))
-        return sae_lens_huggingface_loader(repo_id, folder_name, device, force_download, cfg_overrides)
+        return sae_lens_huggingface_loader(
+            repo_id, folder_name, device, force_download, cfg_overrides
+        )
 
     assert same(from_pretrained(REPO, FOLDER, converter=converter), versions.old)
     assert seen == [(REPO, FOLDER, "cpu", False, "float32")]
-    with pytest.raises(ValueError, match="SAELens's own loader takes no revision, token, cache_dir or verify='strict'"):
+    with pytest.raises(
+        ValueError,
+        match="SAELens's own loader takes no revision, token, cache_dir or verify='strict'",
+    ):
         from_pretrained(REPO, FOLDER, converter=converter, revision="main")
 
 
@@ -250,9 +287,13 @@ def test_branches(hub, hub_cache, versions):
         hub._repos[REPO].refs[branch] = hub.commits(REPO)[-1].oid
         publish(hub, files, revision=branch)
     assert same(from_pretrained(REPO, FOLDER, revision="v1.0", cache_dir=hub_cache), versions.old)
-    assert same(from_pretrained(REPO, FOLDER, revision="feature/one", cache_dir=hub_cache), versions.new)
+    assert same(
+        from_pretrained(REPO, FOLDER, revision="feature/one", cache_dir=hub_cache), versions.new
+    )
     hub.stop()
-    assert same(from_pretrained(REPO, FOLDER, revision="feature/one", cache_dir=hub_cache), versions.new)
+    assert same(
+        from_pretrained(REPO, FOLDER, revision="feature/one", cache_dir=hub_cache), versions.new
+    )
 
 
 @pytest.mark.parametrize("kind", ["private", "gated"])
@@ -271,13 +312,17 @@ def test_tokens(hub, hub_cache, versions, kind, monkeypatch):
 
 
 @pytest.fixture
-def name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, versions: Versions) -> Callable[..., None]:
+def name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, versions: Versions
+) -> Callable[..., None]:
     """Put `tiny` into a registry of one's own, as published in REPO; values override."""
 
     def write(revision: str, **values: str) -> None:
         entry = {"status": "published", "repo": REPO, "folder": FOLDER, "revision": revision}
         sums = {"sha256": sha256(versions.old_files[SUMS]).hexdigest()}
-        (tmp_path / "registry.yaml").write_text(yaml.safe_dump({"tiny": {**entry, **sums, **values}}))
+        (tmp_path / "registry.yaml").write_text(
+            yaml.safe_dump({"tiny": {**entry, **sums, **values}})
+        )
         monkeypatch.setenv(REGISTRY_VARIABLE, str(tmp_path / "registry.yaml"))
 
     return write
@@ -310,12 +355,17 @@ def test_a_name_fixes_the_sum_of_the_sums(repo, versions, hub_cache, name_it):
 def test_a_name_that_has_a_sum_needs_sums(hub, versions, hub_cache, name_it):
     hub.create_repo(REPO)
     name_it(publish(hub, {name: data for name, data in versions.old_files.items() if name != SUMS}))
-    with pytest.raises(ValueError, match=f"has no {SUMS}: its files cannot be verified, and verification was asked for"):
+    with pytest.raises(
+        ValueError,
+        match=f"has no {SUMS}: its files cannot be verified, and verification was asked for",
+    ):
         from_pretrained("tiny", cache_dir=hub_cache)
     assert tree(hub_cache) == {}
 
 
-def test_shipped_then_cached_then_from_the_hub(repo, versions, hub_cache, name_it, tmp_path, monkeypatch):
+def test_shipped_then_cached_then_from_the_hub(
+    repo, versions, hub_cache, name_it, tmp_path, monkeypatch
+):
     shipped = tmp_path / "shipped"
     (shipped / "tiny").mkdir(parents=True)
     for name, data in versions.new_files.items():
@@ -351,13 +401,17 @@ def test_folders_outside_the_repository_are_refused(repo, hub_cache, name_it, fo
     assert tree(hub_cache) == {}
 
 
-def test_an_absolute_folder_is_not_read_in_place_of_the_repositorys(repo, versions, hub_cache, tmp_path):
+def test_an_absolute_folder_is_not_read_in_place_of_the_repositorys(
+    repo, versions, hub_cache, tmp_path
+):
     versions.old.save_model(tmp_path / "here")
     with pytest.raises(ValueError, match="must be a plain path inside the repository"):
         from_pretrained(REPO, str(tmp_path / "here"), cache_dir=hub_cache)
 
 
-@pytest.mark.parametrize("repo_id", ["../repo", "/org/repo", "org/repo/x", "org/..", "org/re\\po", "org/"])
+@pytest.mark.parametrize(
+    "repo_id", ["../repo", "/org/repo", "org/repo/x", "org/..", "org/re\\po", "org/"]
+)
 def test_bad_repositories_are_refused(repo, hub_cache, repo_id, name_it):
     with pytest.raises(ValueError, match="Repo id") as error:
         from_pretrained(repo_id, FOLDER, cache_dir=hub_cache)
@@ -398,7 +452,9 @@ def test_requests(repo, versions, load_it):
 
 
 @pytest.mark.parametrize("intact", [True, False])
-def test_weights_that_did_not_change_are_not_downloaded_again(repo, versions, load_it, hub_cache, intact):
+def test_weights_that_did_not_change_are_not_downloaded_again(
+    repo, versions, load_it, hub_cache, intact
+):
     """When somebody commits something else; a damaged copy in the cache is no help."""
     load_it()
     (link,) = hub_cache.rglob(f"snapshots/*/{FOLDER}/{WEIGHTS}")
@@ -411,7 +467,9 @@ def test_weights_that_did_not_change_are_not_downloaded_again(repo, versions, lo
 
 
 @pytest.mark.parametrize("down", ["stopped", "failing"])
-def test_without_the_hub_a_cached_branch_serves(repo, versions, load_it, hub_cache, waits, hub_waits, caplog, down):
+def test_without_the_hub_a_cached_branch_serves(
+    repo, versions, load_it, hub_cache, waits, hub_waits, caplog, down
+):
     load_it()
     publish(repo, versions.new_files)
     before = tree(hub_cache)
@@ -422,7 +480,9 @@ def test_without_the_hub_a_cached_branch_serves(repo, versions, load_it, hub_cac
     caplog.clear()
     assert same(load_it(), versions.old)
     error = "ConnectError" if down == "stopped" else "HfHubHTTPError"
-    assert caplog.messages == [f"the Hub cannot be reached ({error}): using the cached copy of {REPO}"]
+    assert caplog.messages == [
+        f"the Hub cannot be reached ({error}): using the cached copy of {REPO}"
+    ]
     assert [*waits, *hub_waits] == []
     assert len(served(repo)) == (down == "failing")
     for revision in ("main", repo.commits(REPO)[1].oid):
@@ -458,10 +518,14 @@ class Payload:
         return Path.touch, (Path("payload-has-run"),)
 
 
-def with_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Files], Files]:
+def with_tensor(
+    name: str, change: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[Files], Files]:
     def changed(files: Files) -> Files:
         tensors = load(files[WEIGHTS])
-        return with_sums({**files, WEIGHTS: save({**tensors, name: change(tensors[name]).contiguous()})})
+        return with_sums(
+            {**files, WEIGHTS: save({**tensors, name: change(tensors[name]).contiguous()})}
+        )
 
     return changed
 
@@ -471,12 +535,17 @@ def with_file(name: str, data: bytes) -> Callable[[Files], Files]:
 
 
 def with_cfg(**changes: Any) -> Callable[[Files], Files]:
-    return lambda files: with_sums({**files, "cfg.json": json.dumps({**json.loads(files["cfg.json"]), **changes}).encode()})
+    return lambda files: with_sums(
+        {**files, "cfg.json": json.dumps({**json.loads(files["cfg.json"]), **changes}).encode()}
+    )
 
 
 def listing(name: str) -> Callable[[Files], Files]:
     """Sums that list this file too."""
-    return lambda files: {**files, SUMS: files[SUMS] + f"{sha256(b'').hexdigest()}  {name}\n".encode()}
+    return lambda files: {
+        **files,
+        SUMS: files[SUMS] + f"{sha256(b'').hexdigest()}  {name}\n".encode(),
+    }
 
 
 def without(name: str) -> Callable[[Files], Files]:
@@ -508,52 +577,110 @@ class Mishap:
 
 PRIVATE, GATED, STRANGER = {"private": True}, {"gated": True}, {"token": "hf_stranger"}
 REFUSED = {
-    "no repository": Mishap(FileNotFoundError, "There is no repository org/nowhere", options={"release": "org/nowhere"}),
+    "no repository": Mishap(
+        FileNotFoundError, "There is no repository org/nowhere", options={"release": "org/nowhere"}
+    ),
     # The Hub does not tell the two apart, so this cannot be the PermissionError of docs/publishing.md and `fetched`.
-    "private": Mishap(FileNotFoundError, "There is no repository org/repo, or it is private", repo=PRIVATE),
-    "private to others": Mishap(FileNotFoundError, "or it is private and the token", repo=PRIVATE, options=STRANGER),
+    "private": Mishap(
+        FileNotFoundError, "There is no repository org/repo, or it is private", repo=PRIVATE
+    ),
+    "private to others": Mishap(
+        FileNotFoundError, "or it is private and the token", repo=PRIVATE, options=STRANGER
+    ),
     "gated": Mishap(PermissionError, "org/repo is gated: accept its terms", repo=GATED),
-    "gated for others": Mishap(PermissionError, "org/repo is gated: accept its terms", repo=GATED, options=STRANGER),
-    "bad token": Mishap(PermissionError, r"refuses this token for org/repo \(401\): Invalid", options={"token": "hf_x"}),
-    "no revision": Mishap(FileNotFoundError, "org/repo has no revision 'nowhere'", options={"revision": "nowhere"}),
-    "no commit": Mishap(FileNotFoundError, f"has no revision '{'0' * 40}'", options={"revision": "0" * 40}),
-    "no folder": Mishap(FileNotFoundError, "no file nowhere/cfg.json at revision 'main'", options={"sae_id": "nowhere"}),
+    "gated for others": Mishap(
+        PermissionError, "org/repo is gated: accept its terms", repo=GATED, options=STRANGER
+    ),
+    "bad token": Mishap(
+        PermissionError,
+        r"refuses this token for org/repo \(401\): Invalid",
+        options={"token": "hf_x"},
+    ),
+    "no revision": Mishap(
+        FileNotFoundError, "org/repo has no revision 'nowhere'", options={"revision": "nowhere"}
+    ),
+    "no commit": Mishap(
+        FileNotFoundError, f"has no revision '{'0' * 40}'", options={"revision": "0" * 40}
+    ),
+    "no folder": Mishap(
+        FileNotFoundError,
+        "no file nowhere/cfg.json at revision 'main'",
+        options={"sae_id": "nowhere"},
+    ),
     # Today the message of these two names cfg.json (`explained` in `fetched`).
-    "no weights": Mishap(FileNotFoundError, f"no file {FOLDER}/{WEIGHTS} at revision", without(WEIGHTS)),
-    "no metrics": Mishap(FileNotFoundError, f"no file {FOLDER}/metrics.json at revision", without("metrics.json")),
-    "no sums": Mishap(ValueError, f"has no {SUMS}: its files cannot", without(SUMS), options={"verify": "strict"}),
-    "unknown verify": Mishap(ValueError, "verify must be True, False or 'strict', got 'no'", options={"verify": "no"}),
+    "no weights": Mishap(
+        FileNotFoundError, f"no file {FOLDER}/{WEIGHTS} at revision", without(WEIGHTS)
+    ),
+    "no metrics": Mishap(
+        FileNotFoundError, f"no file {FOLDER}/metrics.json at revision", without("metrics.json")
+    ),
+    "no sums": Mishap(
+        ValueError, f"has no {SUMS}: its files cannot", without(SUMS), options={"verify": "strict"}
+    ),
+    "unknown verify": Mishap(
+        ValueError, "verify must be True, False or 'strict', got 'no'", options={"verify": "no"}
+    ),
 }
-UNREACHED, FAILING = "The Hub cannot be reached for org/repo", r"The Hub fails on org/repo \(50\d\), after several attempts"
+UNREACHED, FAILING = (
+    "The Hub cannot be reached for org/repo",
+    r"The Hub fails on org/repo \(50\d\), after several attempts",
+)
 CUT = r"cut short|should be of size \d+ but has size"
 TRANSFERS = {
     # Today these two are the client's own message, of two lines.
     "short file": Mishap(OSError, CUT, fault=spoilt("GET", WEIGHTS, truncate=500)),
     "short sums": Mishap(OSError, CUT, fault=spoilt("GET", SUMS, truncate=70)),
-    "file cut off": Mishap(ConnectionError, UNREACHED, fault=spoilt("GET", WEIGHTS, truncate=500, drop=True)),
+    "file cut off": Mishap(
+        ConnectionError, UNREACHED, fault=spoilt("GET", WEIGHTS, truncate=500, drop=True)
+    ),
     "dropped": Mishap(ConnectionError, UNREACHED, fault=spoilt("GET", "metrics.json", drop=True)),
-    "failing": Mishap(ConnectionError, FAILING, fault=spoilt("HEAD|GET", "", status=503), newest=True),
+    "failing": Mishap(
+        ConnectionError, FAILING, fault=spoilt("HEAD|GET", "", status=503), newest=True
+    ),
     "failing later": Mishap(ConnectionError, FAILING, fault=spoilt("GET", WEIGHTS, status=500)),
-    "failing at a HEAD": Mishap(ConnectionError, UNREACHED, fault=spoilt("HEAD", WEIGHTS, status=500)),
-    "not a Hub": Mishap(ConnectionError, "is not served by a Hub", fault=spoilt("HEAD", "", status=200)),
+    "failing at a HEAD": Mishap(
+        ConnectionError, UNREACHED, fault=spoilt("HEAD", WEIGHTS, status=500)
+    ),
+    "not a Hub": Mishap(
+        ConnectionError, "is not served by a Hub", fault=spoilt("HEAD", "", status=200)
+    ),
     "stopped": Mishap(ConnectionError, UNREACHED, stopped=True, newest=True),
 }
 TERABYTES = {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 2**42]}
 BEYOND_64_BITS = {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 0]}
-CORRUPTED, PLAIN = f"{WEIGHTS} is truncated or corrupted", "is not a SHA-256 sum and the name of a file in its folder"
+CORRUPTED, PLAIN = (
+    f"{WEIGHTS} is truncated or corrupted",
+    "is not a SHA-256 sum and the name of a file in its folder",
+)
 CONTENTS = {
-    "shapes": Mishap(ValueError, r"query.W_enc .* \(20, 29\), .* \(29, 20\)", with_tensor("query.W_enc", torch.t)),
+    "shapes": Mishap(
+        ValueError, r"query.W_enc .* \(20, 29\), .* \(29, 20\)", with_tensor("query.W_enc", torch.t)
+    ),
     "pairs": Mishap(
         ValueError,
         "Pair indices must lie in",
         with_tensor("feature_map.digits", lambda d: d.index_fill(0, torch.tensor(3), 9)),
     ),
-    "NaN": Mishap(ValueError, "not finite, first in key.b_dec", with_tensor("key.b_dec", lambda b: b * torch.nan)),
-    "terabytes of weights": Mishap(ValueError, CORRUPTED, with_file(WEIGHTS, header_only({"query.W_enc": TERABYTES}))),
-    "terabytes of header": Mishap(ValueError, CORRUPTED, with_file(WEIGHTS, (2**42).to_bytes(8, "little") + b"{}")),
-    "shape beyond 64 bits": Mishap(ValueError, CORRUPTED, with_file(WEIGHTS, header_only({"query.W_enc": BEYOND_64_BITS}))),
-    "billions of features": Mishap(ValueError, r"should have shape \(10000000000, 24\)", with_cfg(d_query=10**10)),
-    "billions of pairs": Mishap(ValueError, r"should have shape \(10000000000, 3\)", with_cfg(n_pairs=10**10)),
+    "NaN": Mishap(
+        ValueError,
+        "not finite, first in key.b_dec",
+        with_tensor("key.b_dec", lambda b: b * torch.nan),
+    ),
+    "terabytes of weights": Mishap(
+        ValueError, CORRUPTED, with_file(WEIGHTS, header_only({"query.W_enc": TERABYTES}))
+    ),
+    "terabytes of header": Mishap(
+        ValueError, CORRUPTED, with_file(WEIGHTS, (2**42).to_bytes(8, "little") + b"{}")
+    ),
+    "shape beyond 64 bits": Mishap(
+        ValueError, CORRUPTED, with_file(WEIGHTS, header_only({"query.W_enc": BEYOND_64_BITS}))
+    ),
+    "billions of features": Mishap(
+        ValueError, r"should have shape \(10000000000, 24\)", with_cfg(d_query=10**10)
+    ),
+    "billions of pairs": Mishap(
+        ValueError, r"should have shape \(10000000000, 3\)", with_cfg(n_pairs=10**10)
+    ),
     "pickle": Mishap(ValueError, CORRUPTED, with_file(WEIGHTS, pickle.dumps(Payload()))),
     "listed above": Mishap(ValueError, PLAIN, listing("../cfg.json")),
     "listed elsewhere": Mishap(ValueError, PLAIN, listing("/etc/passwd")),
@@ -564,11 +691,15 @@ CONTENTS = {
         ValueError, "cfg.json does not have the SHA-256 sum", lambda f: {**f, "cfg.json": b"{}"}
     ),
     "weights not listed": Mishap(
-        ValueError, f"{SUMS} does not list {WEIGHTS}", lambda f: {**f, **with_sums(without(WEIGHTS)(f))}
+        ValueError,
+        f"{SUMS} does not list {WEIGHTS}",
+        lambda f: {**f, **with_sums(without(WEIGHTS)(f))},
     ),
     "empty sums": Mishap(ValueError, f"{SUMS} does not list cfg.json", lambda f: {**f, SUMS: b""}),
     **{
-        f"{name} flipped at {at}": Mishap(ValueError, f"{name}.* damaged", fault=spoilt("GET", f"/{name}", flip_byte=at))
+        f"{name} flipped at {at}": Mishap(
+            ValueError, f"{name}.* damaged", fault=spoilt("GET", f"/{name}", flip_byte=at)
+        )
         for name, at in [*((name, 3) for name in FILES), (WEIGHTS, -2)]
     },
 }
@@ -588,21 +719,32 @@ MISHAPS = REFUSED | TRANSFERS | CONTENTS | MALFORMED
 
 @pytest.mark.parametrize("held", ["empty", "older"])
 @pytest.mark.parametrize("name", MISHAPS)
-def test_a_mishap_leaves_the_cache_as_it_was(name, held, hub, hub_cache, versions, waits, tmp_path, monkeypatch):
+def test_a_mishap_leaves_the_cache_as_it_was(
+    name, held, hub, hub_cache, versions, waits, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # what users meet outside pytest
+    monkeypatch.setattr(
+        "jaxtyping.config.jaxtyping_disable", True
+    )  # what users meet outside pytest
     mishap = MISHAPS[name]
     hub.create_repo(REPO, **mishap.repo)
     publish(hub, with_sums({name: versions.old_files[name] for name in ("cfg.json", WEIGHTS)}))
     if held == "older":
         from_pretrained(REPO, FOLDER, token="hf_owner", cache_dir=hub_cache)
-    newest = publish(hub, mishap.change(versions.new_files), delete=[f"{FOLDER}/{file}" for file in FILES])
+    newest = publish(
+        hub, mishap.change(versions.new_files), delete=[f"{FOLDER}/{file}" for file in FILES]
+    )
     if mishap.fault:
         hub.fault(**mishap.fault, times=None)
     if mishap.stopped:
         hub.stop()
     before = tree(hub_cache)
-    options = {"release": REPO, "sae_id": FOLDER, "revision": newest if mishap.newest else None, **mishap.options}
+    options = {
+        "release": REPO,
+        "sae_id": FOLDER,
+        "revision": newest if mishap.newest else None,
+        **mishap.options,
+    }
     served(hub)
     with pytest.raises(mishap.error, match=mishap.message) as caught, memory_limit(megabytes=4096):
         from_pretrained(cache_dir=hub_cache, **options)
@@ -626,7 +768,9 @@ def test_a_damaged_download_can_be_repeated(repo, versions, load_it, hub_cache, 
     assert same(load_it(verify="strict"), versions.old)
 
 
-def test_a_commit_during_the_download_does_not_mix_versions(repo, versions, load_it, hub_cache, monkeypatch):
+def test_a_commit_during_the_download_does_not_mix_versions(
+    repo, versions, load_it, hub_cache, monkeypatch
+):
     first = head(repo)
 
     def download(place: HubFolder) -> Path:
@@ -642,7 +786,8 @@ def test_a_commit_during_the_download_does_not_mix_versions(repo, versions, load
 def test_a_cache_where_none_can_be(repo, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(
-        OSError, match=f"The cache {tmp_path}/file/hub cannot be written .*: pass cache_dir= or set HF_HOME"
+        OSError,
+        match=f"The cache {tmp_path}/file/hub cannot be written .*: pass cache_dir= or set HF_HOME",
     ) as error:
         from_pretrained(REPO, FOLDER, cache_dir=tmp_path / "file" / "hub")
     assert "\n" not in str(error.value)
@@ -660,9 +805,17 @@ def test_a_folder_without_sums(hub, versions, hub_cache):
     hub.create_repo(REPO)
     commit = publish(hub, without(SUMS)(versions.old_files))
     for _ in range(2):
-        with pytest.warns(UserWarning, match=rf"has no {SUMS}: its files cannot be verified\. Load with verify='strict'"):
-            assert same(from_pretrained(REPO, FOLDER, cache_dir=hub_cache, revision=commit), versions.old)
-    assert same(from_pretrained(REPO, FOLDER, cache_dir=hub_cache, verify=False, revision=commit), versions.old)
+        with pytest.warns(
+            UserWarning,
+            match=rf"has no {SUMS}: its files cannot be verified\. Load with verify='strict'",
+        ):
+            assert same(
+                from_pretrained(REPO, FOLDER, cache_dir=hub_cache, revision=commit), versions.old
+            )
+    assert same(
+        from_pretrained(REPO, FOLDER, cache_dir=hub_cache, verify=False, revision=commit),
+        versions.old,
+    )
     assert len(served(hub)) == 6  # the second and third time none
     with pytest.raises(ValueError, match="verification was asked for"):
         from_pretrained(REPO, FOLDER, cache_dir=hub_cache, verify="strict", revision=commit)
@@ -692,13 +845,19 @@ STATED = rf"does not have the SHA-256 sum that {SUMS} states.*force_download=Tru
         (SUMS, "gone", None),
     ],
 )
-def test_a_damaged_cache_is_noticed_and_healed(repo, versions, load_it, hub_cache, name, damage, message):
+def test_a_damaged_cache_is_noticed_and_healed(
+    repo, versions, load_it, hub_cache, name, damage, message
+):
     """By `force_download` where sums tell, at once where a file is lost or the sums cannot be read."""
     load_it()
     healthy = tree(hub_cache)
     (link,) = hub_cache.rglob(f"snapshots/*/{FOLDER}/{name}")
     blob, data = link.resolve(), link.read_bytes()
-    changed = {"flipped": data[:9] + bytes([data[9] ^ 0xFF]) + data[10:], "shortened": data[:-20], "emptied": b""}
+    changed = {
+        "flipped": data[:9] + bytes([data[9] ^ 0xFF]) + data[10:],
+        "shortened": data[:-20],
+        "emptied": b"",
+    }
     if damage == "gone":
         blob.unlink()
     else:

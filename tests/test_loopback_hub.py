@@ -35,7 +35,11 @@ from loopback_hub import REGULAR_LIMIT, LoopbackHub
 
 REPO = "org/repo"
 WEIGHTS = bytes(range(256)) * 40
-FILES = {"cfg.json": b'{"d_in": 7}', "half/sae_weights.safetensors": WEIGHTS, "half/deep/notes.txt": b"notes"}
+FILES = {
+    "cfg.json": b'{"d_in": 7}',
+    "half/sae_weights.safetensors": WEIGHTS,
+    "half/deep/notes.txt": b"notes",
+}
 STEPS = [1, 2, 4, 8, 8]
 """The client's waits between its six attempts."""
 
@@ -70,7 +74,10 @@ def folder(tmp_path: Path) -> Path:
 
 def served(hub: LoopbackHub) -> list[str]:
     """The log since the last look, without the repository's name."""
-    lines = [f"{request.method} {request.path} {request.status}".replace(REPO, "R") for request in hub.requests]
+    lines = [
+        f"{request.method} {request.path} {request.status}".replace(REPO, "R")
+        for request in hub.requests
+    ]
     hub.requests.clear()
     return lines
 
@@ -97,7 +104,9 @@ def test_the_client_knows_only_the_loopback_hub(hub):
 def test_so_does_a_process_started_by_a_test(hub):
     code = "from huggingface_hub import HfApi; print(HfApi().whoami()['name'])"
     environment = {**os.environ, "HF_TOKEN": "hf_stranger"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
     assert done.stdout == "stranger\n"
 
 
@@ -146,8 +155,14 @@ def test_whoami(hub):
 def test_a_model_without_a_namespace_is_read_only(hub, hub_cache):
     hub.create_repo("gpt2")
     hub.commit("gpt2", FILES)
-    assert Path(hf_hub_download("gpt2", "half/deep/notes.txt", cache_dir=hub_cache)).read_bytes() == b"notes"
-    assert Path(snapshot_download("gpt2", cache_dir=hub_cache), "cfg.json").read_bytes() == FILES["cfg.json"]
+    assert (
+        Path(hf_hub_download("gpt2", "half/deep/notes.txt", cache_dir=hub_cache)).read_bytes()
+        == b"notes"
+    )
+    assert (
+        Path(snapshot_download("gpt2", cache_dir=hub_cache), "cfg.json").read_bytes()
+        == FILES["cfg.json"]
+    )
     with pytest.raises(HfHubHTTPError, match="403"):
         owner.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id="gpt2")
 
@@ -155,7 +170,10 @@ def test_a_model_without_a_namespace_is_read_only(hub, hub_cache):
 def test_private_repositories_are_missing_to_others(hub, hub_cache):
     hub.create_repo(REPO, private=True)
     hub.commit(REPO, FILES)
-    assert Path(hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache, token="hf_owner")).read_bytes() == FILES["cfg.json"]
+    assert (
+        Path(hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache, token="hf_owner")).read_bytes()
+        == FILES["cfg.json"]
+    )
     for api, status in ((stranger, 404), (nobody, 401)):
         for call in (api.model_info, api.list_repo_files, api.list_repo_refs):
             with pytest.raises(RepositoryNotFoundError) as error:
@@ -190,7 +208,9 @@ def test_an_unknown_token_is_refused_where_none_is_needed(repo, hub_cache):
         lambda: unknown.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id=REPO),
     ]
     for call in calls:
-        with pytest.raises(HfHubHTTPError, match="Invalid credentials in Authorization header") as error:
+        with pytest.raises(
+            HfHubHTTPError, match="Invalid credentials in Authorization header"
+        ) as error:
             call()
         assert error.value.response.status_code == 401
         assert not isinstance(error.value, RepositoryNotFoundError)
@@ -222,10 +242,21 @@ def test_upload_folder(hub, folder):
     owner.create_repo(REPO)
     (folder / "empty.safetensors").touch()
     served(hub)
-    info = owner.upload_folder(repo_id=REPO, folder_path=folder, commit_message="Summary", commit_description="More")
-    assert hub.files(REPO) == {**FILES, "empty.safetensors": b"", ".gitattributes": hub.files(REPO)[".gitattributes"]}
+    info = owner.upload_folder(
+        repo_id=REPO, folder_path=folder, commit_message="Summary", commit_description="More"
+    )
+    assert hub.files(REPO) == {
+        **FILES,
+        "empty.safetensors": b"",
+        ".gitattributes": hub.files(REPO)[".gitattributes"],
+    }
     newest, first = hub.commits(REPO)
-    assert (newest.oid, newest.message, newest.parent, newest.author) == (info.oid, "Summary\n\nMore", first.oid, "owner")
+    assert (newest.oid, newest.message, newest.parent, newest.author) == (
+        info.oid,
+        "Summary\n\nMore",
+        first.oid,
+        "owner",
+    )
     assert info.commit_url == f"{hub.url}/org/repo/commit/{info.oid}"
     assert served(hub) == [
         "POST /api/models/R/preupload/main 200",
@@ -262,9 +293,13 @@ def test_known_objects_are_not_sent_again(repo):
 
 
 def test_large_files_of_any_name_go_to_lfs(repo):
-    owner.upload_file(path_or_fileobj=bytes(REGULAR_LIMIT), path_in_repo="regular.bin", repo_id=REPO)
+    owner.upload_file(
+        path_or_fileobj=bytes(REGULAR_LIMIT), path_in_repo="regular.bin", repo_id=REPO
+    )
     assert not any(line.startswith("PUT") for line in served(repo))
-    owner.upload_file(path_or_fileobj=bytes(REGULAR_LIMIT + 1), path_in_repo="large.bin", repo_id=REPO)
+    owner.upload_file(
+        path_or_fileobj=bytes(REGULAR_LIMIT + 1), path_in_repo="large.bin", repo_id=REPO
+    )
     assert any(line.startswith("PUT") for line in served(repo))
     regular, large = owner.get_paths_info(REPO, ["regular.bin", "large.bin"])
     assert regular.lfs is None
@@ -308,7 +343,9 @@ def test_deletion(repo):
     assert repo.files(REPO).keys() == {".gitattributes", "half/sae_weights.safetensors"}
     for path in ("cfg.json", "half", "cfg/"):  # a folder is none without its slash
         with pytest.raises(RemoteEntryNotFoundError, match="A file with this name doesn't exist"):
-            owner.create_commit(REPO, [add("new", b"x"), CommitOperationDelete(path)], commit_message="m")
+            owner.create_commit(
+                REPO, [add("new", b"x"), CommitOperationDelete(path)], commit_message="m"
+            )
     assert "new" not in repo.files(REPO)
 
 
@@ -319,7 +356,9 @@ def test_parent_commit(repo):
         owner.create_commit(REPO, [add("ours", b"x")], commit_message="m", parent_commit=first)
     assert error.value.response.status_code == 412
     assert "ours" not in repo.files(REPO)
-    owner.create_commit(REPO, [add("ours", b"x")], commit_message="m", parent_commit=repo.commits(REPO)[0].oid[:7])
+    owner.create_commit(
+        REPO, [add("ours", b"x")], commit_message="m", parent_commit=repo.commits(REPO)[0].oid[:7]
+    )
     assert {"ours", "theirs"} < repo.files(REPO).keys()
 
 
@@ -327,18 +366,34 @@ def test_pull_requests(repo, hub_cache):
     first = repo.commits(REPO)[0].oid
     repo.commit(REPO, {"theirs": b"x"})
     files = [add("cfg.json", b"{}"), add("new.safetensors", b"new")]
-    info = stranger.create_commit(REPO, files, commit_message="m", create_pr=True, parent_commit=first)
+    info = stranger.create_commit(
+        REPO, files, commit_message="m", create_pr=True, parent_commit=first
+    )
     assert (info.pr_num, info.pr_revision) == (1, "refs/pr/1")
     assert info.pr_url == f"{repo.url}/org/repo/discussions/1"
     assert repo.files(REPO)["cfg.json"] == FILES["cfg.json"]
     assert repo.files(REPO, "refs/pr/1")["cfg.json"] == b"{}"
     assert repo.commits(REPO, "refs/pr/1")[0].parent == first
 
-    stranger.upload_file(path_or_fileobj=b"2", path_in_repo="cfg.json", repo_id=REPO, revision="refs/pr/1")
-    assert Path(hf_hub_download(REPO, "cfg.json", revision="refs/pr/1", cache_dir=hub_cache)).read_bytes() == b"2"
-    assert owner.upload_file(path_or_fileobj=b"", path_in_repo="y", repo_id=REPO, create_pr=True).pr_num == 2
+    stranger.upload_file(
+        path_or_fileobj=b"2", path_in_repo="cfg.json", repo_id=REPO, revision="refs/pr/1"
+    )
+    assert (
+        Path(
+            hf_hub_download(REPO, "cfg.json", revision="refs/pr/1", cache_dir=hub_cache)
+        ).read_bytes()
+        == b"2"
+    )
+    assert (
+        owner.upload_file(
+            path_or_fileobj=b"", path_in_repo="y", repo_id=REPO, create_pr=True
+        ).pr_num
+        == 2
+    )
     with pytest.raises(HfHubHTTPError, match="403"):
-        stranger.upload_file(path_or_fileobj=b"", path_in_repo="y", repo_id=REPO, revision="refs/pr/2")
+        stranger.upload_file(
+            path_or_fileobj=b"", path_in_repo="y", repo_id=REPO, revision="refs/pr/2"
+        )
     pulls = nobody.list_repo_refs(REPO, include_pull_requests=True).pull_requests
     assert [pull.ref for pull in pulls or []] == ["refs/pr/1", "refs/pr/2"]
 
@@ -355,12 +410,19 @@ def test_branches(repo, hub_cache):
     with pytest.raises(BadRequestError):
         owner.create_branch(REPO, branch="refs/pr/5")
 
-    owner.upload_file(path_or_fileobj=b"{}", path_in_repo="cfg.json", repo_id=REPO, revision="feature/one")
+    owner.upload_file(
+        path_or_fileobj=b"{}", path_in_repo="cfg.json", repo_id=REPO, revision="feature/one"
+    )
     tips = {branch.name: branch.target_commit for branch in nobody.list_repo_refs(REPO).branches}
     assert tips.keys() == {"main", "feature/one", "old"}
     assert tips["old"] == first
     assert repo.files(REPO)["cfg.json"] == FILES["cfg.json"]
-    assert Path(hf_hub_download(REPO, "cfg.json", revision="feature/one", cache_dir=hub_cache)).read_bytes() == b"{}"
+    assert (
+        Path(
+            hf_hub_download(REPO, "cfg.json", revision="feature/one", cache_dir=hub_cache)
+        ).read_bytes()
+        == b"{}"
+    )
     assert list(repo.files(REPO, "old")) == [".gitattributes"]
     for revision in ("nowhere", first):  # a commit is no branch
         with pytest.raises(RevisionNotFoundError):
@@ -369,9 +431,14 @@ def test_branches(repo, hub_cache):
 
 @pytest.mark.parametrize(
     ("card", "problem"),
-    [("---\nlicense: [mit\n---\n", "YAML metadata error"), ("---\n- mit\n---\n", "must be a mapping, not list")],
+    [
+        ("---\nlicense: [mit\n---\n", "YAML metadata error"),
+        ("---\n- mit\n---\n", "must be a mapping, not list"),
+    ],
 )
-def test_a_card_with_invalid_metadata_stops_the_upload_before_it_starts(repo, folder, card, problem):
+def test_a_card_with_invalid_metadata_stops_the_upload_before_it_starts(
+    repo, folder, card, problem
+):
     (folder / "README.md").write_text(card)
     (folder / "new.safetensors").write_bytes(b"new")
     with pytest.raises(ValueError, match=rf"Invalid metadata in README.md.\n- .*{problem}"):
@@ -387,7 +454,9 @@ def test_cards(repo):
         card.validate()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        owner.upload_file(path_or_fileobj=b"---\ntags: [a]\n---\n", path_in_repo="README.md", repo_id=REPO)
+        owner.upload_file(
+            path_or_fileobj=b"---\ntags: [a]\n---\n", path_in_repo="README.md", repo_id=REPO
+        )
         assert not caught
         owner.upload_file(path_or_fileobj=b"# No metadata", path_in_repo="README.md", repo_id=REPO)
     assert "empty or missing yaml metadata" in str(caught[0].message)
@@ -406,7 +475,10 @@ def test_hf_hub_download(repo, hub_cache):
         assert path.read_bytes() == FILES[name]
         assert path == hub_cache / "models--org--repo" / "snapshots" / oid / name
         assert path.resolve().name == blob
-        assert served(repo) == [f"HEAD /R/resolve/main/{name} 200", f"GET /R/resolve/main/{name} 200"]
+        assert served(repo) == [
+            f"HEAD /R/resolve/main/{name} 200",
+            f"GET /R/resolve/main/{name} 200",
+        ]
         hf_hub_download(REPO, name, cache_dir=hub_cache)
         assert served(repo) == [f"HEAD /R/resolve/main/{name} 200"]
         hf_hub_download(REPO, name, revision=oid, cache_dir=hub_cache)
@@ -426,13 +498,18 @@ def test_only_what_changed_is_downloaded_again(repo, hub_cache):
 
 def test_names_are_quoted(repo, hub_cache):
     repo.commit(REPO, {"a folder/100% é?#.txt": b"x"})
-    assert Path(hf_hub_download(REPO, "a folder/100% é?#.txt", cache_dir=hub_cache)).read_bytes() == b"x"
+    assert (
+        Path(hf_hub_download(REPO, "a folder/100% é?#.txt", cache_dir=hub_cache)).read_bytes()
+        == b"x"
+    )
 
 
 def test_snapshot_download(repo, hub_cache):
     oid = repo.commits(REPO)[0].oid
     path = Path(snapshot_download(REPO, cache_dir=hub_cache))
-    assert {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()} == repo.files(REPO)
+    assert {
+        str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()
+    } == repo.files(REPO)
     lines = served(repo)
     assert lines[:2] == [
         "GET /api/models/R/revision/main 200",
@@ -447,16 +524,33 @@ def test_snapshot_download(repo, hub_cache):
 
 def test_listings(repo):
     first = repo.commits(REPO)[1].oid
-    every = [".gitattributes", "cfg.json", "half", "half/deep", "half/deep/notes.txt", "half/sae_weights.safetensors"]
+    every = [
+        ".gitattributes",
+        "cfg.json",
+        "half",
+        "half/deep",
+        "half/deep/notes.txt",
+        "half/sae_weights.safetensors",
+    ]
     assert [entry.path for entry in nobody.list_repo_tree(REPO, recursive=True)] == every
     assert [entry.path for entry in nobody.list_repo_tree(REPO)] == every[:3]
-    assert [entry.path for entry in nobody.list_repo_tree(REPO, "half")] == ["half/deep", "half/sae_weights.safetensors"]
-    assert [entry.path for entry in nobody.list_repo_tree(REPO, "half", recursive=True)] == every[3:]
+    assert [entry.path for entry in nobody.list_repo_tree(REPO, "half")] == [
+        "half/deep",
+        "half/sae_weights.safetensors",
+    ]
+    assert [entry.path for entry in nobody.list_repo_tree(REPO, "half", recursive=True)] == every[
+        3:
+    ]
     assert [entry.path for entry in nobody.list_repo_tree(REPO, revision=first)] == every[:1]
     with pytest.raises(RemoteEntryNotFoundError):
         list(nobody.list_repo_tree(REPO, "nowhere"))
-    assert [commit.title for commit in nobody.list_repo_commits(REPO)] == ["Somebody else's commit", "initial commit"]
-    assert [entry.path for entry in nobody.get_paths_info(REPO, ["half", "nowhere", "cfg.json"])] == ["half", "cfg.json"]
+    assert [commit.title for commit in nobody.list_repo_commits(REPO)] == [
+        "Somebody else's commit",
+        "initial commit",
+    ]
+    assert [
+        entry.path for entry in nobody.get_paths_info(REPO, ["half", "nowhere", "cfg.json"])
+    ] == ["half", "cfg.json"]
     assert nobody.file_exists(REPO, "cfg.json")
     assert not nobody.file_exists(REPO, "nowhere")
     assert not nobody.file_exists("org/nowhere", "cfg.json")
@@ -466,10 +560,16 @@ def test_listings(repo):
 
 def test_model_info(repo):
     info = nobody.model_info(REPO)
-    assert (info.id, info.author, info.sha, info.gated) == (REPO, "org", repo.commits(REPO)[0].oid, False)
+    assert (info.id, info.author, info.sha, info.gated) == (
+        REPO,
+        "org",
+        repo.commits(REPO)[0].oid,
+        False,
+    )
     assert [file.rfilename for file in info.siblings or []] == sorted([".gitattributes", *FILES])
     sizes = {
-        file.rfilename: (file.size, file.blob_id) for file in nobody.model_info(REPO, files_metadata=True).siblings or []
+        file.rfilename: (file.size, file.blob_id)
+        for file in nobody.model_info(REPO, files_metadata=True).siblings or []
     }
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256(WEIGHTS).hexdigest()}\nsize {len(WEIGHTS)}\n"
     assert sizes["half/sae_weights.safetensors"] == (len(WEIGHTS), git_oid(pointer.encode()))
@@ -489,10 +589,18 @@ def test_what_is_missing(repo, hub_cache, repo_id, filename, revision, error, to
     api = HfApi(token=token)
     with pytest.raises(error) as raised:
         hf_hub_download(repo_id, filename, revision=revision, cache_dir=hub_cache, token=token)
-    assert raised.value.response.status_code == (401 if error is RepositoryNotFoundError and not token else 404)
-    assert len(list(hub_cache.glob("*/.no_exist/*/nowhere.json"))) == (error is RemoteEntryNotFoundError)
+    assert raised.value.response.status_code == (
+        401 if error is RepositoryNotFoundError and not token else 404
+    )
+    assert len(list(hub_cache.glob("*/.no_exist/*/nowhere.json"))) == (
+        error is RemoteEntryNotFoundError
+    )
     if error is not RemoteEntryNotFoundError:
-        for call in (api.model_info, api.list_repo_commits, lambda *a, **k: list(api.list_repo_tree(*a, **k))):
+        for call in (
+            api.model_info,
+            api.list_repo_commits,
+            lambda *a, **k: list(api.list_repo_tree(*a, **k)),
+        ):
             with pytest.raises(error):
                 call(repo_id, revision=revision)
     if token and error is not RemoteEntryNotFoundError:
@@ -511,20 +619,34 @@ def test_corruption_that_keeps_the_length_passes_the_client(repo, hub_cache):
         expected = bytearray(FILES[name])
         expected[3] ^= 0xFF
         assert path.read_bytes() == expected
-        assert Path(hf_hub_download(REPO, name, cache_dir=hub_cache)).read_bytes() == expected  # and it stays
-        assert Path(hf_hub_download(REPO, name, cache_dir=hub_cache, force_download=True)).read_bytes() == FILES[name]
+        assert (
+            Path(hf_hub_download(REPO, name, cache_dir=hub_cache)).read_bytes() == expected
+        )  # and it stays
+        assert (
+            Path(hf_hub_download(REPO, name, cache_dir=hub_cache, force_download=True)).read_bytes()
+            == FILES[name]
+        )
 
 
 def test_a_wrong_length_is_refused(repo, hub_cache):
     repo.fault("GET", "sae_weights", truncate=100)
-    with pytest.raises(OSError, match=r"Consistency check failed: file should be of size 10240 but has size 100"):
+    with pytest.raises(
+        OSError, match=r"Consistency check failed: file should be of size 10240 but has size 100"
+    ):
         hf_hub_download(REPO, "half/sae_weights.safetensors", cache_dir=hub_cache)
     assert not list(hub_cache.rglob("*safetensors"))
-    assert Path(hf_hub_download(REPO, "half/sae_weights.safetensors", cache_dir=hub_cache)).read_bytes() == WEIGHTS
+    assert (
+        Path(
+            hf_hub_download(REPO, "half/sae_weights.safetensors", cache_dir=hub_cache)
+        ).read_bytes()
+        == WEIGHTS
+    )
 
 
 @pytest.mark.parametrize(("chunk", "status"), [(constants.DOWNLOAD_CHUNK_SIZE, 200), (64, 206)])
-def test_a_download_cut_short_is_resumed_after_its_last_whole_chunk(repo, hub_cache, hub_waits, monkeypatch, chunk, status):
+def test_a_download_cut_short_is_resumed_after_its_last_whole_chunk(
+    repo, hub_cache, hub_waits, monkeypatch, chunk, status
+):
     """A chunk is 10 MiB, so that smaller files start anew."""
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", chunk)
     repo.fault("GET", "sae_weights", truncate=100, drop=True, times=2)
@@ -561,7 +683,10 @@ def test_a_failing_hub(repo, hub_cache, hub_waits, status):
 def test_a_hub_that_fails_for_a_moment(repo, hub_cache, hub_waits):
     repo.fault("HEAD", "cfg.json", status=503, times=2)
     repo.fault("GET", "cfg.json", status=429, headers={"Retry-After": "3"})
-    assert Path(hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)).read_bytes() == FILES["cfg.json"]
+    assert (
+        Path(hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)).read_bytes()
+        == FILES["cfg.json"]
+    )
     assert hub_waits == [1, 4.0]
     assert [request.status for request in repo.requests] == [503, 503, 200, 429, 200]
 
@@ -574,7 +699,9 @@ def test_a_failing_hub_is_not_noticed_where_the_cache_has_the_file(repo, hub_cac
     assert hub_waits == []
 
 
-@pytest.mark.parametrize("error_code", ["RepoNotFound", "GatedRepo", "RevisionNotFound", "EntryNotFound"])
+@pytest.mark.parametrize(
+    "error_code", ["RepoNotFound", "GatedRepo", "RevisionNotFound", "EntryNotFound"]
+)
 def test_injected_errors_carry_their_code_and_message(repo, hub_cache, error_code):
     repo.fault("HEAD", "cfg.json", status=404, error_code=error_code, message="A reason")
     with pytest.raises(HfHubHTTPError, match="A reason") as error:
@@ -633,7 +760,9 @@ def test_a_commit_whose_answer_is_lost_was_made(repo):
     with pytest.raises(httpx2.RemoteProtocolError):
         owner.create_commit(REPO, [add("x", b"x")], commit_message="m")
     assert len(repo.commits(REPO)) == 3
-    owner.create_commit(REPO, [add("x", b"x")], commit_message="m")  # and is found by the next attempt
+    owner.create_commit(
+        REPO, [add("x", b"x")], commit_message="m"
+    )  # and is found by the next attempt
     assert len(repo.commits(REPO)) == 3
 
 
@@ -643,7 +772,9 @@ def test_a_slow_hub(repo, hub_cache):
     hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)
     assert time.monotonic() - start > 0.3
     repo.fault("HEAD", "cfg.json", delay=0.5)
-    assert Path(hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache, etag_timeout=0.1)).is_file()  # from the cache
+    assert Path(
+        hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache, etag_timeout=0.1)
+    ).is_file()  # from the cache
 
 
 def test_offline(repo, hub_cache, hub_waits):
@@ -677,4 +808,9 @@ def test_a_hub_of_its_own_starts_and_ends():
 
 def test_what_the_loopback_hub_does_not_know(repo):
     assert httpx2.get(f"{repo.url}/api/nothing").status_code == 404
-    assert httpx2.post(f"{repo.url}/api/repos/create", headers={"Authorization": "Bearer hf_owner"}).status_code == 501
+    assert (
+        httpx2.post(
+            f"{repo.url}/api/repos/create", headers={"Authorization": "Bearer hf_owner"}
+        ).status_code
+        == 501
+    )

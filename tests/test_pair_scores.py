@@ -18,9 +18,22 @@ from oracles import (
 )
 from torch import Tensor
 
-from sae_lens_qk.attention import AttentionSpec, allowed_keys, attention_scores, log_pattern, pattern_kl
+from sae_lens_qk.attention import (
+    AttentionSpec,
+    allowed_keys,
+    attention_scores,
+    log_pattern,
+    pattern_kl,
+)
 from sae_lens_qk.feature_map import SparseFeatureMap
-from sae_lens_qk.pair_scores import Decoders, PairScorer, active_entries, constant_scores, pair_kernel, with_constant
+from sae_lens_qk.pair_scores import (
+    Decoders,
+    PairScorer,
+    active_entries,
+    constant_scores,
+    pair_kernel,
+    with_constant,
+)
 from sae_lens_qk.training.losses import TruePattern
 
 PATHS = {"compiled": True, "torch": False}
@@ -30,22 +43,36 @@ LEAVES = ("weights", "query_acts", "key_acts", "W_Q", "W_K")
 
 
 def scores_and_gradients(
-    make_scores, spec: AttentionSpec, kept: SparseFeatureMap, case, wanted=LEAVES, device: str = "cpu"
+    make_scores,
+    spec: AttentionSpec,
+    kept: SparseFeatureMap,
+    case,
+    wanted=LEAVES,
+    device: str = "cpu",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Scores, and gradients of a loss that is not linear in them, reaching future keys too, in the wanted leaves."""
     query_acts, key_acts, decoders = case
     values = dict(zip(LEAVES, (kept.weights, query_acts, key_acts, *decoders), strict=True))
-    leaves = {name: t.detach().clone().to(device).requires_grad_(name in wanted) for name, t in values.items()}
+    leaves = {
+        name: t.detach().clone().to(device).requires_grad_(name in wanted)
+        for name, t in values.items()
+    }
     weights, query_acts, key_acts, W_Q, W_K = leaves.values()
     scores = make_scores(weights, query_acts, key_acts, Decoders(W_Q, W_K))
-    towards = torch.randn(scores.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    towards = torch.randn(
+        scores.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     (scores * towards.to(scores)).sin().sum().backward()
     return scores.detach(), {name: leaves[name].grad for name in wanted}
 
 
-def sparse(spec: AttentionSpec, kept: SparseFeatureMap, case, compiled: bool | None = None, **options):
+def sparse(
+    spec: AttentionSpec, kept: SparseFeatureMap, case, compiled: bool | None = None, **options
+):
     def make_scores(weights, query_acts, key_acts, decoders):
-        return PairScorer(kept.indices.to(weights.device), decoders, spec, compiled)(weights, query_acts, key_acts)
+        return PairScorer(kept.indices.to(weights.device), decoders, spec, compiled)(
+            weights, query_acts, key_acts
+        )
 
     return scores_and_gradients(make_scores, spec, kept, case, **options)
 
@@ -61,7 +88,9 @@ def dense(spec: AttentionSpec, kept: SparseFeatureMap, case):
     exact = case[0].double(), case[1].double(), Decoders(*(side.double() for side in case[2]))
     scores, gradients = scores_and_gradients(make_scores, spec, kept.double(), exact)
     for name, acts in (("query_acts", case[0]), ("key_acts", case[1])):
-        assert (gradients[name][acts == 0] != 0).any(), "the derivative at inactive entries is not zero, it is left out"
+        assert (gradients[name][acts == 0] != 0).any(), (
+            "the derivative at inactive entries is not zero, it is left out"
+        )
         gradients[name] = gradients[name] * (acts != 0)
     return scores, gradients
 
@@ -73,20 +102,26 @@ def assert_same(found, expected, tolerance: float) -> None:
         assert value.shape == exact.shape, name
         largest = float(exact.abs().max())
         assert largest > 0.1, name
-        assert float((value.double().cpu() - exact.double()).abs().max()) <= tolerance * largest, name
+        assert float((value.double().cpu() - exact.double()).abs().max()) <= tolerance * largest, (
+            name
+        )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("n_kv_heads", [2, 6])
 @pytest.mark.parametrize("rotary", ROTARY)
-def test_scores_and_all_gradients_equal_autograd_of_the_dense_reference(rotary, n_kv_heads, path, dtype):
+def test_scores_and_all_gradients_equal_autograd_of_the_dense_reference(
+    rotary, n_kv_heads, path, dtype
+):
     spec = make_spec(rotary, n_kv_heads)
     case, kept = random_case(spec, dtype), random_map(dtype=dtype)
     scores, gradients = found = sparse(spec, kept, case, PATHS[path])
     assert {scores.dtype, *(gradient.dtype for gradient in gradients.values())} == {dtype}
     assert scores[..., ~allowed_keys(N_POS)].eq(0).all()
-    assert (gradients["weights"][kept.weights == 0] != 0).any(), "pairs of weight 0 have a gradient too"
+    assert (gradients["weights"][kept.weights == 0] != 0).any(), (
+        "pairs of weight 0 have a gradient too"
+    )
     for name, acts in (("query_acts", case[0]), ("key_acts", case[1])):
         assert gradients[name][acts == 0].eq(0).all(), "a feature that does not fire has gradient 0"
     assert_same(found, dense(spec, kept, case), TOLERANCE[dtype])
@@ -107,7 +142,10 @@ def test_blocks_of_rows_do_not_change_the_gradients(rotary, batch, threads, monk
 @pytest.mark.parametrize("rotary", ROTARY)
 def test_every_length_of_a_sequence(rotary, n_pos):
     """The compiled loops take several queries at once; few positions leave an incomplete group."""
-    spec, kept = make_spec(rotary), SparseFeatureMap.all_pairs(D_QUERY, D_KEY, N_HEADS, torch.float64)
+    spec, kept = (
+        make_spec(rotary),
+        SparseFeatureMap.all_pairs(D_QUERY, D_KEY, N_HEADS, torch.float64),
+    )
     case = random_case(spec, n_pos=n_pos)
     found, again = sparse(spec, kept, case, True), sparse(spec, kept, case, False)
     assert found[0].shape == (2, N_HEADS, n_pos, n_pos)
@@ -116,7 +154,10 @@ def test_every_length_of_a_sequence(rotary, n_pos):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("wanted", [("weights",), ("key_acts",), ("W_Q",), ("weights", "W_K"), ("query_acts", "key_acts")])
+@pytest.mark.parametrize(
+    "wanted",
+    [("weights",), ("key_acts",), ("W_Q",), ("weights", "W_K"), ("query_acts", "key_acts")],
+)
 @pytest.mark.parametrize("rotary", ["none", "full"])
 def test_any_subset_of_gradients_is_that_of_the_whole(rotary, wanted, path):
     spec, kept = make_spec(rotary), random_map()
@@ -164,10 +205,14 @@ def test_nan_activations_give_nan(rotary, side, path):
     case[side][1, 7, 5] = torch.nan
     scores, gradients = sparse(spec, kept, case, PATHS[path])
     fires = (with_one(case[1 - side])[1] != 0).double()
-    touched = torch.zeros(N_HEADS, N_POS, N_POS, dtype=torch.bool)  # by a pair of feature 5 whose other feature fires
+    touched = torch.zeros(
+        N_HEADS, N_POS, N_POS, dtype=torch.bool
+    )  # by a pair of feature 5 whose other feature fires
     for pair in kept.indices[(kept.indices[:, side] == 5) & (kept.weights > 0)].tolist():
         at = fires[:, pair[1 - side]] > 0
-        (touched[pair[2], 7, :8] if side == 0 else touched[pair[2], 7:, 7]).logical_or_(at[:8] if side == 0 else at[7:])
+        (touched[pair[2], 7, :8] if side == 0 else touched[pair[2], 7:, 7]).logical_or_(
+            at[:8] if side == 0 else at[7:]
+        )
     assert touched.any()
     assert scores[1][touched].isnan().all()
     assert torch.equal(scores[0], clean[0]), "the other sequence is untouched"
@@ -212,7 +257,9 @@ def test_scores_and_gradients_on_a_gpu(rotary, dtype):
     spec = make_spec(rotary)
     case, kept = random_case(spec, dtype), random_map(dtype=dtype)
     scores, gradients = found = sparse(spec, kept, case, device="cuda")
-    assert {scores.device.type, *(gradient.device.type for gradient in gradients.values())} == {"cuda"}
+    assert {scores.device.type, *(gradient.device.type for gradient in gradients.values())} == {
+        "cuda"
+    }
     assert_same(found, dense(spec, kept, case), TOLERANCE[dtype])
 
 
@@ -245,7 +292,10 @@ def test_pair_kernel_equals_rotate_and_dot(rotary):
     offsets = torch.tensor([0, 1, 2, 40, 255])
     kernel = pair_kernel(pairs, decoders, spec, offsets)
     assert kernel.shape == (101, 5 if ROTARY[rotary] else 1)
-    expected = [[loop_kernel(pair, decoders, spec, int(offset)) for offset in offsets] for pair in pairs.tolist()]
+    expected = [
+        [loop_kernel(pair, decoders, spec, int(offset)) for offset in offsets]
+        for pair in pairs.tolist()
+    ]
     exact = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(kernel.expand(-1, 5), exact, rtol=0, atol=1e-12)
 
@@ -258,9 +308,13 @@ def test_constant_scores_equal_the_loop(rotary):
     assert constant.shape == (N_HEADS, N_POS, N_POS)
     assert constant.abs().max() > 0.05
     for h in range(N_HEADS):
-        kernel = [loop_kernel((D_QUERY, D_KEY, h), decoders, spec, offset) for offset in range(N_POS)]
+        kernel = [
+            loop_kernel((D_QUERY, D_KEY, h), decoders, spec, offset) for offset in range(N_POS)
+        ]
         expected = [[kernel[i - j] if j <= i else 0.0 for j in range(N_POS)] for i in range(N_POS)]
-        torch.testing.assert_close(constant[h], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            constant[h], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12
+        )
 
 
 # The compiled divergence
@@ -270,7 +324,10 @@ def true_and_made(dtype: torch.dtype, scale: float = 1.5):
     """A true pattern from queries and keys, and other scores, not contiguous."""
     generator = torch.Generator().manual_seed(0)
     spec = AttentionSpec(n_heads=3, n_kv_heads=3, d_head=5, d_model=7, scale=1.0)
-    queries, keys = (torch.randn(2, 11, 3, 5, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    queries, keys = (
+        torch.randn(2, 11, 3, 5, generator=generator, dtype=torch.float64).to(dtype)
+        for _ in range(2)
+    )
     made = (scale * torch.randn(2, 3, 11, 11, generator=generator, dtype=torch.float64)).to(dtype)
     return TruePattern.of(queries, keys, spec), made.transpose(2, 3)
 
@@ -288,7 +345,9 @@ def test_compiled_kl_and_its_gradient_equal_autograd(dtype):
     true, scores = true_and_made(dtype)
     kl, gradient = kl_and_gradient(true.kl, scores)
     exact = true.log_pattern.double()
-    expected, expected_gradient = kl_and_gradient(lambda s: pattern_kl(exact, log_pattern(s)), scores.double())
+    expected, expected_gradient = kl_and_gradient(
+        lambda s: pattern_kl(exact, log_pattern(s)), scores.double()
+    )
     assert kl.dtype == gradient.dtype == dtype
     assert expected[..., 1:].min() > 0.01
     assert expected_gradient.abs().max() > 0.1
@@ -303,13 +362,17 @@ def test_compiled_kl_of_extreme_scores_is_exact(dtype):
     """Scores of +-80 in either pattern: one key holds all, others underflow."""
     true, scores = true_and_made(dtype)
     extreme = 80 * scores.sign()
-    sure = torch.randn(true.pattern.shape, generator=torch.Generator().manual_seed(3)).sign().to(dtype)
+    sure = (
+        torch.randn(true.pattern.shape, generator=torch.Generator().manual_seed(3)).sign().to(dtype)
+    )
     of_extreme = log_pattern(80 * sure)
     for pattern in (true, TruePattern(of_extreme.exp(), of_extreme)):
         for made in (extreme, scores):
             kl, gradient = kl_and_gradient(pattern.kl, made)
             exact = pattern.log_pattern.double()
-            expected, expected_gradient = kl_and_gradient(lambda s: pattern_kl(exact, log_pattern(s)), made.double())
+            expected, expected_gradient = kl_and_gradient(
+                lambda s: pattern_kl(exact, log_pattern(s)), made.double()
+            )
             assert kl.isfinite().all()
             tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
             torch.testing.assert_close(kl.double(), expected, rtol=tolerance, atol=tolerance)
@@ -319,9 +382,15 @@ def test_compiled_kl_of_extreme_scores_is_exact(dtype):
 
 def test_kl_of_a_pattern_with_its_own_scores_is_zero():
     generator = torch.Generator().manual_seed(0)
-    spec = AttentionSpec(n_heads=3, n_kv_heads=1, d_head=5, d_model=7, scale=1.0, rotary_inv_freq=(1.0, 0.1))
-    queries, keys = (torch.randn(2, 11, n, 5, generator=generator, dtype=torch.float64) for n in (3, 1))
-    kl, gradient = kl_and_gradient(TruePattern.of(queries, keys, spec).kl, attention_scores(queries, keys, spec))
+    spec = AttentionSpec(
+        n_heads=3, n_kv_heads=1, d_head=5, d_model=7, scale=1.0, rotary_inv_freq=(1.0, 0.1)
+    )
+    queries, keys = (
+        torch.randn(2, 11, n, 5, generator=generator, dtype=torch.float64) for n in (3, 1)
+    )
+    kl, gradient = kl_and_gradient(
+        TruePattern.of(queries, keys, spec).kl, attention_scores(queries, keys, spec)
+    )
     torch.testing.assert_close(kl, torch.zeros_like(kl), rtol=0, atol=1e-14)
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-14)
 

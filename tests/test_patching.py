@@ -20,7 +20,13 @@ from tiny_dictionaries import (
 from tiny_models import KINDS, tiny_model
 
 from sae_lens_qk.attention import attention_scores, pattern_from_scores
-from sae_lens_qk.host import FingerprintError, UnsupportedModelError, attention_spec, hook_names, qk_weights
+from sae_lens_qk.host import (
+    FingerprintError,
+    UnsupportedModelError,
+    attention_spec,
+    hook_names,
+    qk_weights,
+)
 from sae_lens_qk.patching import _score_function, pattern_hooks
 
 PATTERN = f"blocks.{LAYER}.attn.hook_pattern"
@@ -54,7 +60,9 @@ def pattern_of(model, tokens, hooks=()):
 
 def hooks_on(model) -> int:
     points = {id(point): point for point in model.hook_dict.values()}.values()
-    return sum(len(point.fwd_hooks) + len(point.bwd_hooks) + len(point._forward_hooks) for point in points)
+    return sum(
+        len(point.fwd_hooks) + len(point.bwd_hooks) + len(point._forward_hooks) for point in points
+    )
 
 
 def largest(tensor) -> float:
@@ -87,12 +95,16 @@ def test_patched_equals_a_hand_written_patch(any_model, dictionary, tokens, sour
     torch.testing.assert_close(patched, by_hand, rtol=0, atol=1e-5)
     assert largest(patched - clean) > 0.01
     hooks = dictionary.fwd_hooks(any_model, source)
-    assert all(name in any_model.hook_dict and any_model.hook_dict[name].name == name for name, _ in hooks)
+    assert all(
+        name in any_model.hook_dict and any_model.hook_dict[name].name == name for name, _ in hooks
+    )
     assert torch.equal(logits_of(any_model, tokens, hooks), patched)
 
 
 def test_patches_of_the_two_sources_differ(any_model, dictionary, tokens):
-    one, other = (logits_of(any_model, tokens, dictionary.fwd_hooks(any_model, source)) for source in SOURCES)
+    one, other = (
+        logits_of(any_model, tokens, dictionary.fwd_hooks(any_model, source)) for source in SOURCES
+    )
     assert largest(one - other) > 0.01
 
 
@@ -113,7 +125,10 @@ def test_leaving_the_context_restores_the_model(any_model, dictionary, tokens):
 
 def test_the_inner_of_two_contexts_counts_and_the_outer_survives_it(any_model, dictionary, tokens):
     before, n_hooks = any_model(tokens), hooks_on(any_model)
-    alone = {source: logits_of(any_model, tokens, dictionary.fwd_hooks(any_model, source)) for source in SOURCES}
+    alone = {
+        source: logits_of(any_model, tokens, dictionary.fwd_hooks(any_model, source))
+        for source in SOURCES
+    }
     with dictionary.patched(any_model, source="transcoders"):
         with dictionary.patched(any_model, source="feature_map"):
             assert torch.equal(any_model(tokens), alone["feature_map"])
@@ -133,7 +148,9 @@ def test_only_the_named_heads_are_replaced(any_model, dictionary, tokens, source
     patched = pattern_of(any_model, tokens, dictionary.fwd_hooks(any_model, source, heads=[2, 0]))
     others = [head for head in range(own.shape[1]) if head not in (0, 2)]
     assert torch.equal(patched[:, others], own[:, others])
-    torch.testing.assert_close(patched[:, [0, 2]], dictionary.pattern(x, source)[:, [0, 2]], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        patched[:, [0, 2]], dictionary.pattern(x, source)[:, [0, 2]], rtol=0, atol=1e-6
+    )
     for head in (0, 2):
         assert largest((patched - own)[:, head]) > 0.01
 
@@ -162,7 +179,10 @@ def test_edited_pairs_against_a_loop(any_model, dictionary, tokens, source):
         ({"ablate_pairs": ablated}, dict.fromkeys(ablated, 0.0)),
         ({"ablate_pairs": torch.tensor(ablated)}, dict.fromkeys(ablated, 0.0)),
         ({"scale_pairs": scaled}, scaled),
-        ({"ablate_pairs": ablated, "scale_pairs": scaled}, {**dict.fromkeys(ablated, 0.0), **scaled}),
+        (
+            {"ablate_pairs": ablated, "scale_pairs": scaled},
+            {**dict.fromkeys(ablated, 0.0), **scaled},
+        ),
     ]
     for edit, factors in edits:
         changes = {pair: (factor - 1) * weights[pair] for pair, factor in factors.items()}
@@ -176,11 +196,15 @@ def test_edited_pairs_against_a_loop(any_model, dictionary, tokens, source):
 def test_kept_pairs_against_a_loop(any_model, dictionary, tokens, source):
     pairs = list(kept_pairs(dictionary))[:60]
     x, _ = inputs_and_scores(any_model, tokens)
-    weights = {pair: kept_pairs(dictionary)[pair] if source == "feature_map" else 1.0 for pair in pairs}
+    weights = {
+        pair: kept_pairs(dictionary)[pair] if source == "feature_map" else 1.0 for pair in pairs
+    }
     expected = pattern_by_hand(scores_by_hand(dictionary, x, weights))
     made = pattern_of(any_model, tokens, dictionary.fwd_hooks(any_model, source, keep_pairs=pairs))
     torch.testing.assert_close(made.double(), expected, rtol=0, atol=1e-5)
-    only_constants = pattern_of(any_model, tokens, dictionary.fwd_hooks(any_model, source, keep_pairs=[]))
+    only_constants = pattern_of(
+        any_model, tokens, dictionary.fwd_hooks(any_model, source, keep_pairs=[])
+    )
     expected = pattern_by_hand(scores_by_hand(dictionary, x, {}))
     torch.testing.assert_close(only_constants.double(), expected, rtol=0, atol=1e-5)
 
@@ -188,8 +212,15 @@ def test_kept_pairs_against_a_loop(any_model, dictionary, tokens, source):
 @pytest.mark.parametrize("source", [*SOURCES, "model"])
 def test_factor_one_changes_nothing_and_factor_zero_ablates(any_model, dictionary, tokens, source):
     pairs = list(kept_pairs(dictionary))[:40]
-    edits = ({"scale_pairs": dict.fromkeys(pairs, 1.0)}, {"scale_pairs": dict.fromkeys(pairs, 0.0)}, {"ablate_pairs": pairs})
-    kept, zeroed, ablated = (logits_of(any_model, tokens, dictionary.fwd_hooks(any_model, source, **edit)) for edit in edits)
+    edits = (
+        {"scale_pairs": dict.fromkeys(pairs, 1.0)},
+        {"scale_pairs": dict.fromkeys(pairs, 0.0)},
+        {"ablate_pairs": pairs},
+    )
+    kept, zeroed, ablated = (
+        logits_of(any_model, tokens, dictionary.fwd_hooks(any_model, source, **edit))
+        for edit in edits
+    )
     hooks = () if source == "model" else dictionary.fwd_hooks(any_model, source)
     unedited = logits_of(any_model, tokens, hooks)
     assert largest(kept - unedited) <= 1e-6 * max(1.0, largest(unedited))
@@ -201,7 +232,9 @@ def test_edits_act_on_the_named_heads_only(llama_bridge, llama_dictionary, token
     pairs = [pair for pair in kept_pairs(llama_dictionary) if pair[2] == 2]
     assert len(pairs) > 20
     own = pattern_of(llama_bridge, tokens)
-    made = pattern_of(llama_bridge, tokens, llama_dictionary.fwd_hooks(llama_bridge, "model", ablate_pairs=pairs))
+    made = pattern_of(
+        llama_bridge, tokens, llama_dictionary.fwd_hooks(llama_bridge, "model", ablate_pairs=pairs)
+    )
     torch.testing.assert_close(made[:, [0, 1, 3]], own[:, [0, 1, 3]], rtol=0, atol=1e-6)
     assert largest((made - own)[:, 2]) > 0.01
 
@@ -238,25 +271,37 @@ def test_wrong_options_are_refused(llama_bridge, llama_dictionary, options, mess
     n_hooks = hooks_on(llama_bridge)
     with pytest.raises(ValueError, match=message):
         llama_dictionary.fwd_hooks(llama_bridge, **options)
-    with pytest.raises(ValueError, match=message), llama_dictionary.patched(llama_bridge, **options):
+    with (
+        pytest.raises(ValueError, match=message),
+        llama_dictionary.patched(llama_bridge, **options),
+    ):
         raise AssertionError("the context was entered")
     assert hooks_on(llama_bridge) == n_hooks
 
 
 def test_unknown_sources_are_refused(llama_dictionary):
     unchecked = inspect.unwrap(_score_function)  # under pytest jaxtyping would be faster
-    with pytest.raises(ValueError, match="source must be 'transcoders', 'feature_map' or 'model', got 'maps'"):
+    with pytest.raises(
+        ValueError, match="source must be 'transcoders', 'feature_map' or 'model', got 'maps'"
+    ):
         unchecked(llama_dictionary, "maps", None, None, None)
 
 
 @pytest.mark.parametrize("source", [*SOURCES, "model"])
 def test_contradictory_and_foreign_pairs_are_refused(llama_bridge, llama_dictionary, source):
     pair = next(iter(kept_pairs(llama_dictionary)))
-    for edit in ({"ablate_pairs": [pair], "scale_pairs": {pair: 2.0}}, {"ablate_pairs": [pair, pair]}):
+    for edit in (
+        {"ablate_pairs": [pair], "scale_pairs": {pair: 2.0}},
+        {"ablate_pairs": [pair, pair]},
+    ):
         with pytest.raises(ValueError, match="name each pair once"):
             llama_dictionary.fwd_hooks(llama_bridge, source, **edit)
 
-    edits = ("ablate_pairs", "scale_pairs") if source == "model" else ("ablate_pairs", "scale_pairs", "keep_pairs")
+    edits = (
+        ("ablate_pairs", "scale_pairs")
+        if source == "model"
+        else ("ablate_pairs", "scale_pairs", "keep_pairs")
+    )
     for foreign in ((D_QUERY + 1, 0, 0), (0, D_KEY + 1, 0), (0, 0, 4), (-1, 0, 0), (0, 0, -1)):
         for edit in edits:
             value = {foreign: 2.0} if edit == "scale_pairs" else [foreign]
@@ -271,16 +316,24 @@ def test_a_dictionary_without_map_is_told_so(llama_bridge, tokens):
     with pytest.raises(ValueError, match="has no feature map"):
         d.fwd_hooks(llama_bridge)
     clean = logits_of(llama_bridge, tokens)
-    assert largest(logits_of(llama_bridge, tokens, d.fwd_hooks(llama_bridge, "transcoders")) - clean) > 0.01
+    assert (
+        largest(logits_of(llama_bridge, tokens, d.fwd_hooks(llama_bridge, "transcoders")) - clean)
+        > 0.01
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_weights_are_refused(kind):
     model = tiny_model(kind)
     d = tiny_dictionary(model)
-    wrong = {"other seed": tiny_model(kind, seed=1), "folded": tiny_model(kind, "bridge_compatibility")}
+    wrong = {
+        "other seed": tiny_model(kind, seed=1),
+        "folded": tiny_model(kind, "bridge_compatibility"),
+    }
     for name, other in wrong.items():
-        with pytest.raises(FingerprintError, match=r"trained on layer 1 of tiny \(bridge\).*has other weights") as error:
+        with pytest.raises(
+            FingerprintError, match=r"trained on layer 1 of tiny \(bridge\).*has other weights"
+        ) as error:
             d.fwd_hooks(other)
         assert ("bridge_compatibility" in str(error.value)) == (name == "folded")
     d.cfg.layer = 0
@@ -304,7 +357,13 @@ def test_a_dictionary_serves_every_host_of_the_same_weights(kind, tokens):
 
 def test_generation_with_a_cache_is_refused(any_model, dictionary, tokens):
     before, n_hooks = any_model(tokens), hooks_on(any_model)
-    options = {"max_new_tokens": 3, "do_sample": False, "stop_at_eos": False, "verbose": False, "prepend_bos": False}
+    options = {
+        "max_new_tokens": 3,
+        "do_sample": False,
+        "stop_at_eos": False,
+        "verbose": False,
+        "prepend_bos": False,
+    }
     with pytest.raises(UnsupportedModelError, match="KV cache"), dictionary.patched(any_model):
         any_model.generate(tokens[:1], use_past_kv_cache=True, **options)
     assert torch.equal(any_model(tokens), before)
@@ -321,12 +380,17 @@ def test_padded_input_is_refused(any_model, dictionary, tokens, padded):
     mask = torch.ones_like(tokens)
     mask[1, padded] = 0
     n_hooks = hooks_on(any_model)
-    with pytest.raises(UnsupportedModelError, match="padded input is not supported"), dictionary.patched(any_model):
+    with (
+        pytest.raises(UnsupportedModelError, match="padded input is not supported"),
+        dictionary.patched(any_model),
+    ):
         any_model(tokens, attention_mask=mask)
     assert hooks_on(any_model) == n_hooks
     with dictionary.patched(any_model):
         patched = any_model(tokens)
-        torch.testing.assert_close(any_model(tokens, attention_mask=torch.ones_like(tokens)), patched, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            any_model(tokens, attention_mask=torch.ones_like(tokens)), patched, rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("mode", ["bridge", "bridge_compatibility", "hooked_processed"])

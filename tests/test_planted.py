@@ -24,7 +24,9 @@ EASY, ROTARY, HARD = (SETTINGS[name] for name in ("easy", "easy, rotary", "hard"
 def oracle(circuit: Circuit) -> qk.BilinearQKDictionary:
     """The dictionary that was planted: dual basis as encoders, the features through W_Q and W_K as decoders."""
     n, d_model = circuit.features.shape
-    cfg = BilinearQKConfig(d_in=d_model, d_query=n, d_key=n, attention=circuit.spec.to_dict(), model_name="planted")
+    cfg = BilinearQKConfig(
+        d_in=d_model, d_query=n, d_key=n, attention=circuit.spec.to_dict(), model_name="planted"
+    )
     made = qk.BilinearQKDictionary(cfg).requires_grad_(False)
     for half, vectors in zip((made.query, made.key), circuit.vectors(), strict=True):
         half.W_enc.copy_(torch.linalg.pinv(circuit.features))
@@ -42,7 +44,9 @@ def scores_of(circuit: Circuit, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("setting", [EASY, ROTARY])
 def test_scores_come_from_the_planted_pairs_alone(setting):
     circuit = plant(setting, seed=3)
-    everything = torch.cartesian_prod(*(torch.arange(len(circuit.features)),) * 2, torch.arange(setting.n_heads))
+    everything = torch.cartesian_prod(
+        *(torch.arange(len(circuit.features)),) * 2, torch.arange(setting.n_heads)
+    )
     kernel = oracle(circuit).pair_kernel(everything, [0, 7])
     planted = {tuple(pair) for pair in circuit.pairs.tolist()}
     listed = torch.tensor([tuple(pair) in planted for pair in everything.tolist()])
@@ -56,7 +60,11 @@ def test_scores_come_from_the_planted_pairs_alone(setting):
 def test_noise_is_in_queries_and_keys_and_in_no_score(setting):
     circuit = plant(setting, seed=3)
     data = sample(circuit, 2, 12, seed=5)
-    noise = 3 * torch.randn(2, 12, setting.d_noise, generator=torch.Generator().manual_seed(0)) @ circuit.irrelevant
+    noise = (
+        3
+        * torch.randn(2, 12, setting.d_noise, generator=torch.Generator().manual_seed(0))
+        @ circuit.irrelevant
+    )
     clean, noisy = scores_of(circuit, data.x), scores_of(circuit, data.x + noise)
     torch.testing.assert_close(clean, noisy, rtol=1e-4, atol=1e-3)
     assert circuit.weights.queries(noise).abs().max() > 1
@@ -149,13 +157,24 @@ def test_penalties_are_searched_between_too_weak_and_too_strong():
     assert next_strength({1.0: 2.0}) == 3.0
     assert next_strength({1.0: 0.5}) == pytest.approx(1 / 3)
     assert next_strength({1.0: 2.0, 4.0: 0.5}) == 2.0
-    swept = sweep_penalty(lambda strength: (strength, 2 / strength), 0.5)  # L0 is right at a strength of 2
-    assert (swept.dictionary, swept.ratio, swept.n_tried) == (pytest.approx(2.0, rel=0.1), pytest.approx(1, abs=0.1), 5)
+    swept = sweep_penalty(
+        lambda strength: (strength, 2 / strength), 0.5
+    )  # L0 is right at a strength of 2
+    assert (swept.dictionary, swept.ratio, swept.n_tried) == (
+        pytest.approx(2.0, rel=0.1),
+        pytest.approx(1, abs=0.1),
+        5,
+    )
 
 
 def test_a_training_gives_rows_of_plain_numbers():
     rows = run_case(Case("planted", "easy, rotary", "ours", 0, 0.25), SMOKE)
-    assert [row["method"] for row in rows] == ["ours", "frozen mask", "importance", "decoder product"]
+    assert [row["method"] for row in rows] == [
+        "ours",
+        "frozen mask",
+        "importance",
+        "decoder product",
+    ]
     for row in rows:
         assert 0 <= row["average_precision"] <= 1
         assert row["uniform_kl"] > 0.1

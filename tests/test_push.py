@@ -73,13 +73,22 @@ def card_of(hub: LoopbackHub, path: str = "README.md") -> ModelCard:
 def test_one_commit_holds_everything(hub, dictionary, hub_cache):
     info = dictionary.push_to_hub(REPO, FOLDER, token=OWNER)
     newest, first = hub.commits(REPO)
-    assert (newest.oid, newest.parent, newest.author, newest.message) == (info.oid, first.oid, "owner", f"Publish {FOLDER}")
+    assert (newest.oid, newest.parent, newest.author, newest.message) == (
+        info.oid,
+        first.oid,
+        "owner",
+        f"Publish {FOLDER}",
+    )
     assert published(hub) == {"README.md", *in_folder()}
     files = hub.files(REPO)
     assert json.loads(files[f"{FOLDER}/metrics.json"]) == dictionary.metrics
     assert json.loads(files[f"{FOLDER}/runner_cfg.json"]) == dictionary.runner_cfg
-    sums = dict(reversed(line.split("  ")) for line in files[f"{FOLDER}/{SUMS}"].decode().splitlines())
-    assert sums == {name: sha256(files[f"{FOLDER}/{name}"]).hexdigest() for name in FILES if name != SUMS}
+    sums = dict(
+        reversed(line.split("  ")) for line in files[f"{FOLDER}/{SUMS}"].decode().splitlines()
+    )
+    assert sums == {
+        name: sha256(files[f"{FOLDER}/{name}"]).hexdigest() for name in FILES if name != SUMS
+    }
     found = loaded(hub_cache, revision=info.oid)
     assert same(found, dictionary)
     assert (found.metrics, found.runner_cfg) == (dictionary.metrics, dictionary.runner_cfg)
@@ -95,12 +104,19 @@ def test_the_cards(pushed, dictionary):
         f"{kl['value']:.4f} ({kl['low']:.4f}, {kl['high']:.4f})",
     ):
         assert text in card.text
-    assert f"| [{FOLDER}]({FOLDER}/README.md) | tiny | 1 | {D_QUERY} / {D_KEY} | 200 | {kl['value']:.4f} |" in listing.text
+    assert (
+        f"| [{FOLDER}]({FOLDER}/README.md) | tiny | 1 | {D_QUERY} / {D_KEY} | 200 | {kl['value']:.4f} |"
+        in listing.text
+    )
     assert f'from_pretrained("{REPO}", "{FOLDER}")' in listing.text
     for made in (card, listing):
         made.validate()
         header = made.data.to_dict()
-        assert (header["license"], header["library_name"], header["datasets"]) == ("mit", "saelens", ["org/texts"])
+        assert (header["license"], header["library_name"], header["datasets"]) == (
+            "mit",
+            "saelens",
+            ["org/texts"],
+        )
         assert "bilinear-qk" in header["tags"]
 
 
@@ -110,8 +126,16 @@ def test_a_second_push_makes_no_commit(pushed, dictionary):
     assert pushed.commits(REPO) == before
 
 
-def test_a_changed_dictionary_makes_one_commit_and_takes_old_files_away(pushed, dictionary, hub_cache):
-    pushed.commit(REPO, {f"{FOLDER}/sparsity.safetensors": b"of an older version", f"{FOLDER}/deeper/notes.txt": b"kept"})
+def test_a_changed_dictionary_makes_one_commit_and_takes_old_files_away(
+    pushed, dictionary, hub_cache
+):
+    pushed.commit(
+        REPO,
+        {
+            f"{FOLDER}/sparsity.safetensors": b"of an older version",
+            f"{FOLDER}/deeper/notes.txt": b"kept",
+        },
+    )
     before = pushed.commits(REPO)
     dictionary.set_feature_map(dictionary.feature_map.select(dictionary.feature_map.weights > 0.5))
     assert dictionary.metrics is None
@@ -163,10 +187,15 @@ def test_a_readme_somebody_else_wrote_keeps_text_and_header(hub, dictionary, oth
     assert card.text.endswith("Written after it.\n")
     assert card.text.count("QK dictionaries, loaded by folder") == 1
     assert all(f"[{folder}]({folder}/README.md)" in card.text for folder in (FOLDER, "second"))
-    found, theirs = card.data.to_dict(), ModelCard(written).data.to_dict() if HEADERS[header] else {}
+    found, theirs = (
+        card.data.to_dict(),
+        ModelCard(written).data.to_dict() if HEADERS[header] else {},
+    )
     lists = {"tags": ["mine"], "datasets": ["theirs/texts"]} if header == "plain" else {}
     assert all(set(found[name]) > set(values) for name, values in lists.items())
-    assert {name: found[name] for name in theirs.keys() - lists} == {name: theirs[name] for name in theirs.keys() - lists}
+    assert {name: found[name] for name in theirs.keys() - lists} == {
+        name: theirs[name] for name in theirs.keys() - lists
+    }
     before = hub.commits(REPO)
     other.push_to_hub(REPO, "second", token=OWNER)
     assert hub.commits(REPO) == before
@@ -275,7 +304,10 @@ def test_a_compacted_dictionary(hub, dictionary, hub_cache, gpt2_bridge):
     found = loaded(hub_cache)
     assert same(found, made)
     assert found.cfg.query_numbers == list(range(D_QUERY - N_DEAD))
-    assert f"{D_QUERY} query and {D_KEY} key features were trained" in card_of(hub, f"{FOLDER}/README.md").text
+    assert (
+        f"{D_QUERY} query and {D_KEY} key features were trained"
+        in card_of(hub, f"{FOLDER}/README.md").text
+    )
 
 
 def test_the_lines_for_a_registry(pushed, dictionary, hub_cache, tmp_path, monkeypatch):
@@ -307,7 +339,9 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any], i
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_somebody_elses_commit_meanwhile_survives(pushed, other, meanwhile, waits, hub_cache, times):
+def test_somebody_elses_commit_meanwhile_survives(
+    pushed, other, meanwhile, waits, hub_cache, times
+):
     """Another dictionary, and a line in the README."""
     before = pushed.commits(REPO)
 
@@ -319,7 +353,12 @@ def test_somebody_elses_commit_meanwhile_survives(pushed, other, meanwhile, wait
     meanwhile(event, times)
     other.push_to_hub(REPO, "second", token=OWNER)
     assert len(pushed.commits(REPO)) == len(before) + times + 1
-    assert published(pushed) == {"README.md", *in_folder(), *in_folder("theirs"), *in_folder("second")}
+    assert published(pushed) == {
+        "README.md",
+        *in_folder(),
+        *in_folder("theirs"),
+        *in_folder("second"),
+    }
     card = card_of(pushed).text
     assert card.count("A line of theirs.\n") == times
     assert "[theirs](theirs/README.md)" in card
@@ -378,20 +417,37 @@ CALLS = {
 }
 MISHAPS = {
     "bad token": Mishap(
-        PermissionError, r"refuses this token for org/repo \(401\): Invalid cred", options={"token": "hf_x"}
+        PermissionError,
+        r"refuses this token for org/repo \(401\): Invalid cred",
+        options={"token": "hf_x"},
     ),
     # Today a FileNotFoundError: "There is no repository org/repo, or it is private and the token does not open it".
     "no token": Mishap(PermissionError, "org/repo", options={"token": False}),
     "stranger": Mishap(PermissionError, r"org/repo \(403\): ", options={"token": "hf_stranger"}),
-    "branch": Mishap(PermissionError, r"org/repo \(403\): ", options={"token": "hf_stranger", "revision": "dev"}),
+    "branch": Mishap(
+        PermissionError, r"org/repo \(403\): ", options={"token": "hf_stranger", "revision": "dev"}
+    ),
     "stopped": Mishap(ConnectionError, UNREACHED, stopped=True, waits=OURS),
-    "spoilt upload": Mishap(OSError, r"org/repo \(400\): No", CALLS["upload"], {"status": 400, "message": "No such"}),
-    "spoilt object": Mishap(OSError, r"org/repo \(422\): Size", CALLS["verify"], {"status": 422, "message": "Size differs"}),
-    "full": Mishap(PermissionError, r"\(403\): Storage limit", CALLS["batch"], {"status": 403, "message": "Storage limit"}),
+    "spoilt upload": Mishap(
+        OSError, r"org/repo \(400\): No", CALLS["upload"], {"status": 400, "message": "No such"}
+    ),
+    "spoilt object": Mishap(
+        OSError,
+        r"org/repo \(422\): Size",
+        CALLS["verify"],
+        {"status": 422, "message": "Size differs"},
+    ),
+    "full": Mishap(
+        PermissionError,
+        r"\(403\): Storage limit",
+        CALLS["batch"],
+        {"status": 403, "message": "Storage limit"},
+    ),
     **{
         f"{name} fails": Mishap(ConnectionError, FAILS, call, {"status": 503}, waits=OURS)
         for name, call in CALLS.items()
-        if name != "verify"  # the object has arrived: the next attempt does not send it again, and commits
+        if name
+        != "verify"  # the object has arrived: the next attempt does not send it again, and commits
     },
     **{
         f"{name} drops": Mishap(ConnectionError, UNREACHED, CALLS[name], {"drop": True}, waits=OURS)
@@ -430,9 +486,13 @@ def test_a_hub_that_fails_for_a_moment(pushed, other, waits, hub_cache, call):
     assert waits in ([], [0.5], [0.5, 1])  # some calls the client repeats by itself
 
 
-@pytest.mark.parametrize("folder", ["..", "../x", "a/../b", "/abs", "", ".", "a//b", "a/", "a\\b", "a\0b"])
+@pytest.mark.parametrize(
+    "folder", ["..", "../x", "a/../b", "/abs", "", ".", "a//b", "a/", "a\\b", "a\0b"]
+)
 def test_bad_folders_are_refused_before_anything_is_sent(hub, dictionary, folder):
-    with pytest.raises(ValueError, match="The folder must be a plain path inside the repository") as error:
+    with pytest.raises(
+        ValueError, match="The folder must be a plain path inside the repository"
+    ) as error:
         dictionary.push_to_hub(REPO, folder, token=OWNER)
     assert "\n" not in str(error.value)
     assert hub.requests == []
@@ -462,5 +522,7 @@ def test_what_is_sent(pushed, other):
     assert lines[-1] == "POST main 200"
     read = ("cfg.json", "README.md", "metrics.json", "README.md")
     assert [line for line in lines if line.startswith("GET")] == [
-        "GET main 200", f"GET {pushed.commits(REPO)[1].oid} 200", *(f"GET {name} 200" for name in read)
-    ]  # fmt: skip
+        "GET main 200",
+        f"GET {pushed.commits(REPO)[1].oid} 200",
+        *(f"GET {name} 200" for name in read),
+    ]

@@ -16,7 +16,12 @@ from benchmarks.quality import sections, targets
 from benchmarks.quality.quality_report import render
 from benchmarks.quality.tables import interval, listed, number, spread, table
 
-BASELINES = {"importance": 0.8, "residual SAE": 0.6, "L2 transcoders": 0.6, "contrastive covariances": 0.99}
+BASELINES = {
+    "importance": 0.8,
+    "residual SAE": 0.6,
+    "L2 transcoders": 0.6,
+    "contrastive covariances": 0.99,
+}
 CONTROLS = "other", "matched", "rescaled"
 KS, SEEDS = (1, 2, 5), (0, 1)
 
@@ -25,22 +30,43 @@ def planted_case(setting, method, seed, quality, section="planted", noise=1.0):
     found = dict.fromkeys(("precision", "recall", "f1"), quality)
     curve = [{"n_pairs": n, **found, "pattern_kl": 0.1 / n} for n in (5, 10, 20)]
     return {
-        "section": section, "setting": setting, "method": method, "seed": seed, "noise": noise, "seconds": 1.0,
-        "planted_pairs": 10, "recovery_query": quality + 0.004, "recovery_key": quality - 0.004,
-        "average_precision": quality, "f1": quality, "transcoders_kl": 1 - quality, "l0_query": 4.0, "l0_key": 5.0,
-        "uniform_kl": 2.0, "curve": curve,
-    }  # fmt: skip
+        "section": section,
+        "setting": setting,
+        "method": method,
+        "seed": seed,
+        "noise": noise,
+        "seconds": 1.0,
+        "planted_pairs": 10,
+        "recovery_query": quality + 0.004,
+        "recovery_key": quality - 0.004,
+        "average_precision": quality,
+        "f1": quality,
+        "transcoders_kl": 1 - quality,
+        "l0_query": 4.0,
+        "l0_key": 5.0,
+        "uniform_kl": 2.0,
+        "curve": curve,
+    }
 
 
 def at_k(won, n):
     change = {"tv": 0.2, "weight_drop": 0.1, "score_drop": 1.5}
     correlations = {"pearson": 0.9, "spearman": 0.8, "slope": 1.1}
     control = {
-        "n": n, "size": 0.9, "top": change, "control": dict.fromkeys(change, 0.05),
+        "n": n,
+        "size": 0.9,
+        "top": change,
+        "control": dict.fromkeys(change, 0.05),
         "wins": dict.fromkeys(change, [won, won - 0.02, won + 0.01] if n else None),
-    }  # fmt: skip
+    }
     controls = {name: deepcopy(control) for name in CONTROLS}
-    return {"n": 40, "features": 1.5, "top": change, "controls": controls, "prediction": dict.fromkeys(change, correlations)}
+    return {
+        "n": 40,
+        "features": 1.5,
+        "top": change,
+        "controls": controls,
+        "prediction": dict.fromkeys(change, correlations),
+    }
 
 
 def removals(won=0.97):
@@ -52,14 +78,22 @@ def removals(won=0.97):
     correlations = {"pearson": 0.9, "spearman": 0.8, "slope": 1.1}
     control = {"n": 4, "top": 1e-3, "control": 1e-4, "wins": [0.9, 0.8, 1.0]}
     at_logits = {
-        "n": 4, "top": [1e-3, 5e-4, 2e-3], "predicted": 9e-4, "prediction": correlations,
+        "n": 4,
+        "top": [1e-3, 5e-4, 2e-3],
+        "predicted": 9e-4,
+        "prediction": correlations,
         "controls": dict.fromkeys(CONTROLS, control),
-    }  # fmt: skip
+    }
     return {
-        "n_cases": 40, "x_explained": {"query": 0.6, "key": 0.5}, "in_score_check": 1e-6,
-        "rankings": {name: deepcopy(sides) for name in ("effect", "contribution", "marginal", "random")},
-        "twins": {"n": 20, "mean_drop": 2.0, "transcoders": correlations}, "logits": {"1": at_logits},
-    }  # fmt: skip
+        "n_cases": 40,
+        "x_explained": {"query": 0.6, "key": 0.5},
+        "in_score_check": 1e-6,
+        "rankings": {
+            name: deepcopy(sides) for name in ("effect", "contribution", "marginal", "random")
+        },
+        "twins": {"n": 20, "mean_drop": 2.0, "transcoders": correlations},
+        "logits": {"1": at_logits},
+    }
 
 
 def explained(share):
@@ -67,9 +101,14 @@ def explained(share):
     names = ("score_explained", "score_explained_unweighted", "norm_share")
     figures = {name: {"mean": share, "per_head": [share]} for name in names}
     some = {
-        **figures, "n": 40, "pairs_for": {"0.5": quartiles, "0.9": quartiles}, "weight_held": dict.fromkeys(quartiles, 0.9),
-        "top_percent": 0.2, "active_pairs": 250.0, "supporting_pairs": 120.0,
-    }  # fmt: skip
+        **figures,
+        "n": 40,
+        "pairs_for": {"0.5": quartiles, "0.9": quartiles},
+        "weight_held": dict.fromkeys(quartiles, 0.9),
+        "top_percent": 0.2,
+        "active_pairs": 250.0,
+        "supporting_pairs": 120.0,
+    }
     counted = {name: deepcopy(some) for name in ("all", "one_varies", "without_always_on")}
     return {"always_on": {"query": 1, "key": 0}, "transcoders": counted}
 
@@ -91,16 +130,28 @@ def report():
         for seed in SEEDS
     ]
     return {
-        "machine": {"cores": 2, "torch": "1.2.3"}, "smoke": False, "seeds": list(SEEDS), "wanted": list(sections.SECTIONS),
-        "sizes": {}, "cases": cases, "causal": {"23": {"ours": removals(), "L2 transcoders": removals(0.7)}},
-        "explained": {"23": {"ours": explained(0.7), "L2 transcoders": explained(0.1)}}, "skipped": {}, "failed": {},
-        "seconds": {}, "text": "corpus",
-    }  # fmt: skip
+        "machine": {"cores": 2, "torch": "1.2.3"},
+        "smoke": False,
+        "seeds": list(SEEDS),
+        "wanted": list(sections.SECTIONS),
+        "sizes": {},
+        "cases": cases,
+        "causal": {"23": {"ours": removals(), "L2 transcoders": removals(0.7)}},
+        "explained": {"23": {"ours": explained(0.7), "L2 transcoders": explained(0.1)}},
+        "skipped": {},
+        "failed": {},
+        "seconds": {},
+        "text": "corpus",
+    }
 
 
 def of(report, setting, method, section="planted"):
     wanted = section, setting, method
-    return [case for case in report["cases"] if (case["section"], case["setting"], case["method"]) == wanted]
+    return [
+        case
+        for case in report["cases"]
+        if (case["section"], case["setting"], case["method"]) == wanted
+    ]
 
 
 def verdicts(report):
@@ -128,7 +179,9 @@ def only_missed(report, target, where):
 def test_easy(report):
     [first, second] = of(report, "easy", "ours")
     first["recovery_key"] = 0.9
-    assert verdicts(report)["feature recovery at least 0.95", "easy"] == "**met**, not in every seed"
+    assert (
+        verdicts(report)["feature recovery at least 0.95", "easy"] == "**met**, not in every seed"
+    )
     second["recovery_key"] = 0.9
     only_missed(report, "feature recovery", "easy")
     for case in (first, second):
@@ -144,7 +197,10 @@ def test_hard_is_paired_by_seed_and_without_the_supervised(report):
     assert "ahead of all in 1 of 2 seeds" in render(report)
     baseline[0]["average_precision"] = ours[0]["average_precision"]
     only_missed(report, *key)
-    assert "strongest: importance, our margin -0.005 (-0.010 to 0.000); ahead of all in 0 of 2 seeds" in render(report)
+    assert (
+        "strongest: importance, our margin -0.005 (-0.010 to 0.000); ahead of all in 0 of 2 seeds"
+        in render(report)
+    )
 
 
 def test_hard_says_which_baselines_failed(report):
@@ -168,11 +224,23 @@ def test_wins_need_both_controls_at_every_k_that_counts(report, control, criteri
     at = report["causal"]["23"]["ours"]["rankings"]["effect"]["key"]["by_k"]["5"]["controls"]
     at[control]["wins"][criterion] = [0.94, 0.9, 0.97]
     only_missed(report, "top k beats both controls", "`effect`")
-    [row] = [line for line in render(report).splitlines() if line.startswith("| ours, layer 23, `effect` | key |")]
-    assert row.count("**missed**") == row.count("**met**") == row.count("| 2 |") == row.count("| 2 and 5 |") == 1
+    [row] = [
+        line
+        for line in render(report).splitlines()
+        if line.startswith("| ours, layer 23, `effect` | key |")
+    ]
+    assert (
+        row.count("**missed**")
+        == row.count("**met**")
+        == row.count("| 2 |")
+        == row.count("| 2 and 5 |")
+        == 1
+    )
     for name in ("other", "matched"):
         at[name]["n"] = 19
-    assert set(verdicts(report).values()) == {"**met**"}, "fewer than half of the cases have the control"
+    assert set(verdicts(report).values()) == {"**met**"}, (
+        "fewer than half of the cases have the control"
+    )
 
 
 def test_rescaled_controls_are_no_target_and_no_cases_no_numbers(report):
@@ -190,7 +258,11 @@ def test_score_explained_with_and_without_always_on(report, counted):
 
 
 def test_what_failed_or_was_skipped_is_shown(report):
-    report.update(causal={}, explained={}, skipped={"causal": "it is not installed", "explained": "it is not installed"})
+    report.update(
+        causal={},
+        explained={},
+        skipped={"causal": "it is not installed", "explained": "it is not installed"},
+    )
     report["failed"] = {"planted: easy, authors, seed 0": "ValueError: no"}
     text = render(report)
     assert text.count("Skipped: it is not installed.") == 2
@@ -222,7 +294,12 @@ def test_merged_reports(report):
     broken = deepcopy(report)
     of(broken, "hard", "ours")[0].update(failed="no")
     broken.update(causal={}, wanted=["planted"], failed={"a": "no", "b": "no"}, seconds={"c": 1.0})
-    again = {**deepcopy(report), "cases": [failed], "wanted": ["causal", "planted"], "seconds": {"a": 2.0}}
+    again = {
+        **deepcopy(report),
+        "cases": [failed],
+        "wanted": ["causal", "planted"],
+        "seconds": {"a": 2.0},
+    }
     for order in ([broken, again], [again, broken]):
         merged = sections.merge(order)
         assert merged["wanted"] == ["planted", "causal"]

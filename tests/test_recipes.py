@@ -34,7 +34,10 @@ class Attention(NamedTuple):
     rotary_base: float | None
 
 
-ATTENTION = {"gpt2": Attention(12, 12, 64, 768, None), "smollm2": Attention(9, 3, 64, 576, 100_000.0)}
+ATTENTION = {
+    "gpt2": Attention(12, 12, 64, 768, None),
+    "smollm2": Attention(9, 3, 64, 576, 100_000.0),
+}
 
 
 def family(recipe: str) -> str:
@@ -49,7 +52,11 @@ def options_of(config: dict[str, Any]) -> dict[str, Any]:
     """Values of a config by option of the command line."""
     blocks = {f"{name}.": config[name] for name in ("sae", "mask", "card") if name in config}
     top = {name: value for name, value in config.items() if f"{name}." not in blocks}
-    return top | {f"{prefix}{name}": value for prefix, block in blocks.items() for name, value in block.items()}
+    return top | {
+        f"{prefix}{name}": value
+        for prefix, block in blocks.items()
+        for name, value in block.items()
+    }
 
 
 def random_model(recipe: str, layer: int) -> TransformerBridge:
@@ -60,14 +67,24 @@ def random_model(recipe: str, layer: int) -> TransformerBridge:
         config: Any = GPT2Config(n_layer=n_layers)
     else:
         config = LlamaConfig(
-            hidden_size=576, num_hidden_layers=n_layers, num_attention_heads=9, num_key_value_heads=3, head_dim=64,
-            intermediate_size=1536, vocab_size=49152, rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
-        )  # fmt: skip
+            hidden_size=576,
+            num_hidden_layers=n_layers,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            head_dim=64,
+            intermediate_size=1536,
+            vocab_size=49152,
+            rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="eager"
+        )
     model.config.architectures = [type(model).__name__]  # the bridge reads it
-    bridge = TransformerBridge.boot_transformers("tiny", hf_model=model.eval(), tokenizer=tiny_tokenizer(), device="cpu")
+    bridge = TransformerBridge.boot_transformers(
+        "tiny", hf_model=model.eval(), tokenizer=tiny_tokenizer(), device="cpu"
+    )
     return bridge.requires_grad_(False).eval()
 
 
@@ -84,9 +101,13 @@ class Seen:
         forward = sae_class.training_forward_pass
 
         def watched(sae, step_input):
-            self.start.setdefault(sae_class, {name: tensor.clone() for name, tensor in sae.state_dict().items()})
+            self.start.setdefault(
+                sae_class, {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+            )
             output = forward(sae, step_input)
-            self.losses.setdefault(sae_class, []).append({name: loss.item() for name, loss in output.losses.items()})
+            self.losses.setdefault(sae_class, []).append(
+                {name: loss.item() for name, loss in output.losses.items()}
+            )
             return output
 
         return watched
@@ -113,9 +134,17 @@ def sparse_relu(monkeypatch):
 
 
 CHANGED = {
-    "training_tokens", "mask.training_tokens", "mask.ranking_tokens", "dataset_path", "checkpoint_path", "output_path",
-    "input_cache_path", "input_cache_tokens", "context_size", "train_batch_size_tokens",
-}  # fmt: skip
+    "training_tokens",
+    "mask.training_tokens",
+    "mask.ranking_tokens",
+    "dataset_path",
+    "checkpoint_path",
+    "output_path",
+    "input_cache_path",
+    "input_cache_tokens",
+    "context_size",
+    "train_batch_size_tokens",
+}
 """All that a dry run may change."""
 
 
@@ -151,12 +180,16 @@ def test_both_steps_run(recipe, changes, seen, sparse_relu, tmp_path, monkeypatc
     check_losses(seen, TranscodersTrainingSAE, {"kl_full", "kl_query", "kl_key"})
     check_losses(seen, MaskTrainingSAE, {"kl"})
 
-    before = qk.BilinearQKDictionary.load_from_disk(tmp_path / "checkpoints" / "transcoders_final").state_dict()
+    before = qk.BilinearQKDictionary.load_from_disk(
+        tmp_path / "checkpoints" / "transcoders_final"
+    ).state_dict()
     check_moved(seen.start[TranscodersTrainingSAE], before)
     assert seen.start[MaskTrainingSAE]["scaled_mask"].unique().numel() == 1
     assert trained.feature_map.weights.unique().numel() > 1
     after = {f"dictionary.{name}": tensor for name, tensor in trained.state_dict().items()}
-    tuned = not torch.equal(seen.start[MaskTrainingSAE]["dictionary.query.W_enc"], after["dictionary.query.W_enc"])
+    tuned = not torch.equal(
+        seen.start[MaskTrainingSAE]["dictionary.query.W_enc"], after["dictionary.query.W_enc"]
+    )
     assert tuned == (asked.mask.fine_tune_lr > 0)
 
 
@@ -172,7 +205,9 @@ def test_the_authors_recipe_runs(seen, tmp_path, monkeypatch):
     check_moved(seen.start[TranscodersTrainingSAE], trained.state_dict())
 
 
-def dry_run(recipe: str, changes: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> qk.BilinearQKDictionary:
+def dry_run(
+    recipe: str, changes: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> qk.BilinearQKDictionary:
     """`python -m sae_lens_qk train --config <recipe>` for two steps of each stage on random tokens.
 
     Model and text are put where the recipe looks for them; token counts and paths are changed, and `changes`. The warm-up
@@ -184,13 +219,19 @@ def dry_run(recipe: str, changes: dict[str, Any], folder: Path, monkeypatch: pyt
     context_size = changes.get("context_size", asked.context_size)
     batch = changes.get("train_batch_size_tokens", asked.train_batch_size_tokens)
     n_rows = max(STEPS * batch, changes.get("input_cache_tokens", 0)) // context_size
-    monkeypatch.setattr("sae_lens_qk.training.runner._CALIBRATION_ROWS", n_rows)  # there are no more
-    tokens = torch.randint(model.cfg.d_vocab, (n_rows, context_size), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(
+        "sae_lens_qk.training.runner._CALIBRATION_ROWS", n_rows
+    )  # there are no more
+    tokens = torch.randint(
+        model.cfg.d_vocab, (n_rows, context_size), generator=torch.Generator().manual_seed(0)
+    )
     Dataset.from_dict({"tokens": tokens.tolist()}).to_parquet(str(folder / "train.parquet"))
     options = {
-        "training_tokens": STEPS * batch, "checkpoint_path": folder / "checkpoints",
-        "output_path": folder / "output", **changes,
-    }  # fmt: skip
+        "training_tokens": STEPS * batch,
+        "checkpoint_path": folder / "checkpoints",
+        "output_path": folder / "output",
+        **changes,
+    }
     if asked.mask.training_tokens:
         options |= {"mask.training_tokens": STEPS * batch, "mask.ranking_tokens": 2 * context_size}
     if asked.dataset_path.startswith("$"):
@@ -203,17 +244,26 @@ def dry_run(recipe: str, changes: dict[str, Any], folder: Path, monkeypatch: pyt
     return qk.BilinearQKDictionary.from_pretrained(str(folder / "output"), verify="strict")
 
 
-def check_dictionary(trained: qk.BilinearQKDictionary, asked: qk.BilinearQKRunnerConfig, recipe: str) -> None:
+def check_dictionary(
+    trained: qk.BilinearQKDictionary, asked: qk.BilinearQKRunnerConfig, recipe: str
+) -> None:
     """Layer, hook and sizes are the recipe's, and so are the settings saved beside it."""
     cfg, spec, expected = trained.cfg, trained.spec, ATTENTION[family(recipe)]
     assert (cfg.model_name, cfg.layer) == (asked.model_name, asked.layer)
     assert cfg.hook_name == f"blocks.{asked.layer}.attn.hook_in"
     assert (spec.n_heads, spec.n_kv_heads, spec.d_head, spec.d_model) == expected[:4]
     base = expected.rotary_base
-    assert spec.rotary_inv_freq == pytest.approx([base ** (-2 * i / 64) for i in range(32)] if base else [])
-    assert cfg.half_architecture == ("transcoder" if asked.sae.activation == "relu" else "jumprelu_transcoder")
+    assert spec.rotary_inv_freq == pytest.approx(
+        [base ** (-2 * i / 64) for i in range(32)] if base else []
+    )
+    assert cfg.half_architecture == (
+        "transcoder" if asked.sae.activation == "relu" else "jumprelu_transcoder"
+    )
     assert all(tensor.isfinite().all() for tensor in trained.state_dict().values())
-    wanted, used = options_of(yaml.safe_load(recipe_path(recipe).read_text())), options_of(trained.runner_cfg)
+    wanted, used = (
+        options_of(yaml.safe_load(recipe_path(recipe).read_text())),
+        options_of(trained.runner_cfg),
+    )
     assert {name for name in wanted if used[name] != wanted[name]} <= CHANGED
 
 
@@ -232,7 +282,9 @@ def check_moved(start: dict[str, Tensor], end: dict[str, Tensor]) -> None:
 
 def test_every_dictionary_has_a_recipe():
     assert set(RECIPES) == {*registry(), AUTHORS}
-    assert {name: entry.recipe for name, entry in registry().items()} == {name: recipe_path(name) for name in registry()}
+    assert {name: entry.recipe for name, entry in registry().items()} == {
+        name: recipe_path(name) for name in registry()
+    }
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -243,7 +295,10 @@ def test_a_recipe_is_of_its_own_dictionary(recipe):
     model = {"smollm2-135m-instruct": "smollm2-135m-instruct-q4_1"}.get(model, model)
     assert (cfg.model_name, cfg.layer) == (model, int(layer))
     assert (cfg.output_path, cfg.checkpoint_path) == (f"output/{recipe}", f"checkpoints/{recipe}")
-    assert cfg.input_cache_path in (None, f"cache/{dictionary}")  # shared by recipes of one layer, and by no others
+    assert cfg.input_cache_path in (
+        None,
+        f"cache/{dictionary}",
+    )  # shared by recipes of one layer, and by no others
     assert cfg.from_pretrained_path is None
     assert cfg.resume_from_checkpoint is None
 
@@ -260,30 +315,64 @@ def test_a_recipe_runs_on_any_machine(recipe):
 @pytest.mark.parametrize("recipe", ["gpt2-small-L2", "gpt2-small-L6", "gpt2-small-L10"])
 def test_the_variants_differ_from_the_post_in_how_they_train_alone(recipe):
     """Model, layer, text, tokens and widths stay; activation, initialisation, learning rate and step 2 are as on SmolLM2."""
-    post, variant = (options_of(yaml.safe_load(recipe_path(name).read_text())) for name in (recipe, f"{recipe}-batchtopk"))
+    post, variant = (
+        options_of(yaml.safe_load(recipe_path(name).read_text()))
+        for name in (recipe, f"{recipe}-batchtopk")
+    )
     best = options_of(yaml.safe_load(recipe_path("smollm2-135m-instruct-L23").read_text()))
     changed = {name for name in post | variant if post.get(name) != variant.get(name)}
     ours = {
-        "lr", "sae.activation", "sae.k", "sae.decoder_bias", "sae.kl_query_coefficient", "sae.kl_key_coefficient", "mask.lr",
-        "mask.fine_tune_lr", "mask.sparsity_coefficient", "mask.n_pairs", "mask.n_candidates", "mask.prune_until",
-        "mask.compact", "mask.output_coefficient",
-    }  # fmt: skip
+        "lr",
+        "sae.activation",
+        "sae.k",
+        "sae.decoder_bias",
+        "sae.kl_query_coefficient",
+        "sae.kl_key_coefficient",
+        "mask.lr",
+        "mask.fine_tune_lr",
+        "mask.sparsity_coefficient",
+        "mask.n_pairs",
+        "mask.n_candidates",
+        "mask.prune_until",
+        "mask.compact",
+        "mask.output_coefficient",
+    }
     assert changed <= ours | {
-        "lr_warm_up_steps", "sae.sparsity_coefficient", "sae.initialization", "checkpoint_path", "output_path",
-    }  # fmt: skip
+        "lr_warm_up_steps",
+        "sae.sparsity_coefficient",
+        "sae.initialization",
+        "checkpoint_path",
+        "output_path",
+    }
     assert {name: variant[name] for name in ours} == {name: best[name] for name in ours}
 
 
 @pytest.mark.parametrize("recipe", ["gpt2-small-L2", "gpt2-small-L6", "gpt2-small-L10"])
 def test_gpt2_recipes_are_at_the_settings_of_the_post(recipe):
     cfg = qk.BilinearQKRunnerConfig.from_file(recipe_path(recipe))
-    assert (cfg.sae.d_query, cfg.sae.d_key, cfg.sae.activation, cfg.sae.initialization) == (2400, 2400, "relu", "kaiming")
-    assert (cfg.training_tokens, cfg.context_size, cfg.train_batch_size_tokens) == (200_000_000, 256, 8 * 256)
+    assert (cfg.sae.d_query, cfg.sae.d_key, cfg.sae.activation, cfg.sae.initialization) == (
+        2400,
+        2400,
+        "relu",
+        "kaiming",
+    )
+    assert (cfg.training_tokens, cfg.context_size, cfg.train_batch_size_tokens) == (
+        200_000_000,
+        256,
+        8 * 256,
+    )
     assert (cfg.lr, cfg.lr_scheduler_name, cfg.lr_warm_up_steps) == (1e-3, "cosineannealing", 5000)
     assert (cfg.dataset_path, cfg.streaming) == ("Skylion007/openwebtext", True)
-    kl = cfg.sae.kl_full_coefficient, cfg.sae.kl_query_coefficient, cfg.sae.kl_key_coefficient, cfg.sae.mse_coefficient
+    kl = (
+        cfg.sae.kl_full_coefficient,
+        cfg.sae.kl_query_coefficient,
+        cfg.sae.kl_key_coefficient,
+        cfg.sae.mse_coefficient,
+    )
     assert kl == (3, 1, 1, 0)
-    assert cfg.sae.sparsity_coefficient == pytest.approx(1.5e-6 * 2048, rel=0.01)  # theirs is on the sum over a batch
+    assert cfg.sae.sparsity_coefficient == pytest.approx(
+        1.5e-6 * 2048, rel=0.01
+    )  # theirs is on the sum over a batch
     assert 25_000 <= cfg.mask.n_pairs <= 51_000
 
 

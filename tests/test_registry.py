@@ -18,17 +18,35 @@ from sae_lens_qk.pretrained.checksums import verify_folder
 from sae_lens_qk.pretrained.registry import Entry, headline_figures, recipe_file, registry
 
 COLUMNS = [
-    "name", "model", "layer", "status", "d_query", "d_key", "n_pairs", "pattern_kl", "ce_recovered", "logit_kl_recovered",
-    "repo", "revision", "command",
-]  # fmt: skip
+    "name",
+    "model",
+    "layer",
+    "status",
+    "d_query",
+    "d_key",
+    "n_pairs",
+    "pattern_kl",
+    "ce_recovered",
+    "logit_kl_recovered",
+    "repo",
+    "revision",
+    "command",
+]
 FIGURES = COLUMNS[7:10]
 PUBLISHED = {
-    "status": "published", "repo": "org/repo", "folder": "mine", "revision": 20 * "a1", "sha256": 32 * "b2",
+    "status": "published",
+    "repo": "org/repo",
+    "folder": "mine",
+    "revision": 20 * "a1",
+    "sha256": 32 * "b2",
     "metrics": {"pattern_kl": 0.25, "ce_recovered": 0.75},
-}  # fmt: skip
+}
 RECIPE = {
-    "model_name": "gpt2-small", "layer": 3, "sae": {"d_query": 29, "d_key": 31}, "mask": {"n_pairs": 37, "n_candidates": 41}
-}  # fmt: skip
+    "model_name": "gpt2-small",
+    "layer": 3,
+    "sae": {"d_query": 29, "d_key": 31},
+    "mask": {"n_pairs": 37, "n_candidates": 41},
+}
 SHIPPED = [name for name, entry in registry().items() if entry.status == "shipped"]
 UNPUBLISHED = [name for name, entry in registry().items() if entry.status == "unpublished"]
 
@@ -59,12 +77,19 @@ def row(name: str) -> dict[str, Any]:
 
 def test_what_the_package_knows():
     assert SHIPPED == [
-        "smollm2-135m-instruct-L23", "smollm2-135m-instruct-L17", "smollm2-135m-instruct-L1", "gpt2-3m-L2",
-    ]  # fmt: skip
+        "smollm2-135m-instruct-L23",
+        "smollm2-135m-instruct-L17",
+        "smollm2-135m-instruct-L1",
+        "gpt2-3m-L2",
+    ]
     assert UNPUBLISHED == [
-        "gpt2-small-L2", "gpt2-small-L6", "gpt2-small-L10", "gpt2-small-L2-batchtopk", "gpt2-small-L6-batchtopk",
+        "gpt2-small-L2",
+        "gpt2-small-L6",
+        "gpt2-small-L10",
+        "gpt2-small-L2-batchtopk",
+        "gpt2-small-L6-batchtopk",
         "gpt2-small-L10-batchtopk",
-    ]  # fmt: skip
+    ]
     for name, entry in registry().items():
         assert (entry.name, entry.recipe) == (name, shipped_folder() / "recipes" / f"{name}.yaml")
 
@@ -79,9 +104,14 @@ def test_the_table_has_a_row_for_every_entry():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_row_is_what_its_folder_holds(name):
-    config, metrics = (json.loads((shipped_folder() / name / file).read_text()) for file in ("cfg.json", "metrics.json"))
+    config, metrics = (
+        json.loads((shipped_folder() / name / file).read_text())
+        for file in ("cfg.json", "metrics.json")
+    )
     shown = row(name)
-    for column, field in {"model": "model_name"}.items() | {c: c for c in ("layer", "d_query", "d_key", "n_pairs")}.items():
+    for column, field in {"model": "model_name"}.items() | {
+        c: c for c in ("layer", "d_query", "d_key", "n_pairs")
+    }.items():
         assert shown[column] == config[field]
     for figure in FIGURES:
         assert shown[figure] == metrics["sources"]["feature_map"][figure]["value"]
@@ -92,7 +122,9 @@ def test_a_shipped_row_is_what_its_folder_holds(name):
 def test_a_shipped_folder_is_verifiable(name):
     verify_folder(shipped_folder() / name, "strict")
     d = qk.BilinearQKDictionary.from_pretrained(name, verify="strict")
-    assert (d.cfg.d_query, d.cfg.d_key, len(d.feature_map)) == tuple(row(name)[c] for c in ("d_query", "d_key", "n_pairs"))
+    assert (d.cfg.d_query, d.cfg.d_key, len(d.feature_map)) == tuple(
+        row(name)[c] for c in ("d_query", "d_key", "n_pairs")
+    )
 
 
 @pytest.mark.parametrize("name", UNPUBLISHED)
@@ -126,9 +158,15 @@ def test_entries_of_ones_own_come_on_top(own):
     assert list(entries) == [*before, "mine"]
     assert {name for name in before if entries[name] != before[name]} == {"gpt2-small-L6"}
     for name in ("mine", "gpt2-small-L6"):
-        assert entries[name] == Entry(name=name, recipe=file.parent / "recipes" / "mine.yaml", **PUBLISHED)
+        assert entries[name] == Entry(
+            name=name, recipe=file.parent / "recipes" / "mine.yaml", **PUBLISHED
+        )
         shown = row(name)
-        assert (shown["status"], shown["repo"], shown["revision"]) == ("published", "org/repo", 20 * "a1")
+        assert (shown["status"], shown["repo"], shown["revision"]) == (
+            "published",
+            "org/repo",
+            20 * "a1",
+        )
         assert (shown["model"], shown["layer"]) == ("gpt2-small", 3)
         assert (shown["d_query"], shown["d_key"], shown["n_pairs"]) == (29, 31, 37)
         assert (shown["pattern_kl"], shown["ce_recovered"]) == (0.25, 0.75)
@@ -139,7 +177,11 @@ def test_a_published_entry_needs_no_recipe(own):
     """`push` prints an entry to paste, and there may be none."""
     own({"mine": {key: value for key, value in PUBLISHED.items() if key != "metrics"}})
     shown = row("mine")
-    assert (shown["status"], shown["repo"], shown["revision"]) == ("published", "org/repo", 20 * "a1")
+    assert (shown["status"], shown["repo"], shown["revision"]) == (
+        "published",
+        "org/repo",
+        20 * "a1",
+    )
     assert all(math.isnan(shown[figure]) for figure in FIGURES)
     assert row("gpt2-small-L10")["d_query"] == 2400
 
@@ -157,8 +199,10 @@ def test_the_registry_is_read_when_it_is_asked_for(own, monkeypatch):
 
 def test_a_command_trains_what_it_names(own, capsys):
     """Of an own entry it names the file, which no other folder has by that name."""
-    file = own({"mine": {"status": "unpublished"}, "gpt2-small-L10": {"status": "unpublished"}},
-               **{"mine": RECIPE, "gpt2-small-L10": {**RECIPE, "layer": 5}})  # fmt: skip
+    file = own(
+        {"mine": {"status": "unpublished"}, "gpt2-small-L10": {"status": "unpublished"}},
+        **{"mine": RECIPE, "gpt2-small-L10": {**RECIPE, "layer": 5}},
+    )
     for name, layer in (("mine", 3), ("gpt2-small-L10", 5), ("gpt2-small-L2", 2)):
         command = registry()[name].command
         assert command.endswith(name if layer == 2 else f" {file.parent / 'recipes' / name}.yaml")
@@ -185,15 +229,36 @@ def test_a_file_comes_before_a_recipe_of_the_same_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"status": "ready"}, r"mine: status must be one of \('shipped', 'published', 'unpublished'\), got 'ready'\.$"),
-        ({**PUBLISHED, "repo": None}, r"mine is published: repo must match \[\^/\]\+/\[\^/\]\+, got None\.$"),
+        (
+            {"status": "ready"},
+            r"mine: status must be one of \('shipped', 'published', 'unpublished'\), got 'ready'\.$",
+        ),
+        (
+            {**PUBLISHED, "repo": None},
+            r"mine is published: repo must match \[\^/\]\+/\[\^/\]\+, got None\.$",
+        ),
         ({**PUBLISHED, "repo": "gpt2"}, "mine is published: repo must match .*, got 'gpt2'"),
-        ({**PUBLISHED, "repo": "org/repo/folder"}, "mine is published: repo must match .*, got 'org/repo/folder'"),
+        (
+            {**PUBLISHED, "repo": "org/repo/folder"},
+            "mine is published: repo must match .*, got 'org/repo/folder'",
+        ),
         ({**PUBLISHED, "folder": ""}, "mine is published: folder must match .*, got ''"),
-        ({**PUBLISHED, "revision": "main"}, "mine is published: revision must match .*, got 'main'"),
-        ({**PUBLISHED, "revision": 39 * "a"}, "mine is published: revision must match .*, got 'a{39}'"),
-        ({**PUBLISHED, "revision": 40 * "A"}, "mine is published: revision must match .*, got 'A{40}'"),
-        ({**PUBLISHED, "sha256": None}, r"mine is published: sha256 must match \[0-9a-f\]\{64\}, got None"),
+        (
+            {**PUBLISHED, "revision": "main"},
+            "mine is published: revision must match .*, got 'main'",
+        ),
+        (
+            {**PUBLISHED, "revision": 39 * "a"},
+            "mine is published: revision must match .*, got 'a{39}'",
+        ),
+        (
+            {**PUBLISHED, "revision": 40 * "A"},
+            "mine is published: revision must match .*, got 'A{40}'",
+        ),
+        (
+            {**PUBLISHED, "sha256": None},
+            r"mine is published: sha256 must match \[0-9a-f\]\{64\}, got None",
+        ),
         ({**PUBLISHED, "sha256": 63 * "b"}, "mine is published: sha256 must match .*, got 'b{63}'"),
     ],
 )
@@ -206,9 +271,13 @@ def test_wrong_entries_are_refused(values, message, own):
 @pytest.mark.parametrize("name", ["repo", "folder", "revision", "sha256"])
 def test_a_published_entry_needs_its_place(name):
     values = {key: value for key, value in PUBLISHED.items() if key != name}
-    with pytest.raises(ValueError, match=f"^Registry entry mine is published: {name} must match .*, got None"):
+    with pytest.raises(
+        ValueError, match=f"^Registry entry mine is published: {name} must match .*, got None"
+    ):
         Entry(name="mine", recipe=Path("mine.yaml"), **values)
-    assert Entry(name="mine", recipe=Path("mine.yaml"), **{**values, "status": "unpublished"}).repo == values.get("repo")
+    assert Entry(
+        name="mine", recipe=Path("mine.yaml"), **{**values, "status": "unpublished"}
+    ).repo == values.get("repo")
 
 
 @pytest.mark.parametrize(
@@ -218,12 +287,24 @@ def test_a_published_entry_needs_its_place(name):
         ("mine:\n  status: unpublished\n layer: 3\n", "while parsing a block mapping .*"),
         ("mine: {status: unpublished, layer: 3}\n", ".* unexpected keyword argument 'layer'"),
         ("mine: {repo: org/repo}\n", ".* missing 1 required .*: 'status'"),
-        *((text, ".+") for text in ("- mine\n", "mine\n", "mine: unpublished\n", "mine:\n", "mine: {recipe: 3}\n")),
+        *(
+            (text, ".+")
+            for text in (
+                "- mine\n",
+                "mine\n",
+                "mine: unpublished\n",
+                "mine:\n",
+                "mine: {recipe: 3}\n",
+            )
+        ),
     ],
 )
 def test_a_malformed_registry_is_refused_in_one_line(text, detail, own):
     file = own(text)
-    with pytest.raises(ValueError, match=rf"^{re.escape(str(file))} is not a registry of dictionaries \({detail}\)\.$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^{re.escape(str(file))} is not a registry of dictionaries \({detail}\)\.$",
+    ):
         registry()
 
 
@@ -231,18 +312,34 @@ def test_a_missing_registry_is_refused(own):
     file = own("")
     file.unlink()
     expected = f"There is no registry file {file}: $SAE_LENS_QK_REGISTRY must name a YAML file."
-    for read in (registry, qk.pretrained_dictionaries, lambda: qk.BilinearQKDictionary.from_pretrained("gpt2-small-L10")):
+    for read in (
+        registry,
+        qk.pretrained_dictionaries,
+        lambda: qk.BilinearQKDictionary.from_pretrained("gpt2-small-L10"),
+    ):
         with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
             read()
 
 
 def test_headline_figures_are_those_of_the_map_where_there_is_one():
     interval = {"low": 0.0, "high": 1.0}
-    transcoders, feature_map = ({name: {"value": value, **interval} for name in FIGURES} for value in (0.25, 0.5))
-    both = {"sources": {"transcoders": transcoders, "feature_map": feature_map, "zero": {"pattern_kl": None}}}
+    transcoders, feature_map = (
+        {name: {"value": value, **interval} for name in FIGURES} for value in (0.25, 0.5)
+    )
+    both = {
+        "sources": {
+            "transcoders": transcoders,
+            "feature_map": feature_map,
+            "zero": {"pattern_kl": None},
+        }
+    }
     assert headline_figures(both) == dict.fromkeys(FIGURES, 0.5)
-    assert headline_figures({"sources": {"transcoders": transcoders}}) == dict.fromkeys(FIGURES, 0.25)
-    assert headline_figures({"sources": {"feature_map": {"pattern_kl": {"value": 0.5}}}}) == {"pattern_kl": 0.5}
+    assert headline_figures({"sources": {"transcoders": transcoders}}) == dict.fromkeys(
+        FIGURES, 0.25
+    )
+    assert headline_figures({"sources": {"feature_map": {"pattern_kl": {"value": 0.5}}}}) == {
+        "pattern_kl": 0.5
+    }
     assert headline_figures({}) == headline_figures({"sources": {}}) == {}
 
 

@@ -43,9 +43,17 @@ def test_the_host_is_rebuilt(compatibility):
     model = qk.load_model(MODEL, compatibility_mode=compatibility)
     for layer in range(4):
         report = qk.check_host(model, layer)
-        assert max(report.queries, report.keys, report.scores, report.pattern) <= 1e-5 * max(1.0, report.max_score)
+        assert max(report.queries, report.keys, report.scores, report.pattern) <= 1e-5 * max(
+            1.0, report.max_score
+        )
     spec = attention_spec(model, LAYER)
-    assert (spec.n_heads, spec.n_kv_heads, spec.d_head, spec.d_model, spec.rotary_dim) == (6, 6, 32, 192, 0)
+    assert (spec.n_heads, spec.n_kv_heads, spec.d_head, spec.d_model, spec.rotary_dim) == (
+        6,
+        6,
+        32,
+        192,
+        0,
+    )
 
 
 def test_the_dictionary_refuses_folded_weights(dictionary):
@@ -55,7 +63,9 @@ def test_the_dictionary_refuses_folded_weights(dictionary):
 
 def test_the_dictionary_carries_the_attention(dictionary, model, tokens):
     result = qk.evaluate(dictionary, model, tokens)
-    transcoders, kept, uniform = (result.sources[name] for name in ("transcoders", "feature_map", "uniform"))
+    transcoders, kept, uniform = (
+        result.sources[name] for name in ("transcoders", "feature_map", "uniform")
+    )
     assert transcoders.pattern_kl.value < 0.1 * uniform.pattern_kl.value
     assert kept.pattern_kl.value < 0.2 * uniform.pattern_kl.value
     assert kept.logit_kl_recovered.value > 0.8 > result.sources["mean"].logit_kl_recovered.value
@@ -66,14 +76,20 @@ def test_the_dictionary_carries_the_attention(dictionary, model, tokens):
 def test_terms_add_up_to_the_models_score(dictionary, model, tokens):
     a = qk.attribute(dictionary, model, tokens[:1, :40], head=2, query_pos=-1, key_pos=-2)
     with torch.no_grad():
-        _, cache = model.run_with_cache(tokens[:1, :40], names_filter=f"blocks.{LAYER}.attn.hook_attn_scores")
+        _, cache = model.run_with_cache(
+            tokens[:1, :40], names_filter=f"blocks.{LAYER}.attn.hook_attn_scores"
+        )
     score = float(cache[f"blocks.{LAYER}.attn.hook_attn_scores"][0, 2, -1, -2])
     assert float(a.to_frame()["contribution"].sum()) == pytest.approx(score, abs=1e-4)
 
 
 def test_without_the_pairs_of_a_head_it_attends_elsewhere(dictionary, model, tokens):
     name = f"blocks.{LAYER}.attn.hook_pattern"
-    pairs = dictionary.pair_frame().query("head == 2")[["query_feature", "key_feature", "head"]].to_numpy()
+    pairs = (
+        dictionary.pair_frame()
+        .query("head == 2")[["query_feature", "key_feature", "head"]]
+        .to_numpy()
+    )
     seen = {}
 
     def attention(hooks) -> Tensor:
@@ -92,12 +108,23 @@ def test_without_the_pairs_of_a_head_it_attends_elsewhere(dictionary, model, tok
 def test_the_recipe_trains_it_further(tmp_path, model):
     """A few steps of each kind on the sample text, settings as in the recipe."""
     recipe = yaml.safe_load(recipe_file(NAME).read_text())
-    short = {"dataset_path": "", "training_tokens": 4 * 2048, "input_cache_path": None, "input_cache_tokens": None}
+    short = {
+        "dataset_path": "",
+        "training_tokens": 4 * 2048,
+        "input_cache_path": None,
+        "input_cache_tokens": None,
+    }
     folders = {"checkpoint_path": None, "output_path": str(tmp_path / "output")}
     mask = recipe["mask"] | {"training_tokens": 4 * 2048, "ranking_tokens": 2048}
     cfg = qk.BilinearQKRunnerConfig.from_dict(recipe | short | folders | {"mask": mask})
-    trained = qk.BilinearQKTrainingRunner(cfg, override_model=model, override_dataset=text_sample()).run()
-    assert (trained.cfg.model_name, trained.cfg.layer, trained.cfg.original_sizes) == (MODEL, LAYER, (768, 768))
+    trained = qk.BilinearQKTrainingRunner(
+        cfg, override_model=model, override_dataset=text_sample()
+    ).run()
+    assert (trained.cfg.model_name, trained.cfg.layer, trained.cfg.original_sizes) == (
+        MODEL,
+        LAYER,
+        (768, 768),
+    )
     x = layer_inputs(model, LAYER, token_rows(model, "", "text", 2, 256))
     assert trained.pattern(x, source="feature_map").isfinite().all()
     with trained.patched(model, source="feature_map"):

@@ -8,7 +8,16 @@ import pytest
 import torch
 from sae_lens import SAE
 from safetensors.torch import load_file
-from test_dictionary import D_KEY, D_QUERY, SOURCES, SPEC, WEIGHTS, in_step, make_dictionary, random_x
+from test_dictionary import (
+    D_KEY,
+    D_QUERY,
+    SOURCES,
+    SPEC,
+    WEIGHTS,
+    in_step,
+    make_dictionary,
+    random_x,
+)
 from tiny_dictionaries import N_DEAD, pattern_by_hand, tiny_dictionary
 from tiny_models import tiny_tokens
 from torch import Tensor
@@ -22,7 +31,9 @@ from sae_lens_qk.pretrained.registry import recipe_file
 SILENT = {"query": [0, 17, 18, D_QUERY - 1], "key": [3, 100, D_KEY - 1]}
 
 
-def dictionary_with_silent_features(half: str = "jumprelu_transcoder", **cfg) -> qk.BilinearQKDictionary:
+def dictionary_with_silent_features(
+    half: str = "jumprelu_transcoder", **cfg
+) -> qk.BilinearQKDictionary:
     d = make_dictionary(half, **cfg)
     for side, features in SILENT.items():
         getattr(d, side).b_enc[features] = -100.0
@@ -50,7 +61,11 @@ def test_compacting_away_silent_features_changes_no_pattern(half, tmp_path):
     d, x = dictionary_with_silent_features(half), random_x()
     before = copied_state(d)
     made = d.compact(*LIVE)
-    assert (made.cfg.d_query, made.cfg.d_key, made.cfg.d_sae) == (D_QUERY - 4, D_KEY - 3, D_QUERY + D_KEY - 7)
+    assert (made.cfg.d_query, made.cfg.d_key, made.cfg.d_sae) == (
+        D_QUERY - 4,
+        D_KEY - 3,
+        D_QUERY + D_KEY - 7,
+    )
     assert type(made.query) is type(d.query)
     for source in SOURCES:
         torch.testing.assert_close(made.pattern(x, source), d.pattern(x, source), rtol=0, atol=1e-6)
@@ -58,7 +73,9 @@ def test_compacting_away_silent_features_changes_no_pattern(half, tmp_path):
     assert made.cfg.query_numbers == [a for a in range(D_QUERY) if a not in SILENT["query"]]
     assert torch.equal(made.encode_query(x), d.encode_query(x)[..., made.cfg.query_numbers])
     assert torch.equal(made.encode_key(x), d.encode_key(x)[..., made.cfg.key_numbers])
-    assert all(torch.equal(tensor, before[name]) for name, tensor in d.state_dict().items()), "the original is left alone"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in d.state_dict().items()), (
+        "the original is left alone"
+    )
     assert d.cfg.original_sizes == (D_QUERY, D_KEY)
     assert (d.cfg.query_numbers, d.cfg.n_pairs) == ([], 1009)
     made.save_model(tmp_path)
@@ -74,7 +91,9 @@ def test_compacting_away_live_features_is_silencing_them(source):
     made = d.compact(live(D_QUERY, dropped["query"]), live(D_KEY, dropped["key"]))
 
     def silence(side):
-        return f"{side}.hook_sae_acts_post", lambda acts, hook: acts.index_fill(-1, torch.tensor(dropped[side]), 0.0)
+        return f"{side}.hook_sae_acts_post", lambda acts, hook: acts.index_fill(
+            -1, torch.tensor(dropped[side]), 0.0
+        )
 
     with d.hooks(fwd_hooks=[silence("query"), silence("key")]):
         silenced = d.pattern(x, source)
@@ -84,10 +103,16 @@ def test_compacting_away_live_features_is_silencing_them(source):
 
 def original_pairs(d: qk.BilinearQKDictionary) -> dict[tuple, tuple]:
     """Weight and statistics by pair, in the numbers features had at first; constants as None."""
-    numbers = [*(d.cfg.query_numbers or range(D_QUERY)), None], [*(d.cfg.key_numbers or range(D_KEY)), None]
+    numbers = (
+        [*(d.cfg.query_numbers or range(D_QUERY)), None],
+        [*(d.cfg.key_numbers or range(D_KEY)), None],
+    )
     rows = torch.cat([d.feature_map.weights[:, None], d.feature_map.statistics], dim=1).tolist()
     indices = d.feature_map.indices.tolist()
-    return {(numbers[0][a], numbers[1][b], h): tuple(row) for (a, b, h), row in zip(indices, rows, strict=True)}
+    return {
+        (numbers[0][a], numbers[1][b], h): tuple(row)
+        for (a, b, h), row in zip(indices, rows, strict=True)
+    }
 
 
 def test_compacting_drops_the_pairs_of_dropped_features_and_keeps_the_others():
@@ -95,7 +120,11 @@ def test_compacting_drops_the_pairs_of_dropped_features_and_keeps_the_others():
     before = original_pairs(d)
     assert original_pairs(d.compact(live(D_QUERY, []), live(D_KEY, []))) == before
     made = d.compact(*LIVE)
-    expected = {(a, b, h): row for (a, b, h), row in before.items() if a not in SILENT["query"] and b not in SILENT["key"]}
+    expected = {
+        (a, b, h): row
+        for (a, b, h), row in before.items()
+        if a not in SILENT["query"] and b not in SILENT["key"]
+    }
     assert original_pairs(made) == expected
     assert made.cfg.n_pairs == len(made.feature_map) == len(expected) < 1009
     assert any(a is None for a, _, _ in expected), "pairs with the constants stay"
@@ -116,7 +145,10 @@ def test_compacting_twice_composes():
 
 def test_compacting_forgets_the_figures_and_keeps_the_settings(gpt2_bridge, tmp_path):
     d, settings = tiny_dictionary(gpt2_bridge), BilinearQKRunnerConfig().to_dict()
-    d.metrics, d.runner_cfg = qk.evaluate(d, gpt2_bridge, tiny_tokens(3, 17), baselines=()), settings
+    d.metrics, d.runner_cfg = (
+        qk.evaluate(d, gpt2_bridge, tiny_tokens(3, 17), baselines=()),
+        settings,
+    )
     sizes = d.cfg.d_query, d.cfg.d_key
     made = d.compact(*(live(n, list(range(n - N_DEAD, n))) for n in sizes))
     assert (made.metrics, made.runner_cfg) == (None, settings)
@@ -151,8 +183,12 @@ def test_compacting_keeps_the_dtype_and_needs_no_map(dtype):
 )
 def test_bad_masks_are_refused(masks, monkeypatch):
     d = make_dictionary()
-    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # what users meet outside pytest
-    with pytest.raises(ValueError, match=r"compact needs masks of lengths \(307, 311\) that keep a feature a side"):
+    monkeypatch.setattr(
+        "jaxtyping.config.jaxtyping_disable", True
+    )  # what users meet outside pytest
+    with pytest.raises(
+        ValueError, match=r"compact needs masks of lengths \(307, 311\) that keep a feature a side"
+    ):
         d.compact(*masks)
 
 
@@ -178,7 +214,9 @@ def n_header_bytes(file: Path) -> int:
 
 
 @pytest.mark.parametrize("half", ["transcoder", "jumprelu_transcoder"])
-@pytest.mark.parametrize("spec", [GROUPED_ROTARY, LEARNED_POSITIONS], ids=["grouped rotary", "learned positions"])
+@pytest.mark.parametrize(
+    "spec", [GROUPED_ROTARY, LEARNED_POSITIONS], ids=["grouped rotary", "learned positions"]
+)
 def test_rounding_loss_is_what_saving_and_loading_costs(spec, half, tmp_path):
     d, x = make_dictionary(half, spec), random_x(spec)
     table = qk.rounding_loss(d, x)
@@ -191,8 +229,12 @@ def test_rounding_loss_is_what_saving_and_loading_costs(spec, half, tmp_path):
         weights = tmp_path / dtype / WEIGHTS
         for source in SOURCES:
             row = table.loc[(dtype, source)]
-            true, stored = (pattern_by_hand(made.scores(x, source).detach().double()) for made in (d, loaded))
-            assert row["pattern_error"] == pytest.approx(float((true - stored).abs().max()), abs=2e-7)
+            true, stored = (
+                pattern_by_hand(made.scores(x, source).detach().double()) for made in (d, loaded)
+            )
+            assert row["pattern_error"] == pytest.approx(
+                float((true - stored).abs().max()), abs=2e-7
+            )
             assert row["pattern_kl"] == pytest.approx(kl_by_hand(true, stored), abs=1e-11, rel=1e-3)
             assert round(row["megabytes"] * 1e6) == weights.stat().st_size - n_header_bytes(weights)
 
@@ -202,7 +244,9 @@ def test_fewer_bits_cost_more_and_none_cost_nothing():
     costs = table[["pattern_error", "pattern_kl"]]
     assert (costs.loc["float32"] == 0).all(axis=None)
     assert (costs.loc["float16"] > 0).all(axis=None)
-    assert (costs.loc["bfloat16"] > 10 * costs.loc["float16"]).all(axis=None), "three bits of the mantissa fewer"
+    assert (costs.loc["bfloat16"] > 10 * costs.loc["float16"]).all(axis=None), (
+        "three bits of the mantissa fewer"
+    )
     sizes = table["megabytes"].unstack()
     assert (sizes["transcoders"] == sizes["feature_map"]).all(), "one file, both sources"
     whole, half, _ = sizes["transcoders"][list(DTYPES)]
@@ -240,13 +284,22 @@ def gpt2_small() -> qk.BilinearQKDictionary:
     recipe = BilinearQKRunnerConfig.from_file(recipe_file("gpt2-small-L10"))
     assert (recipe.sae.d_query, recipe.sae.d_key, recipe.mask.n_pairs) == (2400, 2400, N_PAIRS)
     d = make_dictionary(
-        "transcoder", GPT2_SMALL, 2400, 2400, n_pairs=0, layer=10,
-        fingerprint=[float(f"{value:.7g}") for value in torch.randn(2 * 768, dtype=torch.float64).tolist()],
-    )  # fmt: skip
+        "transcoder",
+        GPT2_SMALL,
+        2400,
+        2400,
+        n_pairs=0,
+        layer=10,
+        fingerprint=[
+            float(f"{value:.7g}") for value in torch.randn(2 * 768, dtype=torch.float64).tolist()
+        ],
+    )
     generator = torch.Generator().manual_seed(0)
     kept = [torch.randperm(2400, generator=generator)[:n].sort()[0] for n in N_LIVE.values()]
     codes = torch.randperm(270 * 466 * 12, generator=generator)[:N_PAIRS]
-    pairs = torch.stack([kept[0][codes // 12 // 466], kept[1][codes // 12 % 466], codes % 12], dim=1)
+    pairs = torch.stack(
+        [kept[0][codes // 12 // 466], kept[1][codes // 12 % 466], codes % 12], dim=1
+    )
     masks = [torch.isin(torch.arange(2400), features) for features in kept]
     dead = torch.tensor([(a, 7, 11) for a in (~masks[0]).nonzero()[:100, 0].tolist()])
     weights = torch.rand(N_PAIRS + 100, generator=generator)

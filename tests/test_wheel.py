@@ -24,7 +24,12 @@ pytestmark = pytest.mark.slow
 def run(*command: str | Path, **options) -> str:
     """Standard output of a command that succeeds."""
     done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=600, check=False, **options
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        **options,
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done.stdout
@@ -51,7 +56,9 @@ def content(wheel) -> dict[str, str]:
 
 
 def content_of(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    files = (
+        path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    )
     return {path.relative_to(folder).as_posix(): sha256(path.read_bytes()) for path in files}
 
 
@@ -59,14 +66,18 @@ class Installed:
     """The wheel in a folder of its own, found before the checkout; no Hub, nothing cached."""
 
     def __init__(self, wheel: Path, folder: Path):
-        self.site, self.hf_home, self.elsewhere = (folder / name for name in ("site", "hf-home", "elsewhere"))
+        self.site, self.hf_home, self.elsewhere = (
+            folder / name for name in ("site", "hf-home", "elsewhere")
+        )
         self.hf_home.mkdir()
         self.elsewhere.mkdir()
         run(*PIP, "install", "--no-deps", "--no-index", "--target", self.site, wheel)
 
     def python(self, *arguments: str) -> str:
         inherited = {
-            name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_", "SAE_LENS_QK"))
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PYTHON", "HF_", "SAE_LENS_QK"))
         }
         here = {"PYTHONPATH": str(self.site), "HF_HOME": str(self.hf_home), "HF_HUB_OFFLINE": "1"}
         return run(sys.executable, *arguments, cwd=self.elsewhere, env=inherited | here)
@@ -82,9 +93,15 @@ def installed(wheel, tmp_path_factory) -> Installed:
 
 def test_the_wheel_holds_registry_recipes_and_shipped_dictionaries(content):
     prefix = "sae_lens_qk/_shipped/"
-    shipped = {name.removeprefix(prefix): data for name, data in content.items() if name.startswith(prefix)}
+    shipped = {
+        name.removeprefix(prefix): data for name, data in content.items() if name.startswith(prefix)
+    }
     assert shipped == content_of(PRETRAINED)
-    assert {"registry.yaml", "recipes/gpt2-small-L10.yaml", "models/gpt2-3m/model.safetensors"} < set(shipped)
+    assert {
+        "registry.yaml",
+        "recipes/gpt2-small-L10.yaml",
+        "models/gpt2-3m/model.safetensors",
+    } < set(shipped)
     for name, entry in REGISTRY.items():
         assert f"recipes/{entry.get('recipe', f'{name}.yaml')}" in shipped
     assert SHIPPED
@@ -96,12 +113,25 @@ def test_the_wheel_holds_registry_recipes_and_shipped_dictionaries(content):
 
 
 def test_the_wheel_holds_the_package_its_template_and_text_and_nothing_else(content):
-    others = {name: data for name, data in content.items() if not name.startswith("sae_lens_qk/_shipped/")}
-    (licence,) = (data for name, data in others.items() if name.endswith(".dist-info/licenses/LICENSE"))
+    others = {
+        name: data for name, data in content.items() if not name.startswith("sae_lens_qk/_shipped/")
+    }
+    (licence,) = (
+        data for name, data in others.items() if name.endswith(".dist-info/licenses/LICENSE")
+    )
     assert licence == sha256((ROOT / "LICENSE").read_bytes())
-    package = {name.removeprefix("sae_lens_qk/"): data for name, data in others.items() if ".dist-info/" not in name}
+    package = {
+        name.removeprefix("sae_lens_qk/"): data
+        for name, data in others.items()
+        if ".dist-info/" not in name
+    }
     assert package == content_of(PACKAGE)
-    assert {"__main__.py", "py.typed", "pretrained/card.md.j2", "data/smollm2_sample.parquet"} < set(package)
+    assert {
+        "__main__.py",
+        "py.typed",
+        "pretrained/card.md.j2",
+        "data/smollm2_sample.parquet",
+    } < set(package)
 
 
 # Installed
@@ -118,7 +148,11 @@ def test_shipped_dictionaries_load_verified(installed, name):
     told = json.loads(installed.python("-c", script, name).splitlines()[-1])
     assert Path(told["file"]).is_relative_to(installed.site)
     stored = json.loads((PRETRAINED / name / "cfg.json").read_text())
-    assert told["cfg"] == {**told["cfg"], **stored, "dtype": "float32"}  # newer fields have defaults
+    assert told["cfg"] == {
+        **told["cfg"],
+        **stored,
+        "dtype": "float32",
+    }  # newer fields have defaults
     assert told["n_pairs"] == stored["n_pairs"] > 0
     assert told["metrics"] == json.loads((PRETRAINED / name / "metrics.json").read_text())
     assert not list(installed.hf_home.rglob("models--*"))
@@ -130,13 +164,19 @@ def test_list_prints_every_name(installed):
     for name, entry in REGISTRY.items():
         assert sum(words[:1] == [name] and words[-1] == entry["status"] for words in lines) == 1
         command = f"python -m sae_lens_qk train --config {name}".split()
-        assert any(words[-len(command) :] == command for words in lines) == (entry["status"] == "unpublished")
+        assert any(words[-len(command) :] == command for words in lines) == (
+            entry["status"] == "unpublished"
+        )
 
 
 def test_recipes_are_found_by_name(installed):
     assert not (installed.elsewhere / "pretrained").exists()
     recipe = yaml.safe_load((PRETRAINED / "recipes" / "gpt2-small-L10.yaml").read_text())
-    shown = " ".join(installed.python("-m", "sae_lens_qk", "train", "--config", "gpt2-small-L10", "--help").split())
+    shown = " ".join(
+        installed.python(
+            "-m", "sae_lens_qk", "train", "--config", "gpt2-small-L10", "--help"
+        ).split()
+    )
     assert f"Layer whose attention is decomposed. (default: {recipe['layer']})" in shown
     assert f"Pairs kept, at most. (default: {recipe['mask']['n_pairs']})" in shown
     assert recipe["layer"] == 10

@@ -6,7 +6,15 @@ from torch import Tensor
 
 import sae_lens_qk as qk
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.host import Model, attention_spec, hook_names, input_completion, model_mode, qk_weights, run_recording
+from sae_lens_qk.host import (
+    Model,
+    attention_spec,
+    hook_names,
+    input_completion,
+    model_mode,
+    qk_weights,
+    run_recording,
+)
 
 LAYER = 1
 D_QUERY, D_KEY, N_PAIRS = 29, 31, 200
@@ -22,14 +30,27 @@ def empty_dictionary(
     """Weights as SAELens initialises them; spec, fingerprint and hook read off the model; no feature map."""
     spec = attention_spec(model, layer)
     values = {
-        "d_in": spec.d_model, "d_query": d_query, "d_key": d_key, "half_architecture": half_architecture,
-        "attention": spec.to_dict(), "model_name": "tiny", "model_mode": model_mode(model), "layer": layer,
-        "hook_name": hook_names(model, layer).input, "fingerprint": list(qk_weights(model, layer).fingerprint()),
-    }  # fmt: skip
-    return BilinearQKDictionary(qk.BilinearQKConfig(**{**values, **changes})).requires_grad_(False).eval()
+        "d_in": spec.d_model,
+        "d_query": d_query,
+        "d_key": d_key,
+        "half_architecture": half_architecture,
+        "attention": spec.to_dict(),
+        "model_name": "tiny",
+        "model_mode": model_mode(model),
+        "layer": layer,
+        "hook_name": hook_names(model, layer).input,
+        "fingerprint": list(qk_weights(model, layer).fingerprint()),
+    }
+    return (
+        BilinearQKDictionary(qk.BilinearQKConfig(**{**values, **changes}))
+        .requires_grad_(False)
+        .eval()
+    )
 
 
-def tiny_dictionary(model: Model, n_pairs: int = N_PAIRS, seed: int = 0, **changes) -> BilinearQKDictionary:
+def tiny_dictionary(
+    model: Model, n_pairs: int = N_PAIRS, seed: int = 0, **changes
+) -> BilinearQKDictionary:
     """Random transcoders of which a third of the features fire, and a random map with pairs of every kind."""
     d = empty_dictionary(model, D_QUERY, D_KEY, "jumprelu_transcoder", **changes)
     generator = torch.Generator().manual_seed(seed)
@@ -45,19 +66,27 @@ def tiny_dictionary(model: Model, n_pairs: int = N_PAIRS, seed: int = 0, **chang
     return d
 
 
-def _random_map(d: BilinearQKDictionary, n_pairs: int, generator: torch.Generator) -> qk.SparseFeatureMap:
+def _random_map(
+    d: BilinearQKDictionary, n_pairs: int, generator: torch.Generator
+) -> qk.SparseFeatureMap:
     """A tenth of the pairs each with the query and with the key constant."""
     n_heads, n_constant = d.spec.n_heads, n_pairs // 10
-    pairs = torch.cartesian_prod(torch.arange(D_QUERY + 1), torch.arange(D_KEY + 1), torch.arange(n_heads))
+    pairs = torch.cartesian_prod(
+        torch.arange(D_QUERY + 1), torch.arange(D_KEY + 1), torch.arange(n_heads)
+    )
     pairs = pairs[torch.randperm(len(pairs), generator=generator)]
     constant_query, constant_key = pairs[:, 0] == D_QUERY, pairs[:, 1] == D_KEY
-    chosen = torch.cat([
-        pairs[~constant_query & ~constant_key][: n_pairs - 2 * n_constant],
-        pairs[constant_query & ~constant_key][:n_constant],
-        pairs[~constant_query & constant_key][:n_constant],
-    ])  # fmt: skip
+    chosen = torch.cat(
+        [
+            pairs[~constant_query & ~constant_key][: n_pairs - 2 * n_constant],
+            pairs[constant_query & ~constant_key][:n_constant],
+            pairs[~constant_query & constant_key][:n_constant],
+        ]
+    )
     chosen = chosen[torch.randperm(n_pairs, generator=generator)]
-    return qk.SparseFeatureMap(chosen, torch.rand(n_pairs, generator=generator), D_QUERY, D_KEY, n_heads)
+    return qk.SparseFeatureMap(
+        chosen, torch.rand(n_pairs, generator=generator), D_QUERY, D_KEY, n_heads
+    )
 
 
 def kept_pairs(d: BilinearQKDictionary) -> dict[Triple, float]:
@@ -81,7 +110,9 @@ def exact_dictionary(model: Model, layer: int = LAYER) -> BilinearQKDictionary:
     return d
 
 
-def pair_term(d: BilinearQKDictionary, acts: tuple[np.ndarray, np.ndarray], pair: Triple) -> np.ndarray:
+def pair_term(
+    d: BilinearQKDictionary, acts: tuple[np.ndarray, np.ndarray], pair: Triple
+) -> np.ndarray:
     """c[row, i, j] = query_act[i] key_act[j] M(i - j) of one pair at allowed keys, else 0, float64 [batch, pos, pos].
 
     Rotations are complex multiplications here: <R_i q, R_j k> = Re sum_f z_q conj(z_k) e^(i theta (i - j)) + the rest.
@@ -118,7 +149,10 @@ def scores_by_hand(
     scores = np.zeros((len(x), d.spec.n_heads, x.shape[1], x.shape[1]))
     acts = d.encode_query(x).double().numpy(), d.encode_key(x).double().numpy()
     if include_constant:
-        weights = {**weights, **{(d.cfg.d_query, d.cfg.d_key, head): 1.0 for head in range(d.spec.n_heads)}}
+        weights = {
+            **weights,
+            **{(d.cfg.d_query, d.cfg.d_key, head): 1.0 for head in range(d.spec.n_heads)},
+        }
     for pair, weight in weights.items():
         scores[:, pair[2]] += weight * pair_term(d, acts, pair)
     return torch.from_numpy(scores)
@@ -132,7 +166,9 @@ def pattern_by_hand(scores: Tensor) -> Tensor:
     return pattern
 
 
-def observe(model: Model, tokens: Tensor, hooks=(), names: tuple[str, ...] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+def observe(
+    model: Model, tokens: Tensor, hooks=(), names: tuple[str, ...] = ()
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits under hooks, and what then passes the named hook points."""
     return run_recording(model, tokens, names, hooks)
 

@@ -15,7 +15,10 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, processors
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.loading_from_pretrained import get_pretrained_model_config, get_pretrained_state_dict
+from transformer_lens.loading_from_pretrained import (
+    get_pretrained_model_config,
+    get_pretrained_state_dict,
+)
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
     AutoModelForCausalLM,
@@ -42,7 +45,12 @@ N_CTX = 128
 WINDOW = 5
 """Keys a query sees in `tiny_unsupported("sliding_window")`."""
 
-_SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+_SPECIAL_TOKENS = {
+    "pad_token": "<pad>",
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "unk_token": "<unk>",
+}
 _CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n", "\t"]
 D_VOCAB = len(_SPECIAL_TOKENS) + len(_CHARACTERS)
 """101: four special tokens, then one token per printable ASCII character, newline and tab."""
@@ -66,7 +74,9 @@ _LLAMA_LIKE: dict[str, Any] = {
 }
 
 
-def tiny_model(kind: str, mode: str = "bridge", seed: int = 0) -> TransformerBridge | HookedTransformer:
+def tiny_model(
+    kind: str, mode: str = "bridge", seed: int = 0
+) -> TransformerBridge | HookedTransformer:
     """A frozen random model in eval mode.
 
     | kind | heads | key heads | d_head | d_model | rotary_dim | biases |
@@ -97,7 +107,9 @@ def tiny_hf_model(kind: str, seed: int = 0) -> PreTrainedModel:
     return _randomised(_config(kind), seed)
 
 
-def tiny_unsupported(name: str, mode: str = "bridge", seed: int = 0) -> TransformerBridge | HookedTransformer:
+def tiny_unsupported(
+    name: str, mode: str = "bridge", seed: int = 0
+) -> TransformerBridge | HookedTransformer:
     """A frozen random model with one feature the package refuses.
 
     Args:
@@ -128,10 +140,14 @@ def save_tiny_model(kind: str, folder: Path | str, seed: int = 0) -> Path:
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token per ASCII character, so that any English prompt is tokenised; prepends <bos> as Llama's does."""
     tokens = [*_SPECIAL_TOKENS.values(), *_CHARACTERS]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>")
+    )
     tokenizer.decoder = decoders.Fuse()
     bos = [("<bos>", tokens.index("<bos>"))]
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", pair="<bos> $A $B", special_tokens=bos)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=bos
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         **_SPECIAL_TOKENS,
@@ -152,13 +168,17 @@ def tiny_text_dataset(n_docs: int, seed: int = 0) -> Dataset:
     rng = random.Random(seed)
     syllables = [consonant + vowel for consonant in string.ascii_lowercase for vowel in "aeiou"]
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(50)]
-    return Dataset.from_dict({"text": [" ".join(rng.choices(words, k=60))[:300] + "." for _ in range(n_docs)]})
+    return Dataset.from_dict(
+        {"text": [" ".join(rng.choices(words, k=60))[:300] + "." for _ in range(n_docs)]}
+    )
 
 
 def _config(kind: str) -> PreTrainedConfig:
     match kind:
         case "gpt2":
-            config = GPT2Config(n_layer=N_LAYERS, n_head=3, n_embd=24, n_inner=96, n_positions=N_CTX, **_COMMON)
+            config = GPT2Config(
+                n_layer=N_LAYERS, n_head=3, n_embd=24, n_inner=96, n_positions=N_CTX, **_COMMON
+            )
             config.n_ctx = N_CTX  # read by HookedTransformer, no longer written by transformers
         case "neox":  # HookedTransformer ignores a rope_theta other than 10000 here
             config = GPTNeoXConfig(
@@ -167,11 +187,18 @@ def _config(kind: str) -> PreTrainedConfig:
                 num_attention_heads=3,
                 intermediate_size=37,
                 max_position_embeddings=N_CTX,
-                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+                rope_parameters={
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "partial_rotary_factor": 0.25,
+                },
                 **_COMMON,
             )
         case "llama":
-            rope = {"rope_type": "default", "rope_theta": 100.0}  # short periods, so that positions matter
+            rope = {
+                "rope_type": "default",
+                "rope_theta": 100.0,
+            }  # short periods, so that positions matter
             config = LlamaConfig(**_LLAMA_LIKE, **_COMMON, rope_parameters=rope)
         case _:
             raise ValueError(f"kind must be one of {KINDS}, got {kind!r}.")
@@ -183,7 +210,9 @@ def _unsupported_config(name: str) -> PreTrainedConfig:
         case "qk_norm":
             return Qwen3Config(**_LLAMA_LIKE, **_COMMON)
         case "softcap":
-            return Gemma2Config(**_LLAMA_LIKE, **_COMMON, query_pre_attn_scalar=6, attn_logit_softcapping=5.0)
+            return Gemma2Config(
+                **_LLAMA_LIKE, **_COMMON, query_pre_attn_scalar=6, attn_logit_softcapping=5.0
+            )
         case "sliding_window":
             return MistralConfig(**_LLAMA_LIKE, **_COMMON, sliding_window=WINDOW)
         case "alibi":
@@ -209,16 +238,22 @@ def _unsupported_config(name: str) -> PreTrainedConfig:
 def _randomised(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """A model whose matrices keep the scale of their input, with gains near 1 and biases near 0."""
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="eager"
+        )
     generator = torch.Generator().manual_seed(seed)
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)
+    }
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             noise = torch.randn(parameter.shape, generator=generator)
             if id(parameter) in embeddings:
                 parameter.copy_(noise)
             elif parameter.ndim == 2:
-                fan_in = getattr(module, "in_features", parameter.shape[0])  # Conv1D of GPT-2 is [in, out]
+                fan_in = getattr(
+                    module, "in_features", parameter.shape[0]
+                )  # Conv1D of GPT-2 is [in, out]
                 parameter.copy_(noise * fan_in**-0.5)
             else:
                 parameter.copy_(0.2 * noise if name == "bias" else 1.0 + 0.3 * noise)
@@ -227,7 +262,9 @@ def _randomised(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 
 
 def _bridge(hf_model: PreTrainedModel) -> TransformerBridge:
-    return TransformerBridge.boot_transformers("tiny", hf_model=hf_model, tokenizer=tiny_tokenizer(), device="cpu")
+    return TransformerBridge.boot_transformers(
+        "tiny", hf_model=hf_model, tokenizer=tiny_tokenizer(), device="cpu"
+    )
 
 
 def _hooked(hf_model: PreTrainedModel, processed: bool) -> HookedTransformer:
@@ -263,11 +300,22 @@ def _unsupported_hooked(name: str, seed: int) -> HookedTransformer:
             "attn_types": ["local"] * N_LAYERS,
         },
         "alibi": {"positional_embedding_type": "alibi"},
-        "scaled_rotary": {**rotary, "use_NTK_by_parts_rope": True, "NTK_original_ctx_len": N_CTX // 4},
+        "scaled_rotary": {
+            **rotary,
+            "use_NTK_by_parts_rope": True,
+            "NTK_original_ctx_len": N_CTX // 4,
+        },
     }
     if name not in features:
         raise ValueError(f"name must be one of {UNSUPPORTED_HOOKED}, got {name!r}.")
-    sizes = {"n_layers": N_LAYERS, "n_heads": 4, "d_head": 6, "d_model": 20, "d_mlp": 37, "n_ctx": N_CTX}
+    sizes = {
+        "n_layers": N_LAYERS,
+        "n_heads": 4,
+        "d_head": 6,
+        "d_model": 20,
+        "d_mlp": 37,
+        "n_ctx": N_CTX,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         cfg = HookedTransformerConfig.from_dict(

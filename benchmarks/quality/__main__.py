@@ -45,17 +45,30 @@ def write(report: dict[str, Any], folder: Path) -> None:
     from . import figures  # needs Matplotlib, which printing does without
 
     written = figures.write(report, folder)
-    print(f"wrote quality.md, quality.json and {', '.join(path.name for path in written) or 'no figures'} to {folder}")
+    print(
+        f"wrote quality.md, quality.json and {', '.join(path.name for path in written) or 'no figures'} to {folder}"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTIONS", help=f"of {', '.join(SECTIONS)}")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEEDS", help="of the planted layers; default 0 1 2")
-    parser.add_argument("--output", type=Path, help="folder for quality.md, quality.json and the figures")
-    parser.add_argument("--report", nargs="+", type=Path, metavar="FILES", help="quality.json files to render again")
+    parser.add_argument(
+        "--only", nargs="+", choices=SECTIONS, metavar="SECTIONS", help=f"of {', '.join(SECTIONS)}"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, metavar="SEEDS", help="of the planted layers; default 0 1 2"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder for quality.md, quality.json and the figures"
+    )
+    parser.add_argument(
+        "--report", nargs="+", type=Path, metavar="FILES", help="quality.json files to render again"
+    )
     return parser
 
 

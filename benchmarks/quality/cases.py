@@ -49,9 +49,19 @@ class Sizes(NamedTuple):
 
 FULL = Sizes()
 SMOKE = Sizes(
-    context=24, test_rows=4, fit_rows=6, ranking_rows=2, n_candidates=500, cases=12, ks=(1, 2, 5), logit_cases=2,
-    logit_ks=(1, 2), twins=3, checks=2, bootstrap=50,
-)  # fmt: skip
+    context=24,
+    test_rows=4,
+    fit_rows=6,
+    ranking_rows=2,
+    n_candidates=500,
+    cases=12,
+    ks=(1, 2, 5),
+    logit_cases=2,
+    logit_ks=(1, 2),
+    twins=3,
+    checks=2,
+    bootstrap=50,
+)
 
 
 class Case(NamedTuple):
@@ -90,7 +100,10 @@ class LayerCases(NamedTuple):
 
 
 def prepare(
-    model: Model, dictionaries: dict[int, dict[str, BilinearQKDictionary]], sizes: Sizes, seed: int = 0
+    model: Model,
+    dictionaries: dict[int, dict[str, BilinearQKDictionary]],
+    sizes: Sizes,
+    seed: int = 0,
 ) -> list[LayerCases]:
     """Cases of each layer: P >= 0.1, query >= 8, key after the first position, before the query and not BOS.
 
@@ -104,16 +117,31 @@ def prepare(
     for layer in layers:
         weights, spec = qk_weights(model, layer), attention_spec(model, layer)
         cases = sample_cases(weights, spec, test, test_x[layer], sizes.cases, seed)
-        made.append(LayerCases(model, layer, dictionaries[layer], weights, spec, test, test_x[layer], fit_x[layer], cases))
+        made.append(
+            LayerCases(
+                model,
+                layer,
+                dictionaries[layer],
+                weights,
+                spec,
+                test,
+                test_x[layer],
+                fit_x[layer],
+                cases,
+            )
+        )
     return made
 
 
-def text_rows(model: Model, sizes: Sizes) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "fit_row pos"]]:
+def text_rows(
+    model: Model, sizes: Sizes
+) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "fit_row pos"]]:
     """Rows to explain and rows to fit on: test and validation split of the corpus, or two parts of the sample that
     comes with the package."""
     if CORPUS in os.environ:
         splits = [
-            token_rows(model, f"${CORPUS}/{name}.parquet", "text", _ALL, sizes.context) for name in ("test", "validation")
+            token_rows(model, f"${CORPUS}/{name}.parquet", "text", _ALL, sizes.context)
+            for name in ("test", "validation")
         ]
     else:
         sample = token_rows(model, "", "text", sizes.test_rows + sizes.fit_rows, sizes.context)
@@ -121,11 +149,15 @@ def text_rows(model: Model, sizes: Sizes) -> tuple[Int[Tensor, "row pos"], Int[T
     return _spread(splits[0], sizes.test_rows), _spread(splits[1], sizes.fit_rows)
 
 
-def sample_cases(weights: QKWeights, spec: AttentionSpec, tokens: Tensor, x: Tensor, n: int, seed: int) -> list[Case]:
+def sample_cases(
+    weights: QKWeights, spec: AttentionSpec, tokens: Tensor, x: Tensor, n: int, seed: int
+) -> list[Case]:
     """n cases, as many from each head as there are or as make n."""
     found: list[Tensor] = []
     for row, x_row in enumerate(x):
-        pattern = pattern_from_scores(attention_scores(weights.queries(x_row[None]), weights.keys(x_row[None]), spec))[0]
+        pattern = pattern_from_scores(
+            attention_scores(weights.queries(x_row[None]), weights.keys(x_row[None]), spec)
+        )[0]
         candidates = pattern.tril(diagonal=-1) >= LEAST_WEIGHT
         candidates[:, :FIRST_QUERY], candidates[..., :FIRST_KEY] = False, False
         candidates[..., tokens[row] == tokens[row, 0]] = False  # documents are joined by BOS

@@ -65,7 +65,9 @@ def _run_layer(cases: LayerCases, sizes: Sizes, seed: int) -> dict[str, Any]:
             "n_cases": len(cases.cases),
             "x_explained": explainer.x_explained(cases.x),
             "rankings": {
-                ranking: {side: tables[ranking, side].summary(sizes.bootstrap, seed) for side in SIDES}
+                ranking: {
+                    side: tables[ranking, side].summary(sizes.bootstrap, seed) for side in SIDES
+                }
                 for ranking in dict.fromkeys(ranking for ranking, _ in tables)
             },
             "twins": twins.summary(dictionary, cases),
@@ -74,7 +76,9 @@ def _run_layer(cases: LayerCases, sizes: Sizes, seed: int) -> dict[str, Any]:
     kls = _logit_kls(cases, rows)
     for name, by_case in kls.items():
         texts = [cases.cases[number].row for number in by_case]
-        results[name]["logits"] = logit_figures(list(by_case.values()), texts, sizes.logit_ks, sizes.bootstrap, seed)
+        results[name]["logits"] = logit_figures(
+            list(by_case.values()), texts, sizes.logit_ks, sizes.bootstrap, seed
+        )
     return results
 
 
@@ -108,20 +112,32 @@ class Explainer(NamedTuple):
 
     @classmethod
     def fit(cls, d: BilinearQKDictionary, cases: LayerCases, sizes: Sizes) -> "Explainer":
-        ranked = rank_pairs(d, cases.weights, cases.fit_x[: sizes.ranking_rows].split(1), sizes.n_candidates)
-        query, key = (FeatureDirections.fit(encode, cases.fit_x) for encode in (d.encode_query, d.encode_key))
+        ranked = rank_pairs(
+            d, cases.weights, cases.fit_x[: sizes.ranking_rows].split(1), sizes.n_candidates
+        )
+        query, key = (
+            FeatureDirections.fit(encode, cases.fit_x) for encode in (d.encode_query, d.encode_key)
+        )
         return cls(d, query, key, ranked)
 
     def x_explained(self, x: Tensor) -> dict[str, float]:
         """1 - sum |x - mean - sum_f act_f d_f|^2 / sum |x - average|^2 on the given rows, by side."""
         total = (x - x.mean(dim=(0, 1))).double().square().sum()
         errors = {
-            "query": sum(self.query.residual(row, self.dictionary.encode_query(row)).double().square().sum() for row in x),
-            "key": sum(self.key.residual(row, self.dictionary.encode_key(row)).double().square().sum() for row in x),
+            "query": sum(
+                self.query.residual(row, self.dictionary.encode_query(row)).double().square().sum()
+                for row in x
+            ),
+            "key": sum(
+                self.key.residual(row, self.dictionary.encode_key(row)).double().square().sum()
+                for row in x
+            ),
         }
         return {side: float(1 - error / total) for side, error in errors.items()}
 
-    def rankings(self, case: Case, acts: tuple[Tensor, Tensor], row: ScoreRow, seed: int) -> Rankings:
+    def rankings(
+        self, case: Case, acts: tuple[Tensor, Tensor], row: ScoreRow, seed: int
+    ) -> Rankings:
         """acts: of the query [d_query], and of the keys up to it [pos, d_key]."""
         d, j = self.dictionary, case.key_pos
         terms = ScoreTerms.of(d, *acts, case.head)
@@ -140,9 +156,12 @@ class Explainer(NamedTuple):
         }
         made = {name: Ranking.of_pairs(listed, terms) for name, listed in pairs.items()}
         query, key = (
-            pattern_effect(terms.rows(side, j, at), row.pattern, j) for side, at in zip(SIDES, (a, b), strict=True)
+            pattern_effect(terms.rows(side, j, at), row.pattern, j)
+            for side, at in zip(SIDES, (a, b), strict=True)
         )
-        made["marginal"] = Ranking(best_first(query, positive=True), best_first(key, positive=True), terms)
+        made["marginal"] = Ranking(
+            best_first(query, positive=True), best_first(key, positive=True), terms
+        )
         if d.has_feature_map:
             kept = ScoreTerms.of(d, *acts, case.head, d.feature_map)
             effect = pattern_effect(kept.pairs(a, b), row.pattern, j)
@@ -168,9 +187,14 @@ def measure(
         for number, case in numbered:
             i, j = case.query_pos, case.key_pos
             score_row = ScoreRow(cases.weights, cases.spec, x[: i + 1], case.head)
-            rankings = explainer.rankings(case, (query_acts[i], key_acts[: i + 1]), score_row, seed + number)
+            rankings = explainer.rankings(
+                case, (query_acts[i], key_acts[: i + 1]), score_row, seed + number
+            )
             generator = torch.Generator().manual_seed(seed + number)
-            features: dict[Side, Tensor] = {"query": rankings.query_features, "key": rankings.key_features}
+            features: dict[Side, Tensor] = {
+                "query": rankings.query_features,
+                "key": rankings.key_features,
+            }
             components: dict[Side, Tensor] = {
                 "query": explainer.query.components(query_acts[i], features["query"]),
                 "key": explainer.key.components(key_acts[j], features["key"]),
@@ -178,7 +202,9 @@ def measure(
             for (name, ranking), side in product(rankings.by_name.items(), SIDES):
                 place = Place(components[side], ranking.terms.rows(side, j, features[side]))
                 at, factors = _removals(getattr(ranking, side), place, sizes.ks, generator)
-                measured, predicted = place.remove(score_row, x[i if side == "query" else j], side, j, factors)
+                measured, predicted = place.remove(
+                    score_row, x[i if side == "query" else j], side, j, factors
+                )
                 table = tables.setdefault((name, side), Table(sizes.ks, texts))
                 table.add(number, at, "measured", Change.of(score_row.scores, measured, j))
                 table.add(number, at, "predicted", Change.of(score_row.scores, predicted, j))
@@ -203,7 +229,9 @@ def _removals(
     return at, torch.cat(factors)
 
 
-def _rows_for_logits(at: list[tuple[int, str]], measured: Tensor, predicted: Tensor, sizes: Sizes) -> EditedRows:
+def _rows_for_logits(
+    at: list[tuple[int, str]], measured: Tensor, predicted: Tensor, sizes: Sizes
+) -> EditedRows:
     rows = dict(zip(at, measured.softmax(dim=-1), strict=True))
     for (k, condition), row in zip(at, predicted.softmax(dim=-1), strict=True):
         if condition == CONDITIONS[0]:
@@ -218,11 +246,15 @@ def _logit_kls(
     made: dict[str, dict[int, dict[tuple[int, str], float]]] = {name: {} for name in rows}
     for number in sorted({number for by_case in rows.values() for number in by_case}):
         case = cases.cases[number]
-        listed = [(name, at, row) for name in rows for at, row in rows[name].get(number, {}).items()]
+        listed = [
+            (name, at, row) for name in rows for at, row in rows[name].get(number, {}).items()
+        ]
         if not listed:
             continue
         tokens = cases.tokens[case.row, : case.query_pos + 1]
-        kls = next_token_kl(cases.model, cases.layer, case.head, tokens, torch.stack([row for _, _, row in listed]))
+        kls = next_token_kl(
+            cases.model, cases.layer, case.head, tokens, torch.stack([row for _, _, row in listed])
+        )
         for (name, at, _), kl in zip(listed, kls.tolist(), strict=True):
             made[name].setdefault(number, {})[at] = kl
     return made
@@ -237,7 +269,11 @@ class Twins(NamedTuple):
 
     @classmethod
     def make(cls, cases: LayerCases, sizes: Sizes, seed: int) -> "Twins":
-        numbers, generator, inputs = cases.subset(sizes.twins, seed + 1), torch.Generator().manual_seed(seed + 1), []
+        numbers, generator, inputs = (
+            cases.subset(sizes.twins, seed + 1),
+            torch.Generator().manual_seed(seed + 1),
+            [],
+        )
         for number in numbers:
             case = cases.cases[number]
             tokens = cases.tokens[case.row]
@@ -249,7 +285,10 @@ class Twins(NamedTuple):
 
     def summary(self, d: BilinearQKDictionary, cases: LayerCases) -> dict[str, Any]:
         """Drop of the centred score when x_j becomes the twin's: from all terms of each source against measured."""
-        sources = {"transcoders": None, **({"feature_map": d.feature_map} if d.has_feature_map else {})}
+        sources = {
+            "transcoders": None,
+            **({"feature_map": d.feature_map} if d.has_feature_map else {}),
+        }
         measured: list[float] = []
         predicted: dict[str, list[float]] = {name: [] for name in sources}
         for number, twin in zip(self.numbers, self.x, strict=True):
@@ -258,9 +297,14 @@ class Twins(NamedTuple):
             row = ScoreRow(cases.weights, cases.spec, x, case.head)
             drop = row.scores - row.edited("key", j, twin[None])[0]
             measured.append(float(pattern_effect(drop, row.pattern, j)))
-            key_acts = torch.stack([d.encode_key(x), d.encode_key(x.index_copy(0, torch.tensor([j]), twin[None]))])
+            key_acts = torch.stack(
+                [d.encode_key(x), d.encode_key(x.index_copy(0, torch.tensor([j]), twin[None]))]
+            )
             for name, kept in sources.items():
-                clean, other = (ScoreTerms.of(d, d.encode_query(x[-1]), acts, case.head, kept).scores for acts in key_acts)
+                clean, other = (
+                    ScoreTerms.of(d, d.encode_query(x[-1]), acts, case.head, kept).scores
+                    for acts in key_acts
+                )
                 predicted[name].append(float(pattern_effect(clean - other, row.pattern, j)))
         figures = {name: correlations(values, measured) for name, values in predicted.items()}
         return {"n": len(measured), "mean_drop": sum(measured) / len(measured), **figures}
@@ -281,9 +325,15 @@ def in_score_check(d: BilinearQKDictionary, cases: LayerCases, sizes: Sizes) -> 
         a, b = query_acts[-1].nonzero()[:, 0], key_acts[j].nonzero()[:, 0]
         effects = pattern_effect(terms.pairs(a, b), row.pattern, j)
         best = best_pairs(effects)[:_CHECKED_PAIRS]
-        triples = torch.stack([a[best[:, 0]], b[best[:, 1]], torch.full_like(best[:, 0], case.head)], dim=1)
-        listed = SparseFeatureMap(triples, torch.ones(len(best)), d.cfg.d_query, d.cfg.d_key, d.spec.n_heads)
-        made = listed.scores(query_acts[None], key_acts[None], d.decoders, d.spec, include_constant=False)
+        triples = torch.stack(
+            [a[best[:, 0]], b[best[:, 1]], torch.full_like(best[:, 0], case.head)], dim=1
+        )
+        listed = SparseFeatureMap(
+            triples, torch.ones(len(best)), d.cfg.d_query, d.cfg.d_key, d.spec.n_heads
+        )
+        made = listed.scores(
+            query_acts[None], key_acts[None], d.decoders, d.spec, include_constant=False
+        )
         drop = pattern_effect(made[0, case.head, -1], row.pattern, j)
         worst = max(worst, abs(float(effects[best[:, 0], best[:, 1]].sum() - drop)))
     return worst

@@ -33,7 +33,9 @@ class Table:
         self.ks, self.texts = ks, texts
         self.arrays: dict[str, np.ndarray] = {}
 
-    def add(self, number: int, at: list[tuple[int, str]], name: str, values: Sequence[Tensor]) -> None:
+    def add(
+        self, number: int, at: list[tuple[int, str]], name: str, values: Sequence[Tensor]
+    ) -> None:
         """values: for each figure [removal], the removals being those of `at`, as (k, condition)."""
         shape = len(self.texts), len(self.ks), len(CONDITIONS), len(values)
         array = self.arrays.setdefault(name, np.full(shape, np.nan))
@@ -57,7 +59,8 @@ class Table:
             "top": _means(measured[there, 0]),
             "controls": {},
             "prediction": {
-                figure: correlations(predicted[there, 0, f], measured[there, 0, f]) for f, figure in enumerate(FIGURES)
+                figure: correlations(predicted[there, 0, f], measured[there, 0, f])
+                for f, figure in enumerate(FIGURES)
             },
         }
         for condition, name in enumerate(CONDITIONS[1:], start=1):
@@ -67,12 +70,19 @@ class Table:
             texts = np.array(self.texts)[counted]
             made["controls"][name] = {
                 "n": int(counted.sum()),
-                "size": _mean(size[counted, condition]) / _mean(size[counted, 0]) if counted.any() else None,
+                "size": _mean(size[counted, condition]) / _mean(size[counted, 0])
+                if counted.any()
+                else None,
                 "top": _means(top),
                 "control": _means(control),
-                "wins": {f: share(top[:, k] > control[:, k], texts, n_bootstrap, seed) for k, f in enumerate(FIGURES)},
+                "wins": {
+                    f: share(top[:, k] > control[:, k], texts, n_bootstrap, seed)
+                    for k, f in enumerate(FIGURES)
+                },
                 "predicted_wins": {f: _mean(expected[:, k]) for k, f in enumerate(FIGURES)},
-                "agree": {f: _mean((top > control)[:, k] == expected[:, k]) for k, f in enumerate(FIGURES)},
+                "agree": {
+                    f: _mean((top > control)[:, k] == expected[:, k]) for k, f in enumerate(FIGURES)
+                },
             }
         return made
 
@@ -83,7 +93,11 @@ class Table:
         used = np.flatnonzero(counted.mean(axis=0) >= _LEAST_SHARE)
         top, control = ([tv[counted[:, n], n, c].mean() for n in used] for c in (0, condition))
         log_ks = np.log([self.ks[n] for n in used])
-        return {"ks": [self.ks[n] for n in used], "top": _area(top, log_ks), "control": _area(control, log_ks)}
+        return {
+            "ks": [self.ks[n] for n in used],
+            "top": _area(top, log_ks),
+            "control": _area(control, log_ks),
+        }
 
 
 def share(won: np.ndarray, texts: np.ndarray, n_bootstrap: int, seed: int) -> list[float] | None:
@@ -91,7 +105,9 @@ def share(won: np.ndarray, texts: np.ndarray, n_bootstrap: int, seed: int) -> li
     return mean_interval(won.astype(float), texts, n_bootstrap, seed) if len(won) else None
 
 
-def mean_interval(values: np.ndarray, texts: np.ndarray, n_bootstrap: int, seed: int) -> list[float]:
+def mean_interval(
+    values: np.ndarray, texts: np.ndarray, n_bootstrap: int, seed: int
+) -> list[float]:
     """Mean over cases, and the 2.5 and 97.5 percentiles of it when whole texts are resampled."""
     _, text = np.unique(texts, return_inverse=True)
     sums, counts = np.bincount(text, values), np.bincount(text)
@@ -100,7 +116,9 @@ def mean_interval(values: np.ndarray, texts: np.ndarray, n_bootstrap: int, seed:
     return [float(values.mean()), float(low), float(high)]
 
 
-def correlations(predicted: Sequence[float] | np.ndarray, measured: Sequence[float] | np.ndarray) -> dict[str, float | None]:
+def correlations(
+    predicted: Sequence[float] | np.ndarray, measured: Sequence[float] | np.ndarray
+) -> dict[str, float | None]:
     """Pearson and Spearman, and the least-squares slope of measured on predicted through the origin."""
     p, m = np.asarray(predicted, dtype=float), np.asarray(measured, dtype=float)
     if len(p) < 3 or np.ptp(p) == 0 or np.ptp(m) == 0:

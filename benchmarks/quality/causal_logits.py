@@ -19,7 +19,11 @@ _AT_ONCE = 16
 
 @torch.no_grad()
 def next_token_kl(
-    model: Model, layer: int, head: int, tokens: Int[Tensor, " pos"], patterns: Float[Tensor, "n pos"]
+    model: Model,
+    layer: int,
+    head: int,
+    tokens: Int[Tensor, " pos"],
+    patterns: Float[Tensor, "n pos"],
 ) -> Float[Tensor, " n"]:
     """KL(clean || patched) of the prediction after the last token, nats, when its pattern row of one head is replaced.
 
@@ -50,7 +54,11 @@ def next_token_kl(
 
 
 def logit_figures(
-    kls: list[dict[tuple[int, str], float]], texts: list[int], ks: tuple[int, ...], n_bootstrap: int, seed: int
+    kls: list[dict[tuple[int, str], float]],
+    texts: list[int],
+    ks: tuple[int, ...],
+    n_bootstrap: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Means over cases by k; `predicted` is the KL of the predicted row.
 
@@ -60,11 +68,15 @@ def logit_figures(
     """
     made: dict[str, Any] = {}
     for k in ks:
-        top, predicted = (np.array([kl.get((k, name), np.nan) for kl in kls]) for name in ("top", "predicted"))
+        top, predicted = (
+            np.array([kl.get((k, name), np.nan) for kl in kls]) for name in ("top", "predicted")
+        )
         there = np.isfinite(top)
         figures = made[str(k)] = {
             "n": int(there.sum()),
-            "top": mean_interval(top[there], np.array(texts)[there], n_bootstrap, seed) if there.any() else None,
+            "top": mean_interval(top[there], np.array(texts)[there], n_bootstrap, seed)
+            if there.any()
+            else None,
             "predicted": float(predicted[there].mean()) if there.any() else None,
             "prediction": correlations(predicted[there], top[there]),
             "controls": {},
@@ -76,6 +88,8 @@ def logit_figures(
                 "n": int(counted.sum()),
                 "top": float(top[counted].mean()) if counted.any() else None,
                 "control": float(control[counted].mean()) if counted.any() else None,
-                "wins": share((top > control)[counted], np.array(texts)[counted], n_bootstrap, seed),
+                "wins": share(
+                    (top > control)[counted], np.array(texts)[counted], n_bootstrap, seed
+                ),
             }
     return made

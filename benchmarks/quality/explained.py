@@ -52,15 +52,23 @@ class Varies(NamedTuple):
 def run(layers: list[LayerCases]) -> dict[str, Any]:
     """Every figure by layer and dictionary, as plain JSON values."""
     return {
-        str(cases.layer): {name: _run_dictionary(d, cases) for name, d in cases.dictionaries.items()} for cases in layers
+        str(cases.layer): {
+            name: _run_dictionary(d, cases) for name, d in cases.dictionaries.items()
+        }
+        for cases in layers
     }
 
 
 @torch.no_grad()
 def _run_dictionary(d: BilinearQKDictionary, cases: LayerCases) -> dict[str, Any]:
     varies = Varies(*(rate <= ALWAYS_ON for rate in firing_rates(d, cases.fit_x.split(1))))
-    made: dict[str, Any] = {"always_on": {side: int((~some).sum()) for side, some in varies._asdict().items()}}
-    for source, kept in {"transcoders": None, **({"feature_map": d.feature_map} if d.has_feature_map else {})}.items():
+    made: dict[str, Any] = {
+        "always_on": {side: int((~some).sum()) for side, some in varies._asdict().items()}
+    }
+    for source, kept in {
+        "transcoders": None,
+        **({"feature_map": d.feature_map} if d.has_feature_map else {}),
+    }.items():
         shares, counts = explained(d, cases, varies, kept), pair_counts(d, cases, varies, kept)
         made[source] = {name: {**shares[name], **counts[name]} for name in COUNTED}
     return made
@@ -79,26 +87,38 @@ def explained(
     made: dict[str, dict[str, dict[str, Any]]] = {}
     for name, of_name in sums.items():
         figures = zip(FIGURES, explained_shares(of_name), strict=True)
-        made[name] = {figure: {"mean": float(values.mean()), "per_head": values.tolist()} for figure, values in figures}
+        made[name] = {
+            figure: {"mean": float(values.mean()), "per_head": values.tolist()}
+            for figure, values in figures
+        }
     return made
 
 
 def _feature_scores(
     d: BilinearQKDictionary, varies: Varies, kept: SparseFeatureMap | None
-) -> Callable[[Float[Tensor, "batch pos d_model"]], dict[str, Float[Tensor, "batch head pos_q pos_k"]]]:
+) -> Callable[
+    [Float[Tensor, "batch pos d_model"]], dict[str, Float[Tensor, "batch head pos_q pos_k"]]
+]:
     """Scores of the feature x feature terms by `COUNTED`, as a function of x; kept: of this map's pairs."""
     if kept is None:
         return lambda x: _all_pairs_scores(d, varies, x)
     query, key, _ = kept.indices.unbind(dim=1)
     between = (query < d.cfg.d_query) & (key < d.cfg.d_key)
     query_varies, key_varies = (
-        torch.nn.functional.pad(some, (0, 1))[at] for some, at in zip(varies, (query, key), strict=True)
+        torch.nn.functional.pad(some, (0, 1))[at]
+        for some, at in zip(varies, (query, key), strict=True)
     )
-    maps = {name: kept.select(between & counted(query_varies, key_varies)) for name, counted in COUNTED.items()}
+    maps = {
+        name: kept.select(between & counted(query_varies, key_varies))
+        for name, counted in COUNTED.items()
+    }
 
     def of_map(x: Tensor) -> dict[str, Tensor]:
         acts = d.encode_query(x), d.encode_key(x)
-        return {name: some.scores(*acts, d.decoders, d.spec, include_constant=False) for name, some in maps.items()}
+        return {
+            name: some.scores(*acts, d.decoders, d.spec, include_constant=False)
+            for name, some in maps.items()
+        }
 
     return of_map
 
@@ -112,7 +132,11 @@ def _all_pairs_scores(d: BilinearQKDictionary, varies: Varies, x: Tensor) -> dic
 
     every = scores(varies.query | True, varies.key | True)
     of_two_fixed = scores(~varies.query, ~varies.key)
-    return {"all": every, "one_varies": every - of_two_fixed, "without_always_on": scores(varies.query, varies.key)}
+    return {
+        "all": every,
+        "one_varies": every - of_two_fixed,
+        "without_always_on": scores(varies.query, varies.key),
+    }
 
 
 class _Counts:
@@ -125,13 +149,19 @@ class _Counts:
         self.n_active: list[int] = []
         self.n_supporting: list[int] = []
 
-    def add(self, c: Float[Tensor, "a b pos"], counted: Bool[Tensor, "a b"], row: ScoreRow, key_pos: int) -> None:
+    def add(
+        self, c: Float[Tensor, "a b pos"], counted: Bool[Tensor, "a b"], row: ScoreRow, key_pos: int
+    ) -> None:
         strengths = c[..., key_pos][counted].abs().sort(descending=True).values
         strengths = strengths[strengths > 0]
         self.n_active.append(len(strengths))
         if len(strengths):
-            self.top_percent.append(float(strengths[: math.ceil(len(strengths) / 100)].sum() / strengths.sum()))
-        best = best_pairs(pattern_effect(c, row.pattern, key_pos).masked_fill(~counted, 0.0), positive=True)
+            self.top_percent.append(
+                float(strengths[: math.ceil(len(strengths) / 100)].sum() / strengths.sum())
+            )
+        best = best_pairs(
+            pattern_effect(c, row.pattern, key_pos).masked_fill(~counted, 0.0), positive=True
+        )
         self.n_supporting.append(len(best))
         without = row.scores - c[best[:, 0], best[:, 1]].cumsum(dim=0)
         drops = row.pattern[key_pos] - without.softmax(dim=-1)[:, key_pos]
@@ -174,4 +204,6 @@ def pair_counts(
 def _quartiles(values: list[Any]) -> dict[str, float] | None:
     if not values:
         return None
-    return dict(zip(("lower", "median", "upper"), np.percentile(values, [25, 50, 75]).tolist(), strict=True))
+    return dict(
+        zip(("lower", "median", "upper"), np.percentile(values, [25, 50, 75]).tolist(), strict=True)
+    )

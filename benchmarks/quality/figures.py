@@ -37,10 +37,17 @@ CAUSAL_STYLES = {
 }
 """Top features and their controls."""
 _LOOK = {
-    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
-    "legend.frameon": False, "savefig.dpi": 180, "lines.markersize": 4, "lines.linewidth": 1.4,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+    "savefig.dpi": 180,
+    "lines.markersize": 4,
+    "lines.linewidth": 1.4,
     "figure.constrained_layout.use": True,
-}  # fmt: skip
+}
 
 
 def write(report: Report, folder: Path) -> list[Path]:
@@ -76,7 +83,9 @@ def curves(cases: Any, column: str, words: str) -> Figure:
     settings = list(cases["setting"].unique())
     n_columns = min(2, len(settings))
     n_rows = -(-len(settings) // n_columns)
-    figure, axes = plt.subplots(n_rows, n_columns, figsize=(9, 0.9 + 3.1 * n_rows), sharex=True, squeeze=False)
+    figure, axes = plt.subplots(
+        n_rows, n_columns, figsize=(9, 0.9 + 3.1 * n_rows), sharex=True, squeeze=False
+    )
     for ax, setting in zip(axes.flat, settings, strict=False):
         some = cases[cases["setting"] == setting]
         points = _points(some)
@@ -84,9 +93,18 @@ def curves(cases: Any, column: str, words: str) -> Figure:
             _line(ax, str(method), of_method.groupby("ratio")[column])
         ax.axvline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
         if column == "pattern_kl":
-            ax.axhline(some["uniform_kl"].mean(), color="#bbbbbb", linewidth=0.8, linestyle=":", zorder=0)
-            ax.annotate("uniform pattern", (1, some["uniform_kl"].mean()), xycoords=("axes fraction", "data"), ha="right",
-                        va="bottom", fontsize=8, color="#777777")  # fmt: skip
+            ax.axhline(
+                some["uniform_kl"].mean(), color="#bbbbbb", linewidth=0.8, linestyle=":", zorder=0
+            )
+            ax.annotate(
+                "uniform pattern",
+                (1, some["uniform_kl"].mean()),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="bottom",
+                fontsize=8,
+                color="#777777",
+            )
             ax.set_ylim(bottom=0)
         else:
             ax.set_ylim(0, 1.02)
@@ -104,7 +122,9 @@ def _points(cases: Any) -> pd.DataFrame:
     """A row for each point of each curve."""
     rows = [
         {"method": method, "seed": seed, "ratio": round(point["n_pairs"] / n, 2), **point}
-        for method, seed, n, curve in cases[["method", "seed", "planted_pairs", "curve"]].itertuples(index=False)
+        for method, seed, n, curve in cases[
+            ["method", "seed", "planted_pairs", "curve"]
+        ].itertuples(index=False)
         for point in curve
     ]
     return pd.DataFrame(rows)
@@ -120,7 +140,9 @@ def against_noise(cases: Any) -> Figure:
     }
     cases = cases.assign(pairs_kl=true_number_kl(cases))
     settings = list(cases["setting"].unique())
-    figure, axes = plt.subplots(len(settings), len(figures), figsize=(9, 0.7 + 2.5 * len(settings)), squeeze=False)
+    figure, axes = plt.subplots(
+        len(settings), len(figures), figsize=(9, 0.7 + 2.5 * len(settings)), squeeze=False
+    )
     for row, setting in zip(axes, settings, strict=True):
         some = cases[cases["setting"] == setting]
         for ax, (column, words) in zip(row, figures.items(), strict=True):
@@ -136,21 +158,32 @@ def against_noise(cases: Any) -> Figure:
 
 def causal(mine: dict[str, Any], ranking: str) -> Figure:
     """TV against k, layers by sides; see the text of the report."""
-    figure, axes = plt.subplots(len(mine), 2, figsize=(9, 0.9 + 2.8 * len(mine)), sharex=True, sharey="col", squeeze=False)
+    figure, axes = plt.subplots(
+        len(mine), 2, figsize=(9, 0.9 + 2.8 * len(mine)), sharex=True, sharey="col", squeeze=False
+    )
     for row, (layer, d) in zip(axes, mine.items(), strict=True):
         for ax, side in zip(row, ("query", "key"), strict=True):
             by_k = d["rankings"][ranking][side]["by_k"]
             there = {int(k): at["top"]["tv"] for k, at in by_k.items() if at["n"]}
             ax.plot(
-                list(there), list(there.values()), color="#000000", linestyle=":", linewidth=1.2, label="top k, all cases"
+                list(there),
+                list(there.values()),
+                color="#000000",
+                linestyle=":",
+                linewidth=1.2,
+                label="top k, all cases",
             )
             for name, (colour, line, marker, words) in CAUSAL_STYLES.items():
                 control, part = ("matched", "top") if name == "top" else (name, "control")
                 counted = {
-                    int(k): at["controls"][control] for k, at in by_k.items() if has_control(at, control, d["n_cases"])
+                    int(k): at["controls"][control]
+                    for k, at in by_k.items()
+                    if has_control(at, control, d["n_cases"])
                 }
                 values = [at[part]["tv"] for at in counted.values()]
-                ax.plot(list(counted), values, color=colour, linestyle=line, marker=marker, label=words)
+                ax.plot(
+                    list(counted), values, color=colour, linestyle=line, marker=marker, label=words
+                )
             _log_ticks(ax, sorted(map(int, by_k)))
             ax.set_title(f"layer {layer}, removed at the {side}", fontsize=10)
     for ax in axes[0]:
@@ -168,7 +201,15 @@ def _line(ax: Axes, method: str, values: Any) -> None:
     found = values.agg(["mean", "min", "max"]).dropna()
     front = 3 if method == OURS else 2
     width = 2.2 if method == OURS or method in SQUARED_ERROR else 1.4
-    ax.fill_between(found.index, found["min"], found["max"], color=colour, alpha=0.13, linewidth=0, zorder=front - 1)
+    ax.fill_between(
+        found.index,
+        found["min"],
+        found["max"],
+        color=colour,
+        alpha=0.13,
+        linewidth=0,
+        zorder=front - 1,
+    )
     ax.plot(
         found.index,
         found["mean"],
@@ -188,7 +229,15 @@ def _log_ticks(ax: Axes, at: list[Any]) -> None:
 
 
 def _legend(figure: Figure, axes: Any, n_columns: int = 5) -> None:
-    handles = {text: handle for ax in axes.flat for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
+    handles = {
+        text: handle
+        for ax in axes.flat
+        for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(
-        list(handles.values()), list(handles), loc="outside upper center", ncols=min(n_columns, len(handles)), fontsize=9
+        list(handles.values()),
+        list(handles),
+        loc="outside upper center",
+        ncols=min(n_columns, len(handles)),
+        fontsize=9,
     )

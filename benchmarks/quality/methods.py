@@ -63,7 +63,9 @@ class Sequences(Iterator[Tensor]):
 
     def __next__(self) -> Tensor:
         self.seed += 1
-        return sample(self.circuit, self.budget.n_rows, self.budget.n_pos, self.seed).x.flatten(0, 1)
+        return sample(self.circuit, self.budget.n_rows, self.budget.n_pos, self.seed).x.flatten(
+            0, 1
+        )
 
 
 class Found(NamedTuple):
@@ -81,19 +83,32 @@ _LONGEST = 40
 _AUTHORS_PENALTY, _AUTHORS_MASK_PENALTY = 3.1e-3, 1e-5
 _LEAST_STRENGTHS, _MOST_STRENGTHS, _NEAR = 3, 6, 0.1
 
-AUTHORS_RECIPE: dict[str, Any] = {"activation": "relu", "initialization": "kaiming", "decoder_bias": True}
+AUTHORS_RECIPE: dict[str, Any] = {
+    "activation": "relu",
+    "initialization": "kaiming",
+    "decoder_bias": True,
+}
 SQUARED_ERROR: dict[str, Any] = {
-    "kl_full_coefficient": 0.0, "kl_query_coefficient": 0.0, "kl_key_coefficient": 0.0, "mse_coefficient": 1.0,
-}  # fmt: skip
+    "kl_full_coefficient": 0.0,
+    "kl_query_coefficient": 0.0,
+    "kl_key_coefficient": 0.0,
+    "mse_coefficient": 1.0,
+}
 """Changes of step 1's config that make it another method."""
 
 
-def transcoders(circuit: Circuit, budget: Budget, seed: int, **options: Any) -> qk.BilinearQKDictionary:
+def transcoders(
+    circuit: Circuit, budget: Budget, seed: int, **options: Any
+) -> qk.BilinearQKDictionary:
     """Step 1 of our method; `options` change the config (the authors' recipe, squared error)."""
     cfg = qk.TranscodersTrainingConfig(
-        d_in=circuit.spec.d_model, d_query=budget.d, d_key=budget.d, attention=circuit.spec.to_dict(), model_name="planted",
+        d_in=circuit.spec.d_model,
+        d_query=budget.d,
+        d_key=budget.d,
+        attention=circuit.spec.to_dict(),
+        model_name="planted",
         **{"k": budget.k, "decoder_bias": False, "initialization": "scores", **options},
-    )  # fmt: skip
+    )
     data = Sequences(circuit, budget, seed)
     torch.manual_seed(seed)
     sae = TranscodersTrainingSAE(cfg)
@@ -104,7 +119,9 @@ def transcoders(circuit: Circuit, budget: Budget, seed: int, **options: Any) -> 
     return sae.to_dictionary().requires_grad_(False)
 
 
-def staged(dictionary: qk.BilinearQKDictionary, circuit: Circuit, budget: Budget, seed: int, **options: Any) -> Found:
+def staged(
+    dictionary: qk.BilinearQKDictionary, circuit: Circuit, budget: Budget, seed: int, **options: Any
+) -> Found:
     """Step 2 at falling numbers of pairs, each from the last; pairs rank by when they left, then by importance."""
     listed = all_pairs(dictionary, circuit, budget, seed)
     n_candidates = min(len(listed), round(budget.n_candidates * len(circuit.pairs)))
@@ -122,21 +139,39 @@ def staged(dictionary: qk.BilinearQKDictionary, circuit: Circuit, budget: Budget
 
 
 def with_mask(
-    dictionary: qk.BilinearQKDictionary, candidates: SparseFeatureMap, circuit: Circuit, budget: Budget, seed: int,
-    steps: int | None = None, **options: Any,
-) -> Ranked:  # fmt: skip
+    dictionary: qk.BilinearQKDictionary,
+    candidates: SparseFeatureMap,
+    circuit: Circuit,
+    budget: Budget,
+    seed: int,
+    steps: int | None = None,
+    **options: Any,
+) -> Ranked:
     """Step 2 of our method on the given candidates; `options` change its config."""
     data = Sequences(circuit, budget, seed + 500)
     steps, tune = steps or budget.mask_steps, options.get("fine_tune", True)
     acts = dictionary.encode(next(data)) > 0
-    k_query, k_key = (float(side.sum(dim=1).float().mean()) for side in acts.split([budget.d, budget.d], dim=1))
-    shared = {name: value for name, value in vars(dictionary.cfg).items() if name in QKFields.__dataclass_fields__}
+    k_query, k_key = (
+        float(side.sum(dim=1).float().mean()) for side in acts.split([budget.d, budget.d], dim=1)
+    )
+    shared = {
+        name: value
+        for name, value in vars(dictionary.cfg).items()
+        if name in QKFields.__dataclass_fields__
+    }
     values: dict[str, Any] = {
-        **shared, "n_pairs": len(candidates), "d_in": dictionary.cfg.d_in,
+        **shared,
+        "n_pairs": len(candidates),
+        "d_in": dictionary.cfg.d_in,
         "half_architecture": dictionary.cfg.half_architecture,
-        "prune_steps": steps // 2, "sparsity_coefficient": 1e-6, "fine_tune": tune, "k_query": k_query, "k_key": k_key,
-        "mask_speed": budget.mask_lr / budget.tune_lr if tune else 1.0, **options,
-    }  # fmt: skip
+        "prune_steps": steps // 2,
+        "sparsity_coefficient": 1e-6,
+        "fine_tune": tune,
+        "k_query": k_query,
+        "k_key": k_key,
+        "mask_speed": budget.mask_lr / budget.tune_lr if tune else 1.0,
+        **options,
+    }
     sae = MaskTrainingSAE(MaskTrainingConfig(**values))
     sae.attach(circuit.weights, budget.n_pos, dictionary, candidates)
     fit(sae, data, budget, steps, budget.tune_lr if tune else budget.mask_lr)
@@ -147,7 +182,11 @@ def with_mask(
 
 
 def by_importance(
-    dictionary: qk.BilinearQKDictionary, kept: SparseFeatureMap | None, circuit: Circuit, budget: Budget, seed: int
+    dictionary: qk.BilinearQKDictionary,
+    kept: SparseFeatureMap | None,
+    circuit: Circuit,
+    budget: Budget,
+    seed: int,
 ) -> Ranked:
     """Pairs by weight^2 times centred importance, measured on the dictionary as it is; `kept`: those alone."""
     everything = all_pairs(dictionary, circuit, budget, seed)
@@ -156,21 +195,27 @@ def by_importance(
     return Ranked(dictionary, listed.indices[order], listed.weights[order])
 
 
-def all_pairs(dictionary: qk.BilinearQKDictionary, circuit: Circuit, budget: Budget, seed: int) -> SparseFeatureMap:
+def all_pairs(
+    dictionary: qk.BilinearQKDictionary, circuit: Circuit, budget: Budget, seed: int
+) -> SparseFeatureMap:
     """Every pair that ever fires together on the ranking rows, with its statistics."""
     x = sample(circuit, budget.ranking_rows, budget.n_pos, 7_000_000 + seed).x
     entries = (dictionary.cfg.d_query + 1) * (dictionary.cfg.d_key + 1) * circuit.spec.n_heads
     return rank_pairs(dictionary, circuit.weights, x.split(8), entries)
 
 
-def mean_l0(dictionary: qk.BilinearQKDictionary, circuit: Circuit, budget: Budget, seed: int) -> float:
+def mean_l0(
+    dictionary: qk.BilinearQKDictionary, circuit: Circuit, budget: Budget, seed: int
+) -> float:
     """Active features a token, mean of the two sides."""
     x = sample(circuit, budget.n_rows, budget.n_pos, 7_500_000 + seed).x
     return float((dictionary.encode(x) > 0).sum(dim=-1).float().mean()) / 2
 
 
 @torch.no_grad()
-def through_weights(sae: BatchTopKTrainingSAE, weights: QKWeights, spec: AttentionSpec) -> qk.BilinearQKDictionary:
+def through_weights(
+    sae: BatchTopKTrainingSAE, weights: QKWeights, spec: AttentionSpec
+) -> qk.BilinearQKDictionary:
     """The dictionary of an SAE on the layer's input: its encoder on both sides, decoder rows d_f W_Q and d_f W_K.
 
     Its decoder bias, the part of the residual that no feature holds, becomes both decoder biases.
@@ -178,11 +223,18 @@ def through_weights(sae: BatchTopKTrainingSAE, weights: QKWeights, spec: Attenti
     state = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
     sae.process_state_dict_for_saving_inference(state)
     cfg = BilinearQKConfig(
-        d_in=spec.d_model, d_query=sae.cfg.d_sae, d_key=sae.cfg.d_sae, attention=spec.to_dict(), model_name="planted"
+        d_in=spec.d_model,
+        d_query=sae.cfg.d_sae,
+        d_key=sae.cfg.d_sae,
+        attention=spec.to_dict(),
+        model_name="planted",
     )
     made = qk.BilinearQKDictionary(cfg)
     b_enc = state["b_enc"] - state["b_dec"] @ state["W_enc"] * sae.cfg.apply_b_dec_to_input
-    for half, W, b in ((made.query, weights.W_Q, weights.b_Q), (made.key, weights.W_K, weights.b_K)):
+    for half, W, b in (
+        (made.query, weights.W_Q, weights.b_Q),
+        (made.key, weights.W_K, weights.b_K),
+    ):
         half.W_enc.copy_(state["W_enc"])
         half.b_enc.copy_(b_enc)
         half.get_parameter("threshold").copy_(state["threshold"])
@@ -194,10 +246,16 @@ def through_weights(sae: BatchTopKTrainingSAE, weights: QKWeights, spec: Attenti
 def fit(sae: Any, data: Sequences, budget: Budget, steps: int, lr: float) -> None:
     tokens = budget.n_rows * budget.n_pos
     cfg = qk.BilinearQKRunnerConfig(
-        context_size=budget.n_pos, train_batch_size_tokens=tokens, training_tokens=steps * tokens, lr=lr,
-        lr_warm_up_steps=min(50, steps // 4), n_batches_in_buffer=budget.n_rows, checkpoint_path=None, n_checkpoints=0,
+        context_size=budget.n_pos,
+        train_batch_size_tokens=tokens,
+        training_tokens=steps * tokens,
+        lr=lr,
+        lr_warm_up_steps=min(50, steps // 4),
+        n_batches_in_buffer=budget.n_rows,
+        checkpoint_path=None,
+        n_checkpoints=0,
         device="cpu",
-    )  # fmt: skip
+    )
     SAETrainer(cfg.to_sae_trainer_config(), sae, data).fit()
     sae.eval()
 
@@ -211,11 +269,20 @@ def on_pattern(circuit: Circuit, budget: Budget, seed: int) -> Iterator[tuple[st
     yield "decoder product", Found(by_decoder_product(dictionary, circuit, budget))
 
 
-def by_decoder_product(dictionary: qk.BilinearQKDictionary, circuit: Circuit, budget: Budget) -> Ranked:
+def by_decoder_product(
+    dictionary: qk.BilinearQKDictionary, circuit: Circuit, budget: Budget
+) -> Ranked:
     """Every pair by |M[a,b,h]|, root mean square over the offsets of a row: what reading the weights alone gives."""
-    listed = SparseFeatureMap.all_pairs(dictionary.cfg.d_query, dictionary.cfg.d_key, circuit.spec.n_heads)
+    listed = SparseFeatureMap.all_pairs(
+        dictionary.cfg.d_query, dictionary.cfg.d_key, circuit.spec.n_heads
+    )
     offsets = list(range(budget.n_pos)) if circuit.spec.rotary_dim else [0]
-    order = dictionary.pair_kernel(listed.indices, offsets).square().mean(dim=1).argsort(descending=True)
+    order = (
+        dictionary.pair_kernel(listed.indices, offsets)
+        .square()
+        .mean(dim=1)
+        .argsort(descending=True)
+    )
     longest = order[: _LONGEST * len(circuit.pairs)]
     return Ranked(dictionary, listed.indices[longest], listed.weights[longest])
 
@@ -224,15 +291,35 @@ def diagonal(circuit: Circuit, budget: Budget, seed: int) -> Iterator[tuple[str,
     """Query feature f meets key feature f alone, in every head; trained on the pattern for as many steps as the others."""
     dictionary = transcoders(circuit, replace(budget, steps=2), seed)
     features = torch.arange(budget.d)
-    listed = torch.cat([torch.stack([features, features, features * 0 + h], dim=1) for h in range(circuit.spec.n_heads)])
-    pairs = SparseFeatureMap(listed, torch.ones(len(listed)), budget.d, budget.d, circuit.spec.n_heads)
+    listed = torch.cat(
+        [
+            torch.stack([features, features, features * 0 + h], dim=1)
+            for h in range(circuit.spec.n_heads)
+        ]
+    )
+    pairs = SparseFeatureMap(
+        listed, torch.ones(len(listed)), budget.d, budget.d, circuit.spec.n_heads
+    )
     slower = replace(budget, tune_lr=budget.lr, mask_lr=budget.lr)
-    yield "diagonal", Found(
-        with_mask(
-            dictionary, pairs, circuit, slower, seed, steps=budget.steps + budget.mask_steps, max_pairs=len(pairs),
-            sparsity_coefficient=0.0, unmasked_coefficient=0.0, prune_steps=0, k_query=budget.k, k_key=budget.k,
-        )
-    )  # fmt: skip
+    yield (
+        "diagonal",
+        Found(
+            with_mask(
+                dictionary,
+                pairs,
+                circuit,
+                slower,
+                seed,
+                steps=budget.steps + budget.mask_steps,
+                max_pairs=len(pairs),
+                sparsity_coefficient=0.0,
+                unmasked_coefficient=0.0,
+                prune_steps=0,
+                k_query=budget.k,
+                k_key=budget.k,
+            )
+        ),
+    )
 
 
 def authors(circuit: Circuit, budget: Budget, seed: int) -> Iterator[tuple[str, Found]]:
@@ -245,9 +332,17 @@ def authors(circuit: Circuit, budget: Budget, seed: int) -> Iterator[tuple[str, 
     dictionary, ratio, n_tried = sweep_penalty(train, _AUTHORS_PENALTY)
     everything = all_pairs(dictionary, circuit, budget, seed)
     found = with_mask(
-        dictionary, everything, circuit, budget, seed, max_pairs=len(everything), fine_tune=False, prune_steps=0,
-        sparsity_coefficient=_AUTHORS_MASK_PENALTY, polish=False,
-    )  # fmt: skip
+        dictionary,
+        everything,
+        circuit,
+        budget,
+        seed,
+        max_pairs=len(everything),
+        fine_tune=False,
+        prune_steps=0,
+        sparsity_coefficient=_AUTHORS_MASK_PENALTY,
+        polish=False,
+    )
     yield "authors", Found(found, notes=f"L0 {ratio:.2f} of ours after {n_tried} strengths")
 
 
@@ -259,7 +354,9 @@ class Swept(NamedTuple):
     n_tried: int
 
 
-def sweep_penalty(train: Callable[[float], tuple[qk.BilinearQKDictionary, float]], first: float) -> Swept:
+def sweep_penalty(
+    train: Callable[[float], tuple[qk.BilinearQKDictionary, float]], first: float
+) -> Swept:
     """At least 3 strengths of a penalty, at most 6, until L0 is within 10 % of the wanted one.
 
     Args:
@@ -269,7 +366,10 @@ def sweep_penalty(train: Callable[[float], tuple[qk.BilinearQKDictionary, float]
     strength, tried = first, {}
     for _ in range(_MOST_STRENGTHS):
         tried[strength] = train(strength)
-        if len(tried) >= _LEAST_STRENGTHS and min(abs(ratio - 1) for _, ratio in tried.values()) <= _NEAR:
+        if (
+            len(tried) >= _LEAST_STRENGTHS
+            and min(abs(ratio - 1) for _, ratio in tried.values()) <= _NEAR
+        ):
             break
         strength = next_strength({at: ratio for at, (_, ratio) in tried.items()})
     return Swept(*min(tried.values(), key=lambda made: abs(made[1] - 1)), len(tried))
@@ -306,7 +406,10 @@ def l2_transcoders(circuit: Circuit, budget: Budget, seed: int) -> Iterator[tupl
 
 
 METHODS: dict[str, Method] = {
-    "ours": on_pattern, "diagonal": diagonal, "authors": authors, "residual SAE": residual_sae,
+    "ours": on_pattern,
+    "diagonal": diagonal,
+    "authors": authors,
+    "residual SAE": residual_sae,
     "L2 transcoders": l2_transcoders,
-}  # fmt: skip
+}
 """What is trained; the first gives the results of four methods."""

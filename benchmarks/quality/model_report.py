@@ -30,15 +30,27 @@ def causal(report: Report) -> list[str]:
         lines += ["", f"### Layer {layer}", "", *_dictionaries(dictionaries)]
         for side in ("query", "key"):
             lines += ["", *_main_tables(dictionaries, side)]
-        lines += ["", *_all_rankings(dictionaries), "", *_logits(dictionaries), "", *_twins(dictionaries)]
+        lines += [
+            "",
+            *_all_rankings(dictionaries),
+            "",
+            *_logits(dictionaries),
+            "",
+            *_twins(dictionaries),
+        ]
     return [
-        *lines, "", "### Figures", "",
+        *lines,
+        "",
+        "### Figures",
+        "",
         "Ours, TV against k. Top features and controls are averaged over the same cases, those with the controls `other` "
         "and `matched`; k at which fewer than half of the cases have them are left out. `rescaled` is averaged over its own "
         "cases; dotted are the top features on all cases.",
-        "", "![TV against k, ranking effect](quality-causal-effect.png)",
-        "", "![TV against k, ranking marginal](quality-causal-marginal.png)",
-    ]  # fmt: skip
+        "",
+        "![TV against k, ranking effect](quality-causal-effect.png)",
+        "",
+        "![TV against k, ranking marginal](quality-causal-marginal.png)",
+    ]
 
 
 _INTRODUCTION = [
@@ -68,15 +80,27 @@ _TEXTS = {
 
 def _dictionaries(dictionaries: Figures) -> list[str]:
     rows = [
-        [name, count(d["n_cases"]), *map(percent, d["x_explained"].values()), significant(d["in_score_check"])]
+        [
+            name,
+            count(d["n_cases"]),
+            *map(percent, d["x_explained"].values()),
+            significant(d["in_score_check"]),
+        ]
         for name, d in dictionaries.items()
     ]
-    header = ["dictionary", "cases", "layer input explained, query", "key", "largest error of predicted terms"]
+    header = [
+        "dictionary",
+        "cases",
+        "layer input explained, query",
+        "key",
+        "largest error of predicted terms",
+    ]
     return [
-        *table(header, rows), "",
+        *table(header, rows),
+        "",
         "*Layer input explained*: variance that the features' directions hold. *Largest error*: a check of the code, "
         "no evidence.",
-    ]  # fmt: skip
+    ]
 
 
 def _explanations(dictionaries: Figures) -> Iterator[tuple[str, str]]:
@@ -99,11 +123,17 @@ def _main_tables(dictionaries: Figures, side: str) -> list[str]:
     compared = [f"{words}: {control}" for words in CRITERIA.values() for control in ALL_CONTROLS]
     return [
         f"**Removed at the {side}: TV.** *There*: mean over the cases that have the controls `other` and `matched`. "
-        "Baselines by `effect`.", "",
-        *table([*header, "features", "cases", "top k", "cases there", "top k there", *ALL_CONTROLS], changes), "",
-        f"**Removed at the {side}: cases won** against each control; (n) where fewer than half of the cases have it.", "",
+        "Baselines by `effect`.",
+        "",
+        *table(
+            [*header, "features", "cases", "top k", "cases there", "top k there", *ALL_CONTROLS],
+            changes,
+        ),
+        "",
+        f"**Removed at the {side}: cases won** against each control; (n) where fewer than half of the cases have it.",
+        "",
         *table([*header, *compared], wins),
-    ]  # fmt: skip
+    ]
 
 
 def _change_cells(at: Figures) -> list[str]:
@@ -135,21 +165,30 @@ def _all_rankings(dictionaries: Figures) -> list[str]:
         for ranking, sides in d["rankings"].items():
             for side, figures in sides.items():
                 areas = [
-                    f"{number(a['top'])} / {number(a['control'])}" for a in map(figures["tv_area"].get, ALL_CONTROLS) if a
+                    f"{number(a['top'])} / {number(a['control'])}"
+                    for a in map(figures["tv_area"].get, ALL_CONTROLS)
+                    if a
                 ]
                 won = [_won(figures, criterion, d["n_cases"]) for criterion in CRITERIA]
                 rows.append([name, f"`{ranking}`", side, *areas, *won, *_prediction(figures)])
     ks = ", ".join(_COMPARED_KS)
     header = [
-        "dictionary", "ranking", "side", *(f"area, top / {name}" for name in ALL_CONTROLS),
-        *(f"won against matched, {words}" for words in CRITERIA.values()), "Pearson", "Spearman", "slope",
-    ]  # fmt: skip
+        "dictionary",
+        "ranking",
+        "side",
+        *(f"area, top / {name}" for name in ALL_CONTROLS),
+        *(f"won against matched, {words}" for words in CRITERIA.values()),
+        "Pearson",
+        "Spearman",
+        "slope",
+    ]
     return [
         f"**All rankings.** *Area*: mean TV over log k, on the k at which half of the cases have the control. *Won*: at k = "
         f"{ks}; – where fewer than half have it. *Pearson, Spearman, slope*: measured score drop of the top 5 against "
-        f"the predicted.", "",
+        f"the predicted.",
+        "",
         *table(header, rows),
-    ]  # fmt: skip
+    ]
 
 
 def _won(figures: Figures, criterion: str, n_cases: int) -> str:
@@ -157,7 +196,11 @@ def _won(figures: Figures, criterion: str, n_cases: int) -> str:
     for k in _COMPARED_KS:
         at = figures["by_k"].get(k)
         counted = at is not None and has_control(at, "matched", n_cases)
-        cells.append(f"{100 * at['controls']['matched']['wins'][criterion][0]:.0f}" if at and counted else NONE)
+        cells.append(
+            f"{100 * at['controls']['matched']['wins'][criterion][0]:.0f}"
+            if at and counted
+            else NONE
+        )
     return ", ".join(cells) + " %"
 
 
@@ -177,7 +220,17 @@ def _logits(dictionaries: Figures) -> list[str]:
             controls = [significant(at["controls"][c]["control"]) for c in ALL_CONTROLS]
             won = [interval(at["controls"][c]["wins"]) for c in ALL_CONTROLS]
             predicted = [significant(at["predicted"]), number(at["prediction"]["pearson"], 2)]
-            rows.append([name, k, count(at["n"]), interval(at["top"], share=False), *predicted, *controls, *won])
+            rows.append(
+                [
+                    name,
+                    k,
+                    count(at["n"]),
+                    interval(at["top"], share=False),
+                    *predicted,
+                    *controls,
+                    *won,
+                ]
+            )
     header = [
         "dictionary",
         "k",
@@ -190,9 +243,10 @@ def _logits(dictionaries: Figures) -> list[str]:
     ]
     return [
         "**To the next token.** The attention row with the top k of `effect` removed at the key, put into the model: KL of "
-        "the prediction at the query, in nats. *Predicted*: the same with the row that the terms predict.", "",
+        "the prediction at the query, in nats. *Predicted*: the same with the row that the terms predict.",
+        "",
         *table(header, rows),
-    ]  # fmt: skip
+    ]
 
 
 def _twins(dictionaries: Figures) -> list[str]:
@@ -212,9 +266,12 @@ def _twins(dictionaries: Figures) -> list[str]:
                 )
     return [
         "**Twin prompts.** The token at the key becomes another one of the same text; the drop of the score that all terms "
-        "predict against the model's own. No feature directions are fitted.", "",
-        *table(["dictionary", "terms of", "cases", "mean drop", "Pearson", "Spearman", "slope"], rows),
-    ]  # fmt: skip
+        "predict against the model's own. No feature directions are fitted.",
+        "",
+        *table(
+            ["dictionary", "terms of", "cases", "mean drop", "Pearson", "Spearman", "slope"], rows
+        ),
+    ]
 
 
 def explained(report: Report) -> list[str]:
@@ -223,24 +280,35 @@ def explained(report: Report) -> list[str]:
     if reason or not report["explained"]:
         return [title, "", f"Skipped: {reason}." if reason else "Nothing was measured."]
     lines = [
-        title, "",
+        title,
+        "",
         "*score_explained*: share of the score's variance within a row, weighted by the pattern, that the feature x feature "
         "terms hold; *equal*: every key counts the same. *Norm share*: |f|² / |s|². *Pairs for 50 % (90 %)*: supporting "
         "pairs, strongest first, whose removal from the score lowers the attention weight by that share of what removing "
         "all of them does; median and quartiles over cases. *Weight held*: that whole drop. *Strongest 1 %*: share of "
         "the summed size of the active pairs.",
-    ]  # fmt: skip
+    ]
     header = [
-        "dictionary", "terms of", "pairs counted", "score_explained", "equal", "norm share", "pairs for 50 %",
-        "pairs for 90 %", "weight held", "strongest 1 %", "active pairs",
-    ]  # fmt: skip
+        "dictionary",
+        "terms of",
+        "pairs counted",
+        "score_explained",
+        "equal",
+        "norm share",
+        "pairs for 50 %",
+        "pairs for 90 %",
+        "weight held",
+        "strongest 1 %",
+        "active pairs",
+    ]
     for layer, dictionaries in report["explained"].items():
         rows = [row for name, d in dictionaries.items() for row in _explained_rows(name, d)]
         lines += ["", f"### Layer {layer}", "", *table(header, [*rows, _OTHER_WORK])]
     always = [
         f"layer {layer}, {name}: {d['always_on']['query']} query, {d['always_on']['key']} key"
-        for layer, dictionaries in report["explained"].items() for name, d in dictionaries.items()
-    ]  # fmt: skip
+        for layer, dictionaries in report["explained"].items()
+        for name, d in dictionaries.items()
+    ]
     return [*lines, "", f"Features that are always on: {'; '.join(always)}.", "", *_COMPARISON]
 
 
@@ -250,7 +318,8 @@ def _explained_rows(name: str, d: Figures) -> Iterator[list[str]]:
             if source in d:
                 some = d[source][counted]
                 shares = [
-                    percent(some[f]["mean"], 1) for f in ("score_explained", "score_explained_unweighted", "norm_share")
+                    percent(some[f]["mean"], 1)
+                    for f in ("score_explained", "score_explained_unweighted", "norm_share")
                 ]
                 pairs = [quartiles(some["pairs_for"][share]) for share in ("0.5", "0.9")]
                 held = [
@@ -262,9 +331,18 @@ def _explained_rows(name: str, d: Figures) -> Iterator[list[str]]:
 
 
 _OTHER_WORK = [
-    "*other work*", "MLP transcoders", "all", NONE, NONE, "8–21 %, up to 31 %, up to 63 %", "25 features",
-    "197 features", NONE, "30 %", NONE,
-]  # fmt: skip
+    "*other work*",
+    "MLP transcoders",
+    "all",
+    NONE,
+    NONE,
+    "8–21 %, up to 31 %, up to 63 %",
+    "25 features",
+    "197 features",
+    NONE,
+    "30 %",
+    NONE,
+]
 _COMPARISON = [
     "*Other work*: figures published for Qwen3-0.6B to 4B with MLP transcoders as the dictionary: share of the score norm, "
     "features (not pairs) for half and for 90 % of the feature-driven movement, and magnitude held by the strongest 1 % of "

@@ -85,7 +85,9 @@ class Circuit(NamedTuple):
 
     def vectors(self) -> tuple[Float[Tensor, "feature d_queries"], Float[Tensor, "feature d_keys"]]:
         """What the heads make of each feature, as queries and as keys: the planted decoder rows."""
-        return self.weights.queries(self.features).flatten(1), self.weights.keys(self.features).flatten(1)
+        return self.weights.queries(self.features).flatten(1), self.weights.keys(
+            self.features
+        ).flatten(1)
 
     def read(self, rows: Float[Tensor, "feature head d_head"]) -> Float[Tensor, "feature d_out"]:
         """The part of decoder rows that can make a score."""
@@ -114,27 +116,45 @@ def _plant(s: Setting, seed: int) -> Circuit:
     n_directions = 1 + s.pairs_per_head - s.n_packed
     room = s.d_head // 2 if s.rotary else s.d_head
     if n_directions > room or 2 * s.n_packed > s.pairs_per_head:
-        raise ValueError(f"A head of {s.d_head} dimensions holds {room} pairs, and at most half are packed; got {s}.")
+        raise ValueError(
+            f"A head of {s.d_head} dimensions holds {room} pairs, and at most half are packed; got {s}."
+        )
     d_model = s.d_signal + s.d_noise
-    basis = torch.linalg.qr(torch.randn(d_model, d_model))[0]  # the features' space is not aligned with the axes
+    basis = torch.linalg.qr(torch.randn(d_model, d_model))[
+        0
+    ]  # the features' space is not aligned with the axes
     features, readers = _features(s)
     topics = _topics(s)
-    W_Q, W_K, listed = torch.zeros(s.n_heads, s.d_signal, s.d_head), torch.zeros(s.n_heads, s.d_signal, s.d_head), []
-    noise_Q, noise_K = torch.zeros(s.n_heads, s.d_noise, s.d_head), torch.zeros(s.n_heads, s.d_noise, s.d_head)
+    W_Q, W_K, listed = (
+        torch.zeros(s.n_heads, s.d_signal, s.d_head),
+        torch.zeros(s.n_heads, s.d_signal, s.d_head),
+        [],
+    )
+    noise_Q, noise_K = (
+        torch.zeros(s.n_heads, s.d_noise, s.d_head),
+        torch.zeros(s.n_heads, s.d_noise, s.d_head),
+    )
     readable = torch.zeros(s.n_heads, s.d_head, s.d_head)
     scale = s.d_head**-0.5
     for head in range(s.n_heads):
         directions = _directions(s)
         pairs = [(ALWAYS_ON, FIRST_TOKEN), *_draw_pairs(s, topics)]
         for at, (query, key) in enumerate(pairs):
-            u = directions[at if at < n_directions else at - n_directions + 1]  # the packed come last, their twins first
+            u = directions[
+                at if at < n_directions else at - n_directions + 1
+            ]  # the packed come last, their twins first
             w = (s.strength if at else s.sink_strength) * float(torch.empty(()).uniform_(0.6, 1.4))
             W_Q[head] += (w / scale) ** 0.5 * torch.outer(readers[query], u)
             W_K[head] += (w / scale) ** 0.5 * torch.outer(readers[key], u)
             listed.append((query, key, head))
         by_queries, by_keys = directions[n_directions:].tensor_split(2)
         for noise, unused in ((noise_Q[head], by_queries), (noise_K[head], by_keys)):
-            noise += (s.strength / scale) ** 0.5 * torch.randn(s.d_noise, len(unused)) / s.d_noise**0.5 @ unused
+            noise += (
+                (s.strength / scale) ** 0.5
+                * torch.randn(s.d_noise, len(unused))
+                / s.d_noise**0.5
+                @ unused
+            )
         used = directions[:n_directions]
         readable[head] = used.T @ used
         if s.rotary:  # both dimensions of a plane
@@ -143,13 +163,21 @@ def _plant(s: Setting, seed: int) -> Circuit:
     zero = torch.zeros(s.n_heads, s.d_head)
     W_Q, W_K = (basis @ torch.cat(parts, dim=1) for parts in ((W_Q, noise_Q), (W_K, noise_K)))
     return Circuit(
-        s, AttentionSpec(s.n_heads, s.n_heads, s.d_head, d_model, scale, frequencies), QKWeights(W_Q, zero, W_K, zero),
-        features @ basis[:, : s.d_signal].T, torch.tensor(listed), topics, _activations(s, seed), basis[:, s.d_signal :].T,
+        s,
+        AttentionSpec(s.n_heads, s.n_heads, s.d_head, d_model, scale, frequencies),
+        QKWeights(W_Q, zero, W_K, zero),
+        features @ basis[:, : s.d_signal].T,
+        torch.tensor(listed),
+        topics,
+        _activations(s, seed),
+        basis[:, s.d_signal :].T,
         readable,
-    )  # fmt: skip
+    )
 
 
-def _features(s: Setting) -> tuple[Float[Tensor, "feature d_signal"], Float[Tensor, "feature d_signal"]]:
+def _features(
+    s: Setting,
+) -> tuple[Float[Tensor, "feature d_signal"], Float[Tensor, "feature d_signal"]]:
     """Feature vectors, the special ones in dimensions of their own, and what reads each of them."""
     rest = s.n_features - _N_SPECIAL, s.d_signal - _N_SPECIAL
     spread = FeatureDictionary(*rest, initializer=orthogonal_initializer()).feature_vectors.detach()
@@ -169,7 +197,9 @@ def _topics(s: Setting) -> Int[Tensor, " feature"]:
 def _directions(s: Setting) -> Float[Tensor, "direction d_head"]:
     if not s.rotary:
         return torch.linalg.qr(torch.randn(s.d_head, s.d_head))[0]
-    return torch.eye(s.d_head)[: s.d_head // 2].flip(0)  # slow planes first; rotate-half turns dimensions d and d + D/2
+    return torch.eye(s.d_head)[: s.d_head // 2].flip(
+        0
+    )  # slow planes first; rotate-half turns dimensions d and d + D/2
 
 
 def _draw_pairs(s: Setting, topics: Tensor) -> list[tuple[int, int]]:
@@ -180,7 +210,11 @@ def _draw_pairs(s: Setting, topics: Tensor) -> list[tuple[int, int]]:
     for topic in topic_of:
         pair = []
         for side in used:
-            allowed = torch.arange(_N_SPECIAL, s.n_features) if topic is None else (topics == topic).nonzero()[:, 0]
+            allowed = (
+                torch.arange(_N_SPECIAL, s.n_features)
+                if topic is None
+                else (topics == topic).nonzero()[:, 0]
+            )
             free = [f for f in allowed.tolist() if f not in side]
             pair.append(free[int(torch.randint(len(free), ()))])
             side.add(pair[-1])

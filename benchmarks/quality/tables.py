@@ -40,7 +40,11 @@ def spread(values: Iterable[Any], digits: int = 3) -> str:
     if there.empty:
         return NONE
     mean = number(there.mean(), digits)
-    return mean if len(there) == 1 else f"{mean} ({number(there.min(), digits)} to {number(there.max(), digits)})"
+    return (
+        mean
+        if len(there) == 1
+        else f"{mean} ({number(there.min(), digits)} to {number(there.max(), digits)})"
+    )
 
 
 def interval(figures: Sequence[float] | None, share: bool = True) -> str:
@@ -59,7 +63,8 @@ def quartiles(figures: dict[str, float] | None, share: bool = False) -> str:
     if figures is None:
         return NONE
     lower, median, upper = (
-        percent(figures[name]) if share else count(figures[name]) for name in ("lower", "median", "upper")
+        percent(figures[name]) if share else count(figures[name])
+        for name in ("lower", "median", "upper")
     )
     return f"{median} ({lower} to {upper})"
 

@@ -41,30 +41,47 @@ class Verdict(NamedTuple):
 
     def row(self) -> list[str]:
         verdict = {True: "**met**", False: "**missed**", None: "not measured"}[self.met]
-        return [self.target, self.where, self.measured, verdict + (f", {self.remark}" if self.remark else "")]
+        return [
+            self.target,
+            self.where,
+            self.measured,
+            verdict + (f", {self.remark}" if self.remark else ""),
+        ]
 
 
 def section(report: Report) -> list[str]:
-    verdicts = [*easy(report), *hard(report), *variance(report), *causal(report), *explained(report)]
+    verdicts = [
+        *easy(report),
+        *hard(report),
+        *variance(report),
+        *causal(report),
+        *explained(report),
+    ]
     met = sum(verdict.met is True for verdict in verdicts)
     missed = sum(verdict.met is False for verdict in verdicts)
     unmeasured = len(verdicts) - met - missed
     rest = f", {unmeasured} not measured" if unmeasured else ""
     lines = [
-        "## Targets", "",
+        "## Targets",
+        "",
         f"Computed from the numbers below: {met} met, {missed} missed{rest}. On planted layers a target is about the mean "
         "over seeds; smallest and largest seed are in brackets. *Flat*: at no noise is recovery, F1 or average precision "
         f"(AP) more than {FLAT} below its value at the least noise, nor the KL higher by more than {percent(FLAT)} of that "
-        f"of the uniform pattern. *Falls*: recovery and AP each lose more than {FLAT}.", "",
+        f"of the uniform pattern. *Falls*: recovery and AP each lose more than {FLAT}.",
+        "",
         *table(["target", "where", "measured", "verdict"], [verdict.row() for verdict in verdicts]),
-    ]  # fmt: skip
+    ]
     return [*lines, *_wins_table(report)]
 
 
 def frame(report: Report, section: str) -> Any:
     """The cases of a section that went through, with `recovery`, the mean of both sides, and `kl_share`, the
     transcoders' KL over that of the uniform pattern."""
-    cases = [case for case in report.get("cases", []) if case["section"] == section and "failed" not in case]
+    cases = [
+        case
+        for case in report.get("cases", [])
+        if case["section"] == section and "failed" not in case
+    ]
     made = pd.DataFrame(cases)
     if made.empty:
         return made
@@ -76,13 +93,18 @@ def frame(report: Report, section: str) -> Any:
 
 def easy(report: Report) -> list[Verdict]:
     cases, found = frame(report, "planted"), []
-    targets = (("recovery", RECOVERY, "feature recovery"), ("f1", F1, "F1 at the true number of pairs"))
+    targets = (
+        ("recovery", RECOVERY, "feature recovery"),
+        ("f1", F1, "F1 at the true number of pairs"),
+    )
     for setting in _settings(cases, "easy"):
         mine = cases[(cases["setting"] == setting) & (cases["method"] == OURS)]
         for column, least, words in targets:
             sides = f"; query {spread(mine['recovery_query'])}, key {spread(mine['recovery_key'])}"
             measured = spread(mine[column]) + (sides if column == "recovery" else "")
-            found.append(_at_least(f"{words} at least {least}", setting, measured, mine[column], least))
+            found.append(
+                _at_least(f"{words} at least {least}", setting, measured, mine[column], least)
+            )
     return found or [Verdict(f"feature recovery and F1 at least {F1}", "easy", NONE, None)]
 
 
@@ -101,7 +123,9 @@ def hard(report: Report) -> list[Verdict]:
         met = bool((ahead.mean() > 0).all())
         remarks = ["not in every seed"] if met and in_all < len(ahead) else []
         failed = {
-            c["method"] for c in report["cases"] if "failed" in c and (c["section"], c["setting"]) == ("planted", setting)
+            c["method"]
+            for c in report["cases"]
+            if "failed" in c and (c["section"], c["setting"]) == ("planted", setting)
         }
         if failed:
             remarks.append(f"but {listed(sorted(failed))} failed")
@@ -111,10 +135,14 @@ def hard(report: Report) -> list[Verdict]:
 
 def margins(cases: Any) -> Any:
     """Our average precision less that of each unsupervised baseline [seed, baseline], in one setting."""
-    by_seed = cases.pivot_table(index="seed", columns="method", values="average_precision", sort=False)
+    by_seed = cases.pivot_table(
+        index="seed", columns="method", values="average_precision", sort=False
+    )
     if OURS not in by_seed:
         return pd.DataFrame()
-    baselines = by_seed[[OURS]].dropna().join(by_seed.drop(columns=[OURS, *SUPERVISED], errors="ignore"))
+    baselines = (
+        by_seed[[OURS]].dropna().join(by_seed.drop(columns=[OURS, *SUPERVISED], errors="ignore"))
+    )
     return -baselines.drop(columns=OURS).sub(baselines[OURS], axis=0).dropna(axis=1, how="all")
 
 
@@ -127,11 +155,27 @@ def variance(report: Report) -> list[Verdict]:
             if len(at_noise) < 2:
                 found.append(Verdict(target, setting, NONE, None))
                 continue
-            figures = {"recovery": "recovery", "f1": "F1", "average_precision": "AP", "transcoders_kl": "KL"}
-            measured = ", ".join(f"{words} {_from_to(at_noise[name])}" for name, words in figures.items())
+            figures = {
+                "recovery": "recovery",
+                "f1": "F1",
+                "average_precision": "AP",
+                "transcoders_kl": "KL",
+            }
+            measured = ", ".join(
+                f"{words} {_from_to(at_noise[name])}" for name, words in figures.items()
+            )
             met = is_flat(at_noise) if method == OURS else falls(at_noise)
-            found.append(Verdict(target, f"{setting}, noise {_from_to(at_noise.index.to_series(), 'g')}", measured, met))
-    return found or [Verdict("ours flat, squared-error baselines fall", "growing noise", NONE, None)]
+            found.append(
+                Verdict(
+                    target,
+                    f"{setting}, noise {_from_to(at_noise.index.to_series(), 'g')}",
+                    measured,
+                    met,
+                )
+            )
+    return found or [
+        Verdict("ours flat, squared-error baselines fall", "growing noise", NONE, None)
+    ]
 
 
 def by_noise(cases: Any) -> Any:
@@ -153,7 +197,9 @@ def falls(at_noise: Any) -> bool:
 
 
 def causal(report: Report) -> list[Verdict]:
-    target = f"top k beats both controls in at least {percent(WON)} of the cases from k = {FROM_K} on"
+    target = (
+        f"top k beats both controls in at least {percent(WON)} of the cases from k = {FROM_K} on"
+    )
     found = wins(report)
     if found.empty:
         return [Verdict(target, "SmolLM2", NONE, None)]
@@ -161,7 +207,9 @@ def causal(report: Report) -> list[Verdict]:
     for (name, ranking), some in found.groupby(["dictionary", "ranking"], sort=False):
         met = int(some["met"].sum())
         measured = f"{met} of {len(some)} combinations of layer, side and win criterion"
-        verdicts.append(Verdict(target, f"SmolLM2, {name}, ranking `{ranking}`", measured, met == len(some)))
+        verdicts.append(
+            Verdict(target, f"SmolLM2, {name}, ranking `{ranking}`", measured, met == len(some))
+        )
     return verdicts
 
 
@@ -169,15 +217,26 @@ def wins(report: Report) -> Any:
     """For each dictionary that is judged, layer, side, ranking and criterion: the k that count, those that reach the
     target, whether all do."""
     rows = []
-    judged = [(n, layer, of[n]) for n in JUDGED for layer, of in report.get("causal", {}).items() if n in of]
+    judged = [
+        (n, layer, of[n])
+        for n in JUDGED
+        for layer, of in report.get("causal", {}).items()
+        if n in of
+    ]
     for name, layer, mine in judged:
         for ranking in TARGET_RANKINGS:
             for side, figures in mine["rankings"].get(ranking, {}).items():
                 at = {int(k): value for k, value in figures["by_k"].items()}
-                counted = [k for k, value in at.items() if all(has_control(value, c, mine["n_cases"]) for c in CONTROLS)]
+                counted = [
+                    k
+                    for k, value in at.items()
+                    if all(has_control(value, c, mine["n_cases"]) for c in CONTROLS)
+                ]
                 for criterion in CRITERIA:
                     reached = [
-                        k for k in counted if all(at[k]["controls"][c]["wins"][criterion][0] >= WON for c in CONTROLS)
+                        k
+                        for k in counted
+                        if all(at[k]["controls"][c]["wins"][criterion][0] >= WON for c in CONTROLS)
                     ]
                     wanted = [k for k in counted if k >= FROM_K]
                     met = bool(wanted) and set(wanted) <= set(reached)
@@ -194,20 +253,34 @@ def has_control(at_k: dict[str, Any], control: str, n_cases: int) -> bool:
 
 def explained(report: Report) -> list[Verdict]:
     verdicts = []
-    places = [(n, layer, of[n]) for n in JUDGED for layer, of in report.get("explained", {}).items() if n in of]
+    places = [
+        (n, layer, of[n])
+        for n in JUDGED
+        for layer, of in report.get("explained", {}).items()
+        if n in of
+    ]
     for name, layer, mine in places:
         for source in ("transcoders", "feature_map"):
             if source in mine:
-                values = {words: mine[source][part]["score_explained"]["mean"] for part, words in WITHOUT.items()}
-                measured = ", ".join(f"{percent(value, 1)} {words}" for words, value in values.items())
+                values = {
+                    words: mine[source][part]["score_explained"]["mean"]
+                    for part, words in WITHOUT.items()
+                }
+                measured = ", ".join(
+                    f"{percent(value, 1)} {words}" for words, value in values.items()
+                )
                 met = all(value is not None and value > EXPLAINED for value in values.values())
                 verdicts.append(
                     Verdict(
                         f"score_explained above {percent(EXPLAINED)} with and without always-on features",
-                        f"SmolLM2, layer {layer}, {name}, {source.replace('_', ' ')}", measured, met,
+                        f"SmolLM2, layer {layer}, {name}, {source.replace('_', ' ')}",
+                        measured,
+                        met,
                     )
-                )  # fmt: skip
-    return verdicts or [Verdict(f"score_explained above {percent(EXPLAINED)}", "SmolLM2", NONE, None)]
+                )
+    return verdicts or [
+        Verdict(f"score_explained above {percent(EXPLAINED)}", "SmolLM2", NONE, None)
+    ]
 
 
 def _wins_table(report: Report) -> list[str]:
@@ -215,26 +288,44 @@ def _wins_table(report: Report) -> list[str]:
     if found.empty:
         return []
     rows = []
-    for (name, layer, ranking, side), some in found.groupby(["dictionary", "layer", "ranking", "side"], sort=False):
+    for (name, layer, ranking, side), some in found.groupby(
+        ["dictionary", "layer", "ranking", "side"], sort=False
+    ):
         cells = []
         for criterion in CRITERIA:
             one = some[some["criterion"] == criterion].iloc[0]
-            cells += [listed(one["reached"]) if one["reached"] else "none", "**met**" if one["met"] else "**missed**"]
+            cells += [
+                listed(one["reached"]) if one["reached"] else "none",
+                "**met**" if one["met"] else "**missed**",
+            ]
         counted = some.iloc[0]["counted"]
-        rows.append([f"{name}, layer {layer}, `{ranking}`", side, listed(counted) if counted else "none", *cells])
+        rows.append(
+            [
+                f"{name}, layer {layer}, `{ranking}`",
+                side,
+                listed(counted) if counted else "none",
+                *cells,
+            ]
+        )
     header = ["", "side", "k that count"]
     for words in CRITERIA.values():
         header += [f"{words}: reached at k", "verdict"]
     return [
-        "", f"SmolLM2: the k at which the top k changes more than `other` and more than `matched`, each in at least "
+        "",
+        f"SmolLM2: the k at which the top k changes more than `other` and more than `matched`, each in at least "
         f"{percent(WON)} of the cases. A k counts where at least {percent(COUNTED)} of the cases have both controls: where "
-        "k takes most of the active features, too few are left to compare with.", "",
+        "k takes most of the active features, too few are left to compare with.",
+        "",
         *table(header, rows),
-    ]  # fmt: skip
+    ]
 
 
 def _settings(cases: Any, start: str) -> list[str]:
-    return [] if cases.empty else [name for name in cases["setting"].unique() if name.startswith(start)]
+    return (
+        []
+        if cases.empty
+        else [name for name in cases["setting"].unique() if name.startswith(start)]
+    )
 
 
 def _from_to(values: Any, form: str = ".3f") -> str:
@@ -243,4 +334,6 @@ def _from_to(values: Any, form: str = ".3f") -> str:
 
 def _at_least(target: str, where: str, measured: str, values: Any, least: float) -> Verdict:
     met = bool(values.mean() >= least) if len(values) else None
-    return Verdict(target, where, measured, met, "not in every seed" if met and values.min() < least else "")
+    return Verdict(
+        target, where, measured, met, "not in every seed" if met and values.min() < least else ""
+    )

@@ -31,7 +31,11 @@ _FIRST_STRENGTH, _RATE_ROWS = 1.2e-2, 64
 def load(layer: int) -> dict[str, qk.BilinearQKDictionary]:
     """The trained dictionaries of a layer by method, those that are there; and the one that the package ships."""
     found = {method: FOLDER / folder_name(layer, method) for method in METHODS}
-    shipped = {"shipped": qk.BilinearQKDictionary.from_pretrained(SHIPPED[layer])} if layer in SHIPPED else {}
+    shipped = (
+        {"shipped": qk.BilinearQKDictionary.from_pretrained(SHIPPED[layer])}
+        if layer in SHIPPED
+        else {}
+    )
     return shipped | {
         method: qk.BilinearQKDictionary.load_from_disk(path, dtype="float32")
         for method, path in found.items()
@@ -46,11 +50,20 @@ def folder_name(layer: int, method: str) -> str:
 def config(layer: int, cache: str, **sae: Any) -> qk.BilinearQKRunnerConfig:
     """The run that all methods share; `sae` changes step 1. There is no step 2: every pair takes part."""
     return qk.BilinearQKRunnerConfig(
-        layer=layer, dataset_path="$QK_CORPUS/train.parquet", training_tokens=STEPS * 2048, lr=1e-3, lr_warm_up_steps=50,
-        input_cache_path=cache, input_cache_tokens=CACHED_TOKENS, checkpoint_path=None, output_path=None,
+        layer=layer,
+        dataset_path="$QK_CORPUS/train.parquet",
+        training_tokens=STEPS * 2048,
+        lr=1e-3,
+        lr_warm_up_steps=50,
+        input_cache_path=cache,
+        input_cache_tokens=CACHED_TOKENS,
+        checkpoint_path=None,
+        output_path=None,
         mask=qk.MaskStepConfig(training_tokens=0),
-        sae=qk.TranscodersTrainingConfig(d_in=1, d_query=D, d_key=D, **{"k": K, "decoder_bias": False, **sae}),
-    )  # fmt: skip
+        sae=qk.TranscodersTrainingConfig(
+            d_in=1, d_query=D, d_key=D, **{"k": K, "decoder_bias": False, **sae}
+        ),
+    )
 
 
 def train(layer: int, method: str, cache: str) -> qk.BilinearQKDictionary:
@@ -60,12 +73,18 @@ def train(layer: int, method: str, cache: str) -> qk.BilinearQKDictionary:
     if method == "L2 transcoders":
         return BilinearQKTrainingRunner(config(layer, cache, **SQUARED_ERROR)).run()
     if method == "authors":
-        return sweep_penalty(lambda strength: _train_authors(layer, cache, strength), _FIRST_STRENGTH).dictionary
+        return sweep_penalty(
+            lambda strength: _train_authors(layer, cache, strength), _FIRST_STRENGTH
+        ).dictionary
     return _train_residual_sae(layer, cache)
 
 
-def _train_authors(layer: int, cache: str, strength: float) -> tuple[qk.BilinearQKDictionary, float]:
-    runner = BilinearQKTrainingRunner(config(layer, cache, **AUTHORS_RECIPE, sparsity_coefficient=strength))
+def _train_authors(
+    layer: int, cache: str, strength: float
+) -> tuple[qk.BilinearQKDictionary, float]:
+    runner = BilinearQKTrainingRunner(
+        config(layer, cache, **AUTHORS_RECIPE, sparsity_coefficient=strength)
+    )
     dictionary = runner.run()
     rates = firing_rates(dictionary, runner.fill_input_cache().rows(slice(0, _RATE_ROWS)).split(8))
     l0 = float(rates.query.sum() + rates.key.sum()) / 2
@@ -86,10 +105,15 @@ def _train_residual_sae(layer: int, cache: str) -> qk.BilinearQKDictionary:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layer", type=int, choices=LAYERS, required=True)
     parser.add_argument("--method", choices=METHODS, required=True)
-    parser.add_argument("--cache", help="folder of the layer's inputs; default: cache/smollm2-135m-instruct-L<layer>")
+    parser.add_argument(
+        "--cache",
+        help="folder of the layer's inputs; default: cache/smollm2-135m-instruct-L<layer>",
+    )
     options = parser.parse_args()
     cache = options.cache or f"cache/smollm2-135m-instruct-L{options.layer}"
     dictionary = train(options.layer, options.method, cache)

@@ -15,7 +15,12 @@ from typing import no_type_check  # the test suite's shape checker must not wrap
 import numba
 import numpy as np
 
-_FAST = {"reassoc", "contract", "nsz", "nnan"}  # sums and extremes vectorise; activations are finite
+_FAST = {
+    "reassoc",
+    "contract",
+    "nsz",
+    "nnan",
+}  # sums and extremes vectorise; activations are finite
 _NONE = np.float32(-1)  # stands for an activation, or for the largest product, where there is none
 _LARGE = np.finfo(np.float32).max
 
@@ -36,9 +41,15 @@ def _make_room(values, places, strength):
 
 @numba.njit(cache=True)
 @no_type_check
-def add_features(count, total, top_value, top_place, together, first_row, n_pos, start, feature, value):
+def add_features(
+    count, total, top_value, top_place, together, first_row, n_pos, start, feature, value
+):
     """Add rows of one side; together[a, b] for a < b, or an empty array where it is not wanted."""
-    best, best_pos, firing = np.zeros(len(count), np.float32), np.zeros(len(count), np.int32), np.zeros_like(count)
+    best, best_pos, firing = (
+        np.zeros(len(count), np.float32),
+        np.zeros(len(count), np.int32),
+        np.zeros_like(count),
+    )
     for row in range((len(start) - 1) // n_pos):
         n_firing = 0
         for pos in range(n_pos):
@@ -76,7 +87,9 @@ def _count_instances(q_pos, k_pos):
 
 @numba.njit(cache=True, fastmath=_FAST)
 @no_type_check
-def _products_by_offset(total, largest, smallest, dense, few_pos, few_value, many_pos, many_value, mirror):
+def _products_by_offset(
+    total, largest, smallest, dense, few_pos, few_value, many_pos, many_value, mirror
+):
     """Sum, maximum and minimum of the products at each offset; returns the number of offsets.
 
     The side with more firings is laid out in `dense`, and each firing of the other is one sweep along it. Offsets i - j grow
@@ -89,7 +102,12 @@ def _products_by_offset(total, largest, smallest, dense, few_pos, few_value, man
     total[:n_offsets], largest[:n_offsets], smallest[:n_offsets] = 0, _NONE, _LARGE
     for e in range(len(few_pos)):
         start, act = abs(mirror - few_pos[e]), few_value[e]
-        many, sums, maxima, minima = dense[start:end], total[: end - start], largest[: end - start], smallest[: end - start]
+        many, sums, maxima, minima = (
+            dense[start:end],
+            total[: end - start],
+            largest[: end - start],
+            smallest[: end - start],
+        )
         for offset in range(len(many)):
             product = act * many[offset]
             sums[offset] += max(product, np.float32(0))
@@ -109,7 +127,11 @@ def _products(total, largest, smallest, q_pos, q_value, k_pos, k_value):
     for e in range(len(q_pos)):
         while n_keys < len(k_pos) and k_pos[n_keys] <= q_pos[e]:
             act = k_value[n_keys]
-            sum_of_keys, largest_key, smallest_key = sum_of_keys + act, max(largest_key, act), min(smallest_key, act)
+            sum_of_keys, largest_key, smallest_key = (
+                sum_of_keys + act,
+                max(largest_key, act),
+                min(smallest_key, act),
+            )
             n_keys += 1
         if n_keys:
             sum_of_products += q_value[e] * sum_of_keys
@@ -125,7 +147,11 @@ def _total_and_extremes(terms, total, largest, smallest):
     infinity = np.float32(np.inf)
     added, highest, lowest = np.float32(0), -infinity, infinity
     for offset in range(len(total)):
-        one, other, exists = terms[offset] * largest[offset], terms[offset] * smallest[offset], largest[offset] >= 0
+        one, other, exists = (
+            terms[offset] * largest[offset],
+            terms[offset] * smallest[offset],
+            largest[offset] >= 0,
+        )
         added += terms[offset] * total[offset]
         highest = max(highest, max(one, other) if exists else -infinity)
         lowest = min(lowest, min(one, other) if exists else infinity)
@@ -150,30 +176,63 @@ def _strongest(terms, q_pos, q_value, k_pos, k_value):
 @numba.njit(parallel=True, cache=True)
 @no_type_check
 def add_pairs(
-    count, total, highest, lowest, top_value, top_place, n_tasks, first_row, n_pos, terms,
-    group_start, group_query, group_key, n_queries, n_keys, q_start, q_pos, q_value, k_start, k_pos, k_value,
-):  # fmt: skip
+    count,
+    total,
+    highest,
+    lowest,
+    top_value,
+    top_place,
+    n_tasks,
+    first_row,
+    n_pos,
+    terms,
+    group_start,
+    group_query,
+    group_key,
+    n_queries,
+    n_keys,
+    q_start,
+    q_pos,
+    q_value,
+    k_start,
+    k_pos,
+    k_value,
+):
     """Add rows; pairs `group_start[g]` to `group_start[g + 1]` have the features `group_query[g]` and `group_key[g]`."""
     n_rows, n_groups = (len(q_start) - 1) // n_queries, len(group_query)
     for task in numba.prange(n_tasks):
         dense, sums = np.full(n_pos, _NONE), np.empty(n_pos, np.float32)
         largest, smallest = np.empty(n_pos, np.float32), np.empty(n_pos, np.float32)
-        for group in range(task, n_groups, n_tasks):  # in turn: the constant query, last, has the most instances
+        for group in range(
+            task, n_groups, n_tasks
+        ):  # in turn: the constant query, last, has the most instances
             for row in range(n_rows):
                 q, k = row * n_queries + group_query[group], row * n_keys + group_key[group]
-                i, query_acts = q_pos[q_start[q] : q_start[q + 1]], q_value[q_start[q] : q_start[q + 1]]
-                j, key_acts = k_pos[k_start[k] : k_start[k + 1]], k_value[k_start[k] : k_start[k + 1]]
+                i, query_acts = (
+                    q_pos[q_start[q] : q_start[q + 1]],
+                    q_value[q_start[q] : q_start[q + 1]],
+                )
+                j, key_acts = (
+                    k_pos[k_start[k] : k_start[k + 1]],
+                    k_value[k_start[k] : k_start[k + 1]],
+                )
                 n_instances = _count_instances(i, j)
                 if n_instances == 0:
                     continue
                 if terms.shape[1] == 1:
                     n = _products(sums, largest, smallest, i, query_acts, j, key_acts)
                 elif len(j) <= len(i):
-                    n = _products_by_offset(sums, largest, smallest, dense, j, key_acts, i, query_acts, 0)
+                    n = _products_by_offset(
+                        sums, largest, smallest, dense, j, key_acts, i, query_acts, 0
+                    )
                 else:
-                    n = _products_by_offset(sums, largest, smallest, dense, i, query_acts, j, key_acts, n_pos - 1)
+                    n = _products_by_offset(
+                        sums, largest, smallest, dense, i, query_acts, j, key_acts, n_pos - 1
+                    )
                 for pair in range(group_start[group], group_start[group + 1]):
-                    added, high, low = _total_and_extremes(terms[pair, :n], sums[:n], largest[:n], smallest[:n])
+                    added, high, low = _total_and_extremes(
+                        terms[pair, :n], sums[:n], largest[:n], smallest[:n]
+                    )
                     count[pair] += n_instances
                     total[pair] += added
                     highest[pair], lowest[pair] = max(highest[pair], high), min(lowest[pair], low)
@@ -181,4 +240,6 @@ def add_pairs(
                     if at >= 0:
                         place = top_place[pair, at]
                         place[0] = first_row + row
-                        top_value[pair, at], place[1], place[2] = _strongest(terms[pair], i, query_acts, j, key_acts)
+                        top_value[pair, at], place[1], place[2] = _strongest(
+                            terms[pair], i, query_acts, j, key_acts
+                        )

@@ -58,8 +58,13 @@ class PairSums(NamedTuple):
     @classmethod
     def zeros(cls, n_pairs: int, n_top: int) -> "PairSums":
         top_value, top_place = _empty_lists(n_pairs, n_top, 3)
-        highest, lowest = np.full(n_pairs, -np.inf, np.float32), np.full(n_pairs, np.inf, np.float32)
-        return cls(np.zeros(n_pairs, np.int64), np.zeros(n_pairs), highest, lowest, top_value, top_place)
+        highest, lowest = (
+            np.full(n_pairs, -np.inf, np.float32),
+            np.full(n_pairs, np.inf, np.float32),
+        )
+        return cls(
+            np.zeros(n_pairs, np.int64), np.zeros(n_pairs), highest, lowest, top_value, top_place
+        )
 
     def part(self, pairs: slice) -> "PairSums":
         return PairSums(*(array[pairs] for array in self))
@@ -81,7 +86,11 @@ class Sums(NamedTuple):
         return cls(query, key, PairSums.zeros(n_pairs, n_top))
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        return {f"{part}.{name}": array for part, sums in self._asdict().items() for name, array in sums._asdict().items()}
+        return {
+            f"{part}.{name}": array
+            for part, sums in self._asdict().items()
+            for name, array in sums._asdict().items()
+        }
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Sums":
@@ -101,7 +110,9 @@ class EncodedRow(NamedTuple):
     key: ActiveEntries
 
     @classmethod
-    def of(cls, d: BilinearQKDictionary, tokens: np.ndarray, x: Float[Tensor, "pos d_model"]) -> "EncodedRow":
+    def of(
+        cls, d: BilinearQKDictionary, tokens: np.ndarray, x: Float[Tensor, "pos d_model"]
+    ) -> "EncodedRow":
         """Rows are encoded one at a time: the same numbers, however they come in batches."""
         row = x[None].to(d.device)
         return cls(tokens, *(_entries(acts) for acts in (d.encode_query(row), d.encode_key(row))))
@@ -110,7 +121,9 @@ class EncodedRow(NamedTuple):
 def _entries(acts: Float[Tensor, "1 pos d"]) -> ActiveEntries:
     entries = active_entries(acts.float().cpu())
     if not (np.isfinite(entries.value) & (entries.value > 0)).all():
-        raise ValueError("Features must be finite numbers >= 0: check the layer inputs and the dictionary's weights.")
+        raise ValueError(
+            "Features must be finite numbers >= 0: check the layer inputs and the dictionary's weights."
+        )
     return entries
 
 
@@ -118,7 +131,12 @@ class RowAdder:
     """Adds rows to the sums of a dictionary, a chunk at a time; how they are chunked changes nothing."""
 
     def __init__(self, d: BilinearQKDictionary, sums: Sums):
-        self.sums, self._feature_map, self._decoders, self._spec = sums, d.feature_map, d.decoders, d.spec
+        self.sums, self._feature_map, self._decoders, self._spec = (
+            sums,
+            d.feature_map,
+            d.decoders,
+            d.spec,
+        )
         self._query, self._key, _ = d.feature_map.indices.cpu().numpy().T
         is_first = (np.diff(self._query, prepend=-1) != 0) | (np.diff(self._key, prepend=-1) != 0)
         self._groups = np.append(np.flatnonzero(is_first), len(is_first))
@@ -127,7 +145,10 @@ class RowAdder:
 
     def add(self, first_row: int, rows: list[EncodedRow]) -> None:
         """Add rows first_row, first_row + 1, ..."""
-        n_pos, sizes = len(rows[0].tokens), [len(side.count) + 1 for side in (self.sums.query, self.sums.key)]
+        n_pos, sizes = (
+            len(rows[0].tokens),
+            [len(side.count) + 1 for side in (self.sums.query, self.sums.key)],
+        )
         queries, keys = _joined([row.query for row in rows]), _joined([row.key for row in rows])
         for side, entries in ((self.sums.query, queries), (self.sums.key, keys)):
             activation_kernels.add_features(*side, first_row, n_pos, *entries)
@@ -136,16 +157,27 @@ class RowAdder:
             pairs = slice(int(groups[0]), int(groups[-1]))
             features = self._query[groups[:-1]], self._key[groups[:-1]]
             activation_kernels.add_pairs(
-                *self.sums.pairs.part(pairs), numba.get_num_threads(), first_row, n_pos, self._terms(pairs, n_pos),
-                groups - pairs.start, *features, *sizes, *by_feature[0], *by_feature[1],
-            )  # fmt: skip
+                *self.sums.pairs.part(pairs),
+                numba.get_num_threads(),
+                first_row,
+                n_pos,
+                self._terms(pairs, n_pos),
+                groups - pairs.start,
+                *features,
+                *sizes,
+                *by_feature[0],
+                *by_feature[1],
+            )
 
     def _blocks(self, n_pos: int) -> Iterator[np.ndarray]:
         """Boundaries of successive groups whose table fits; a single group always does."""
         per_block = TABLE_BYTES // (4 * (n_pos if self._spec.rotary_dim else 1))
         begin, last = 0, len(self._groups) - 1
         while begin < last:
-            end = int(np.searchsorted(self._groups, self._groups[begin] + per_block, side="right")) - 1
+            end = (
+                int(np.searchsorted(self._groups, self._groups[begin] + per_block, side="right"))
+                - 1
+            )
             end = max(end, begin + 1)
             yield self._groups[begin : end + 1]
             begin = end
@@ -154,8 +186,13 @@ class RowAdder:
         """m M by pair and offset; a table that serves all pairs is made once."""
         if self._held is None or self._held[0] != pairs:
             self._held = None
-            indices, weights = self._feature_map.indices[pairs], self._feature_map.weights[pairs, None]
-            table = pair_kernel(indices, self._decoders, self._spec, torch.arange(n_pos, device=indices.device))
+            indices, weights = (
+                self._feature_map.indices[pairs],
+                self._feature_map.weights[pairs, None],
+            )
+            table = pair_kernel(
+                indices, self._decoders, self._spec, torch.arange(n_pos, device=indices.device)
+            )
             self._held = pairs, table.mul_(weights).float().cpu().numpy()
         return self._held[1]
 
@@ -164,10 +201,14 @@ def _joined(rows: list[ActiveEntries]) -> ActiveEntries:
     before = np.cumsum([0, *(len(row.feature) for row in rows)])
     starts = [row.start[:-1] + n for row, n in zip(rows, before[:-1], strict=True)]
     features, values = ([getattr(row, name) for row in rows] for name in ("feature", "value"))
-    return ActiveEntries(np.concatenate([*starts, before[-1:]]), np.concatenate(features), np.concatenate(values))
+    return ActiveEntries(
+        np.concatenate([*starts, before[-1:]]), np.concatenate(features), np.concatenate(values)
+    )
 
 
-def _by_feature(entries: ActiveEntries, n_pos: int, n_features: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _by_feature(
+    entries: ActiveEntries, n_pos: int, n_features: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Active entries by row and feature: start, positions (ascending), values."""
     n_tokens = len(entries.start) - 1
     row, pos = np.divmod(np.repeat(np.arange(n_tokens), np.diff(entries.start)), n_pos)

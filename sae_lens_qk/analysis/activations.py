@@ -86,7 +86,13 @@ class ActivationStatistics:
         frames = []
         for side, sums in (("query", self.sums.query), ("key", self.sums.key)):
             fired = sums.count > 0
-            frame = pd.DataFrame({"side": side, "feature": np.arange(len(fired)), "density": sums.count / self.n_tokens})
+            frame = pd.DataFrame(
+                {
+                    "side": side,
+                    "feature": np.arange(len(fired)),
+                    "density": sums.count / self.n_tokens,
+                }
+            )
             frame["mean"] = np.where(fired, sums.total / np.maximum(sums.count, 1), np.nan)
             frame["max"] = np.where(fired, sums.top_value[:, 0], np.nan)
             frames.append(frame)
@@ -105,7 +111,9 @@ class ActivationStatistics:
         frame = pd.DataFrame(self.indices, columns=["query_feature", "key_feature", "head"])
         frame["co_occurrence"] = sums.count / (n_rows * n_pos * (n_pos + 1) // 2)
         frame["mean"] = np.where(fired, sums.total / np.maximum(sums.count, 1), np.nan)
-        frame["max"], frame["min"] = (np.where(fired, extreme, np.nan) for extreme in (sums.highest, sums.lowest))
+        frame["max"], frame["min"] = (
+            np.where(fired, extreme, np.nan) for extreme in (sums.highest, sums.lowest)
+        )
         return frame
 
     def feature_contexts(self, side: Side, feature: int) -> list[FeatureContext]:
@@ -122,8 +130,12 @@ class ActivationStatistics:
         """
         sums = self.sums.pairs
         if not 0 <= pair_number < len(sums.count):
-            raise ValueError(f"Pairs have numbers 0 to {len(sums.count) - 1}, their rows in `pairs`; got {pair_number}.")
-        found = zip(sums.top_place[pair_number].tolist(), sums.top_value[pair_number].tolist(), strict=True)
+            raise ValueError(
+                f"Pairs have numbers 0 to {len(sums.count) - 1}, their rows in `pairs`; got {pair_number}."
+            )
+        found = zip(
+            sums.top_place[pair_number].tolist(), sums.top_value[pair_number].tolist(), strict=True
+        )
         return [PairContext(row, i, j, value) for (row, i, j), value in found if row >= 0]
 
     def feature_co_occurrence(self, side: Side, feature: int, n: int = 10) -> pd.DataFrame:
@@ -143,13 +155,23 @@ class ActivationStatistics:
         counts = sums.together[feature] + sums.together[:, feature]
         best = np.argsort(-counts, kind="stable")[:n]
         best = best[counts[best] > 0]
-        return pd.DataFrame({"feature": best, "count": counts[best], "share": counts[best] / max(sums.count[feature], 1)})
+        return pd.DataFrame(
+            {
+                "feature": best,
+                "count": counts[best],
+                "share": counts[best] / max(sums.count[feature], 1),
+            }
+        )
 
-    def window(self, row: int, pos: int, before: int = 12, after: int = 6) -> tuple[Int[np.ndarray, " token"], int]:
+    def window(
+        self, row: int, pos: int, before: int = 12, after: int = 6
+    ) -> tuple[Int[np.ndarray, " token"], int]:
         """Tokens of a row around a position, and the index of that position among them."""
         n_rows, n_pos = self.tokens.shape
         if not (0 <= row < n_rows and 0 <= pos < n_pos):
-            raise ValueError(f"{n_rows} rows of {n_pos} tokens were seen, there is no row {row}, position {pos}.")
+            raise ValueError(
+                f"{n_rows} rows of {n_pos} tokens were seen, there is no row {row}, position {pos}."
+            )
         first = max(0, pos - before)
         return self.tokens[row, first : pos + after + 1], pos - first
 
@@ -189,14 +211,18 @@ class ActivationStatistics:
         """
         path = Path(folder) / _STATE
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no activation statistics ({_STATE} is missing).")
+            raise FileNotFoundError(
+                f"{folder} holds no activation statistics ({_STATE} is missing)."
+            )
         try:
             with safe_open(path, framework="np") as file:
                 identity = json.loads((file.metadata() or {})["identity"])
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return cls(arrays["tokens"], arrays["indices"], Sums.from_arrays(arrays), identity)
         except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path} does not hold activation statistics, or is damaged ({error}).") from error
+            raise ValueError(
+                f"{path} does not hold activation statistics, or is damaged ({error})."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -230,13 +256,19 @@ def cache_batches(cache: InputCache, n_rows: int | None = None, batch_size: int 
         ValueError: the cache has fewer.
     """
     if n_rows is not None and not 0 < n_rows <= cache.n_rows:
-        raise ValueError(f"n_rows must be 1 to {cache.n_rows}, the rows of the cache, got {n_rows}.")
+        raise ValueError(
+            f"n_rows must be 1 to {cache.n_rows}, the rows of the cache, got {n_rows}."
+        )
     return RowBatches(cache.tokens[:n_rows], cache.rows, batch_size)
 
 
-def model_batches(model: Model, layer: int, tokens: Int[Tensor, "row pos"], batch_size: int = 8) -> RowBatches:
+def model_batches(
+    model: Model, layer: int, tokens: Int[Tensor, "row pos"], batch_size: int = 8
+) -> RowBatches:
     """Rows of tokens with the input of a layer, for which the model runs up to this layer, a batch at a time."""
-    return RowBatches(tokens.cpu().numpy(), lambda rows: layer_inputs(model, layer, tokens[rows]), batch_size)
+    return RowBatches(
+        tokens.cpu().numpy(), lambda rows: layer_inputs(model, layer, tokens[rows]), batch_size
+    )
 
 
 @torch.no_grad()
@@ -272,7 +304,13 @@ def collect_activations(
     adder, n_saved = RowAdder(d, made.sums), len(made.tokens)
     rows = (EncodedRow.of(d, tokens, x) for tokens, x in _unseen_rows(batches, made.tokens))
     n_tokens = batches.tokens.size if isinstance(batches, RowBatches) else None
-    with tqdm(total=n_tokens, initial=made.n_tokens, desc="Activations", unit="token", disable=not progress) as bar:
+    with tqdm(
+        total=n_tokens,
+        initial=made.n_tokens,
+        desc="Activations",
+        unit="token",
+        disable=not progress,
+    ) as bar:
         while chunk := list(islice(rows, min(_ROWS_AT_ONCE, save_every))):
             adder.add(len(made.tokens), chunk)
             seen = [made.tokens] if made.n_tokens else []
@@ -288,7 +326,9 @@ def collect_activations(
     return made
 
 
-def _state_in(folder: str | Path | None, d: BilinearQKDictionary, n_top: int) -> ActivationStatistics:
+def _state_in(
+    folder: str | Path | None, d: BilinearQKDictionary, n_top: int
+) -> ActivationStatistics:
     """The state saved there, or an empty one."""
     identity = _identity(d, n_top)
     if folder is not None and (Path(folder) / _STATE).exists():
@@ -299,7 +339,9 @@ def _state_in(folder: str | Path | None, d: BilinearQKDictionary, n_top: int) ->
                 f"{folder} holds the statistics of another pass ({', '.join(different)} differ): give another folder, or "
                 "delete this one to start anew."
             )
-        logger.info("%s holds the statistics of %d rows: going on from there", folder, len(made.tokens))
+        logger.info(
+            "%s holds the statistics of %d rows: going on from there", folder, len(made.tokens)
+        )
         return made
     indices = d.feature_map.indices.cpu().numpy().astype(np.int32)
     sums = Sums.zeros(d.cfg.d_query, d.cfg.d_key, len(indices), n_top)
@@ -308,7 +350,11 @@ def _state_in(folder: str | Path | None, d: BilinearQKDictionary, n_top: int) ->
 
 def _identity(d: BilinearQKDictionary, n_top: int) -> dict[str, Any]:
     of_map = {name: getattr(d.feature_map, name) for name in ("indices", "weights")}
-    of_halves = {name: tensor for name, tensor in d.state_dict().items() if not name.startswith("feature_map.")}
+    of_halves = {
+        name: tensor
+        for name, tensor in d.state_dict().items()
+        if not name.startswith("feature_map.")
+    }
     return {
         "model fingerprint": list(d.cfg.fingerprint),
         "attention": d.spec.to_dict(),

@@ -45,7 +45,15 @@ away, summed; anything x a reconstruction error (in kept form summed)."""
 
 _SUMS = ("masked", "error")
 
-COLUMNS = ("kind", "query_feature", "key_feature", "weight", "contribution", "pattern_effect", "attention_drop")
+COLUMNS = (
+    "kind",
+    "query_feature",
+    "key_feature",
+    "weight",
+    "contribution",
+    "pattern_effect",
+    "attention_drop",
+)
 
 
 class Marginals(NamedTuple):
@@ -110,19 +118,37 @@ class Attribution:
         d, terms, (head, _, j) = self.prompt.dictionary, self.terms, self.place
         here = terms.key_positions == j
         rows = terms.pairs(terms.query_features, terms.key_features[here])
-        a, b = (side.flatten() for side in torch.meshgrid(terms.query_features, terms.key_features[here], indexing="ij"))
+        a, b = (
+            side.flatten()
+            for side in torch.meshgrid(
+                terms.query_features, terms.key_features[here], indexing="ij"
+            )
+        )
         rows, no_error = rows.flatten(0, 1), (a <= d.cfg.d_query) & (b <= d.cfg.d_key)
-        m = terms.weights(d.feature_map, head)[:, here].flatten() if d.has_feature_map else torch.ones_like(rows[:, j])
+        m = (
+            terms.weights(d.feature_map, head)[:, here].flatten()
+            if d.has_feature_map
+            else torch.ones_like(rows[:, j])
+        )
         if form == "full":
             frame = self._measured(a, b, m.where(no_error, torch.nan), rows)
         else:
             kept = m > 0
             frame = self._measured(a[kept], b[kept], m[kept], m[kept, None] * rows[kept])
-            sums = torch.stack([((1 - m)[:, None] * rows)[no_error].sum(dim=0), rows[~no_error].sum(dim=0)])
-            beyond = torch.full_like(a[:2], d.cfg.d_query + 1), torch.full_like(b[:2], d.cfg.d_key + 1)
-            of_sums = self._measured(*beyond, torch.full_like(sums[:, j], torch.nan), sums).assign(kind=list(_SUMS))
+            sums = torch.stack(
+                [((1 - m)[:, None] * rows)[no_error].sum(dim=0), rows[~no_error].sum(dim=0)]
+            )
+            beyond = (
+                torch.full_like(a[:2], d.cfg.d_query + 1),
+                torch.full_like(b[:2], d.cfg.d_key + 1),
+            )
+            of_sums = self._measured(*beyond, torch.full_like(sums[:, j], torch.nan), sums).assign(
+                kind=list(_SUMS)
+            )
             frame = pd.concat([frame, of_sums])
-        return frame.sort_values("pattern_effect", key=abs, ascending=False, kind="stable", ignore_index=True)
+        return frame.sort_values(
+            "pattern_effect", key=abs, ascending=False, kind="stable", ignore_index=True
+        )
 
     def _checked(self, form: Form) -> Form:
         if form not in ("full", "kept"):
@@ -131,7 +157,9 @@ class Attribution:
             self.prompt.dictionary.require_feature_map()
         return form
 
-    def _measured(self, a: Tensor, b: Tensor, weight: Tensor, rows: Float[Tensor, "term pos"]) -> pd.DataFrame:
+    def _measured(
+        self, a: Tensor, b: Tensor, weight: Tensor, rows: Float[Tensor, "term pos"]
+    ) -> pd.DataFrame:
         """The frame of some terms; `rows`: each in the whole row of scores."""
         (head, i, j), cfg = self.place, self.prompt.dictionary.cfg
         scores, pattern = (t[head, i, : i + 1] for t in (self.prompt.scores, self.prompt.pattern))
@@ -159,13 +187,22 @@ class Attribution:
         frame = self._of_features(form)
         supporting = frame.query("pattern_effect > 0").nlargest(n, "pattern_effect")
         inhibiting = frame.query("pattern_effect < 0").nsmallest(n, "pattern_effect")
-        parts = {"both": [supporting, inhibiting], "supporting": [supporting], "inhibiting": [inhibiting]}[sign]
+        parts = {
+            "both": [supporting, inhibiting],
+            "supporting": [supporting],
+            "inhibiting": [inhibiting],
+        }[sign]
         return pd.concat(parts, ignore_index=True)
 
-    def triples(self, n: int = 10, sign: Sign = "supporting", form: Form | None = None) -> Int[Tensor, "pair 3"]:
+    def triples(
+        self, n: int = 10, sign: Sign = "supporting", form: Form | None = None
+    ) -> Int[Tensor, "pair 3"]:
         """The strongest pairs of `top` as (query feature, key feature, head), as `fwd_hooks` takes them."""
         top = self.top(n, sign, form).query("kind != 'constant'")
-        listed = [[a, b, self.place.head] for a, b in zip(top["query_feature"], top["key_feature"], strict=True)]
+        listed = [
+            [a, b, self.place.head]
+            for a, b in zip(top["query_feature"], top["key_feature"], strict=True)
+        ]
         return as_pairs(np.array(listed, dtype=np.int64).reshape(-1, 3))
 
     def _of_features(self, form: Form | None) -> pd.DataFrame:
@@ -174,7 +211,11 @@ class Attribution:
     def marginals(self, form: Form | None = None) -> Marginals:
         """What each query feature adds over all key features, and each key feature over all query features."""
         terms, (head, i, j) = self.terms, self.place
-        m, here, pattern = self._mask(form or self.form), terms.key_positions == j, self.prompt.pattern[head, i, : i + 1]
+        m, here, pattern = (
+            self._mask(form or self.form),
+            terms.key_positions == j,
+            self.prompt.pattern[head, i, : i + 1],
+        )
         listed, rest = (terms._replace(terms=terms.terms * factor) for factor in (m, 1 - m))
         tables = []
         for axis, features in ((1, terms.query_features), (0, terms.key_features[here])):
@@ -182,7 +223,10 @@ class Attribution:
                 some.row_effects(pattern, j) if axis else some.effects(pattern)[:, here].sum(dim=0)
                 for some in (listed, rest)
             )
-            n_terms, contributions = (m[:, here] > 0).sum(dim=axis), listed.terms[:, here].sum(dim=axis)
+            n_terms, contributions = (
+                (m[:, here] > 0).sum(dim=axis),
+                listed.terms[:, here].sum(dim=axis),
+            )
             rest_here = float(rest.terms[:, here].sum()), float(of_rest.sum())
             tables.append(_marginal_table(features, n_terms, contributions, effects, rest_here))
         return Marginals(*tables)
@@ -192,7 +236,9 @@ class Attribution:
         d, terms = self.prompt.dictionary, self.terms
         if self._checked(form) == "kept":
             return terms.weights(d.feature_map, self.place.head)
-        of_features = (terms.query_features <= d.cfg.d_query)[:, None] & (terms.key_features <= d.cfg.d_key)
+        of_features = (terms.query_features <= d.cfg.d_query)[:, None] & (
+            terms.key_features <= d.cfg.d_key
+        )
         return of_features.to(terms.terms.dtype)
 
     def parts(self, form: Form | None = None) -> pd.DataFrame:
@@ -226,7 +272,9 @@ class Attribution:
             "form": form or self.form,
             "parts": self.parts(form).to_dict("records"),
             "nodes": [
-                *queries.described({*listed["query_feature"], *query["feature"]}, self.prompt.words),
+                *queries.described(
+                    {*listed["query_feature"], *query["feature"]}, self.prompt.words
+                ),
                 *keys.described({*listed["key_feature"], *key["feature"]}, self.prompt.words),
             ],
             "qk_tracing_results": traced,
@@ -237,7 +285,11 @@ class Attribution:
         return json.dumps(self.to_dict(n, form), indent=indent)
 
     def check(
-        self, k: Iterable[int] = (1, 2, 5, 10), directions: Directions | None = None, n_controls: int = 32, seed: int = 0
+        self,
+        k: Iterable[int] = (1, 2, 5, 10),
+        directions: Directions | None = None,
+        n_controls: int = 32,
+        seed: int = 0,
     ) -> Check:
         """Is this the reason? Features leave the model's own x and W_Q and W_K say what remains.
 
@@ -255,15 +307,25 @@ class Attribution:
 
     def shown(self, n: int = 10, form: Form | None = None) -> RenderableType:
         """For rich: the score by kind of term, n supporting and n inhibiting terms, and the features behind them."""
-        made = self.prompt.made("feature_map" if self.form == "kept" else "transcoders")[tuple(self.place)]
+        made = self.prompt.made("feature_map" if self.form == "kept" else "transcoders")[
+            tuple(self.place)
+        ]
         parts = [
             Text(f"{self}; rebuilt from features {made:.3f}"),
             rich_table(self.parts(form), f"score {self.score:+.3f}, by kind of term"),
         ]
         for sign in ("supporting", "inhibiting"):
-            parts.append(rich_table(named_features(self.top(n, sign, form), self.prompt.dictionary.cfg), f"{sign} pairs"))
+            parts.append(
+                rich_table(
+                    named_features(self.top(n, sign, form), self.prompt.dictionary.cfg),
+                    f"{sign} pairs",
+                )
+            )
         for side, table in zip(("query", "key"), self.marginals(form), strict=True):
-            named = named_features(table.head(5).rename(columns={"feature": f"{side}_feature"}), self.prompt.dictionary.cfg)
+            named = named_features(
+                table.head(5).rename(columns={"feature": f"{side}_feature"}),
+                self.prompt.dictionary.cfg,
+            )
             parts.append(rich_table(named, f"{side} features over all their partners"))
         return Group(*parts)
 
@@ -271,7 +333,11 @@ class Attribution:
         return self.shown()
 
     def _repr_html_(self) -> str:
-        return html_table(named_features(self.top(10), self.prompt.dictionary.cfg), str(self), bars="pattern_effect")
+        return html_table(
+            named_features(self.top(10), self.prompt.dictionary.cfg),
+            str(self),
+            bars="pattern_effect",
+        )
 
 
 class Attributions(Sequence[Attribution]):
@@ -285,7 +351,9 @@ class Attributions(Sequence[Attribution]):
     @overload
     def __getitem__(self, index: slice) -> "Attributions": ...
     def __getitem__(self, index: int | slice) -> "Attribution | Attributions":
-        return Attributions(self._listed[index]) if isinstance(index, slice) else self._listed[index]
+        return (
+            Attributions(self._listed[index]) if isinstance(index, slice) else self._listed[index]
+        )
 
     def __len__(self) -> int:
         return len(self._listed)
@@ -313,7 +381,15 @@ class Attributions(Sequence[Attribution]):
             i, j = one.place[1:]
             words = {"query": one.prompt.words[i], "key": one.prompt.words[j]}
             parts = one.parts().set_index("kind")["pattern_effect"]
-            rows.append({**one.place._asdict(), **words, "score": one.score, "attention": one.attention, **parts})
+            rows.append(
+                {
+                    **one.place._asdict(),
+                    **words,
+                    "score": one.score,
+                    "attention": one.attention,
+                    **parts,
+                }
+            )
         return pd.DataFrame(rows)
 
     def __rich__(self) -> RenderableType:
@@ -328,7 +404,12 @@ Places = int | Sequence[int] | None
 
 @overload
 def attribute(
-    dictionary: BilinearQKDictionary, model: Model, tokens: str | Tensor | Prompt, head: int, query_pos: int, key_pos: int
+    dictionary: BilinearQKDictionary,
+    model: Model,
+    tokens: str | Tensor | Prompt,
+    head: int,
+    query_pos: int,
+    key_pos: int,
 ) -> Attribution: ...
 @overload
 def attribute(
@@ -375,7 +456,9 @@ def attribute(
         places = [prompt.place(h, i, j) for j in keys if j % n_pos <= i % n_pos]
         listed += [Attribution(prompt, place, terms) for place in places]
     if not listed:
-        raise ValueError(f"None of the keys {list(keys)[:5]} is at or before one of the queries {list(queries)[:5]}.")
+        raise ValueError(
+            f"None of the keys {list(keys)[:5]} is at or before one of the queries {list(queries)[:5]}."
+        )
     return Attributions(listed)
 
 
@@ -393,14 +476,21 @@ def overview(prompt: Prompt, query_pos: int = -1) -> pd.DataFrame:
     keys = rows[:, 1:].argmax(dim=1) + 1 if i else rows.argmax(dim=1)
     heads = torch.arange(len(rows), device=keys.device)
     columns = {
-        "head": heads, "to_first": rows[:, 0], "key_pos": keys,
-        "attention": rows[heads, keys], "rebuilt": made[heads, i, keys],
-    }  # fmt: skip
+        "head": heads,
+        "to_first": rows[:, 0],
+        "key_pos": keys,
+        "attention": rows[heads, keys],
+        "rebuilt": made[heads, i, keys],
+    }
     looks = pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
     looks.insert(3, "key", [prompt.words[key] for key in keys.tolist()])
     best = prompt.strongest(1, query_positions=[i]).query("pattern_effect > 0")
     best = best[["head", "key_pos", "query_feature", "key_feature", "pattern_effect"]]
-    return looks.merge(best.astype({"query_feature": "Int64", "key_feature": "Int64"}), how="left", on=["head", "key_pos"])
+    return looks.merge(
+        best.astype({"query_feature": "Int64", "key_feature": "Int64"}),
+        how="left",
+        on=["head", "key_pos"],
+    )
 
 
 class _Nodes(NamedTuple):
@@ -416,13 +506,18 @@ class _Nodes(NamedTuple):
         return f"{self.layer}{self.side[0]}_{feature}_{self.pos}"
 
     def listed(self, marginals: pd.DataFrame) -> list[list[Any]]:
-        return [[self.id(feature), c] for feature, c in zip(marginals["feature"], marginals["contribution"], strict=True)]
+        return [
+            [self.id(feature), c]
+            for feature, c in zip(marginals["feature"], marginals["contribution"], strict=True)
+        ]
 
     def described(self, features: set[Any], words: list[str]) -> list[dict[str, Any]]:
         return [
             {
                 "node_id": self.id(feature),
-                "feature_type": f"{self.side} constant" if feature == self.constant else f"{self.side} feature",
+                "feature_type": f"{self.side} constant"
+                if feature == self.constant
+                else f"{self.side} feature",
                 "layer": self.layer,
                 "feature": int(feature),
                 "ctx_idx": self.pos,
@@ -434,27 +529,47 @@ class _Nodes(NamedTuple):
 
 
 def _marginal_table(
-    features: Tensor, n_terms: Tensor, contributions: Tensor, effects: Tensor, rest: tuple[float, float]
+    features: Tensor,
+    n_terms: Tensor,
+    contributions: Tensor,
+    effects: Tensor,
+    rest: tuple[float, float],
 ) -> pd.DataFrame:
     """Features that have terms here or elsewhere in the row, and a row without a feature for the rest."""
-    columns = {"feature": features, "n_terms": n_terms, "contribution": contributions, "pattern_effect": effects}
-    frame = pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()}).astype({"feature": "Int64"})
+    columns = {
+        "feature": features,
+        "n_terms": n_terms,
+        "contribution": contributions,
+        "pattern_effect": effects,
+    }
+    frame = pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()}).astype(
+        {"feature": "Int64"}
+    )
     frame = frame.query("n_terms > 0 or pattern_effect != 0")
     frame.loc[-1] = [pd.NA, 0, *rest]
-    return frame.sort_values("pattern_effect", key=abs, ascending=False, kind="stable", ignore_index=True)
+    return frame.sort_values(
+        "pattern_effect", key=abs, ascending=False, kind="stable", ignore_index=True
+    )
 
 
 def _sums(frame: pd.DataFrame, by: str) -> pd.DataFrame:
     """Terms summed over a column, missing values included; the largest effect in size first."""
     sums = frame.groupby(by, dropna=False).agg(
-        n_terms=("kind", "size"), contribution=("contribution", "sum"), pattern_effect=("pattern_effect", "sum")
+        n_terms=("kind", "size"),
+        contribution=("contribution", "sum"),
+        pattern_effect=("pattern_effect", "sum"),
     )
     return sums.sort_values("pattern_effect", key=abs, ascending=False, kind="stable").reset_index()
 
 
 def _kinds(of_query: np.ndarray, of_key: np.ndarray) -> np.ndarray:
     """Kinds of terms from how far their features lie beyond the last one: 0 the constant, 1 the error."""
-    conditions = [(of_query > 0) | (of_key > 0), (of_query == 0) & (of_key == 0), of_query == 0, of_key == 0]
+    conditions = [
+        (of_query > 0) | (of_key > 0),
+        (of_query == 0) & (of_key == 0),
+        of_query == 0,
+        of_key == 0,
+    ]
     return np.select(conditions, ["error", "constant", "query_constant", "key_constant"], "pair")
 
 

@@ -51,7 +51,10 @@ class FeatureDirections(NamedTuple):
     @classmethod
     @torch.no_grad()
     def fit(
-        cls, encode: Callable[[Tensor], Tensor], rows: Iterable[Float[Tensor, "pos d_model"]], ridge: float = 1.0
+        cls,
+        encode: Callable[[Tensor], Tensor],
+        rows: Iterable[Float[Tensor, "pos d_model"]],
+        ridge: float = 1.0,
     ) -> "FeatureDirections":
         """Least squares in float64, with an intercept; every feature is shrunk by `ridge` typical firings at zero.
 
@@ -77,7 +80,9 @@ class FeatureDirections(NamedTuple):
             fired[live] += (some != 0).double().sum(dim=0)
             x_sum, n = x_sum + x.sum(dim=0), n + len(x)
         if not n:
-            raise ValueError("FeatureDirections.fit needs at least one row of layer inputs, got none.")
+            raise ValueError(
+                "FeatureDirections.fit needs at least one row of layer inputs, got none."
+            )
         penalty = ridge * gram.diagonal() / fired.clamp(min=1)
         penalty[fired == 0] = 1.0
         centred = gram - sums[:, None] * sums / n
@@ -91,11 +96,15 @@ class FeatureDirections(NamedTuple):
         """Features that can be removed or serve as controls: they fired in the fit, and are not always on."""
         return (self.rates > 0) & (self.rates <= ALWAYS_ON)
 
-    def components(self, acts: Float[Tensor, " d"], features: Int[Tensor, " n"]) -> Float[Tensor, "n d_model"]:
+    def components(
+        self, acts: Float[Tensor, " d"], features: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n d_model"]:
         """act_f d_f of each of the given features."""
         return acts[features, None] * self.directions[features]
 
-    def residual(self, x: Float[Tensor, "pos d_model"], acts: Float[Tensor, "pos d"]) -> Float[Tensor, "pos d_model"]:
+    def residual(
+        self, x: Float[Tensor, "pos d_model"], acts: Float[Tensor, "pos d"]
+    ) -> Float[Tensor, "pos d_model"]:
         """What the fit leaves of x."""
         return x - self.mean - acts @ self.directions
 
@@ -107,9 +116,16 @@ class Directions(NamedTuple):
     key: FeatureDirections
 
     @classmethod
-    def fit(cls, dictionary: BilinearQKDictionary, rows: Sequence[Float[Tensor, "pos d_model"]]) -> "Directions":
+    def fit(
+        cls, dictionary: BilinearQKDictionary, rows: Sequence[Float[Tensor, "pos d_model"]]
+    ) -> "Directions":
         """See `FeatureDirections.fit`; rows other than those to be explained."""
-        return cls(*(FeatureDirections.fit(encode, rows) for encode in (dictionary.encode_query, dictionary.encode_key)))
+        return cls(
+            *(
+                FeatureDirections.fit(encode, rows)
+                for encode in (dictionary.encode_query, dictionary.encode_key)
+            )
+        )
 
     @classmethod
     def from_own_text(
@@ -119,17 +135,34 @@ class Directions(NamedTuple):
 
         Half a minute on two cores for SmolLM2, once a dictionary.
         """
-        of_halves = {name: t for name, t in dictionary.state_dict().items() if not name.startswith("feature_map.")}
-        file = cache_folder() / "directions" / f"{digest(of_halves)[:24]}-{n_rows}x{n_pos}.safetensors"
+        of_halves = {
+            name: t
+            for name, t in dictionary.state_dict().items()
+            if not name.startswith("feature_map.")
+        }
+        file = (
+            cache_folder() / "directions" / f"{digest(of_halves)[:24]}-{n_rows}x{n_pos}.safetensors"
+        )
         if file.is_file():
             stored = load_file(file, device=str(dictionary.device))
-            sides = ([stored[f"{side}.{name}"] for name in FeatureDirections._fields] for side in cls._fields)
+            sides = (
+                [stored[f"{side}.{name}"] for name in FeatureDirections._fields]
+                for side in cls._fields
+            )
             return cls(*(FeatureDirections(*tensors) for tensors in sides))
-        logger.info("fitting where features lie in the layer's input, on %d tokens; kept in %s", n_rows * n_pos, file)
+        logger.info(
+            "fitting where features lie in the layer's input, on %d tokens; kept in %s",
+            n_rows * n_pos,
+            file,
+        )
         tokens = token_rows(model, "", "text", n_rows, n_pos)
         inputs = [layer_inputs(model, dictionary.cfg.layer, batch) for batch in tokens.split(8)]
         made = cls.fit(dictionary, list(torch.cat(inputs).to(dictionary.device, dictionary.dtype)))
-        tensors = {f"{side}.{name}": t for side, fit in made._asdict().items() for name, t in fit._asdict().items()}
+        tensors = {
+            f"{side}.{name}": t
+            for side, fit in made._asdict().items()
+            for name, t in fit._asdict().items()
+        }
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(f".{os.getpid()}")
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
@@ -144,7 +177,9 @@ class ScoreRow:
         x: the layer's input up to and including the query.
     """
 
-    def __init__(self, weights: QKWeights, spec: AttentionSpec, x: Float[Tensor, "pos d_model"], head: int):
+    def __init__(
+        self, weights: QKWeights, spec: AttentionSpec, x: Float[Tensor, "pos d_model"], head: int
+    ):
         self._weights, self._spec, self._head = weights, spec, head
         self._positions = torch.arange(len(x), device=x.device)
         self._query = self._queries(x[-1:])
@@ -152,12 +187,16 @@ class ScoreRow:
         self.scores: Float[Tensor, " pos"] = (self._query @ self._keys.T)[0]
         self.pattern: Float[Tensor, " pos"] = self.scores.softmax(dim=-1)
 
-    def edited(self, side: Side, key_pos: int, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n pos"]:
+    def edited(
+        self, side: Side, key_pos: int, x: Float[Tensor, "n d_model"]
+    ) -> Float[Tensor, "n pos"]:
         """The row with each of n other inputs at the query, or at one key."""
         if side == "query":
             return self._queries(x) @ self._keys.T
         scores = self.scores.repeat(len(x), 1)
-        scores[:, key_pos] = self._keys_of(x, self._positions[key_pos].expand(len(x))) @ self._query[0]
+        scores[:, key_pos] = (
+            self._keys_of(x, self._positions[key_pos].expand(len(x))) @ self._query[0]
+        )
         return scores
 
     def _queries(self, x: Tensor) -> Tensor:
@@ -165,7 +204,9 @@ class ScoreRow:
         return _rotated(vectors, self._spec, self._positions[-1].expand(len(x)))
 
     def _keys_of(self, x: Tensor, positions: Tensor) -> Tensor:
-        return _rotated(self._weights.keys(x)[:, self._head // self._spec.heads_per_kv], self._spec, positions)
+        return _rotated(
+            self._weights.keys(x)[:, self._head // self._spec.heads_per_kv], self._spec, positions
+        )
 
 
 class Errors(NamedTuple):
@@ -208,16 +249,30 @@ class ScoreTerms(NamedTuple):
             errors: makes the sum of all terms the model's own score.
         """
         spec = dictionary.spec
-        query_acts, key_acts = with_constant(query_acts[None, None])[0, 0], with_constant(key_acts[None])[0]
-        W_Q, W_K = (W[:, at] for W, at in zip(dictionary.decoders, (head, head // spec.heads_per_kv), strict=True))
+        query_acts, key_acts = (
+            with_constant(query_acts[None, None])[0, 0],
+            with_constant(key_acts[None])[0],
+        )
+        W_Q, W_K = (
+            W[:, at]
+            for W, at in zip(dictionary.decoders, (head, head // spec.heads_per_kv), strict=True)
+        )
         a, (at, b) = query_acts.nonzero()[:, 0], key_acts.nonzero().unbind(dim=1)
         queries, keys = W_Q[a] * query_acts[a, None], W_K[b] * key_acts[at, b][:, None]
         if errors is not None:
-            a, queries = torch.cat([a, a.new_tensor([len(W_Q)])]), torch.cat([queries, errors.query[None]])
-            at, b = torch.cat([at, torch.arange(len(key_acts))]), torch.cat([b, b.new_full((len(key_acts),), len(W_K))])
+            a, queries = (
+                torch.cat([a, a.new_tensor([len(W_Q)])]),
+                torch.cat([queries, errors.query[None]]),
+            )
+            at, b = (
+                torch.cat([at, torch.arange(len(key_acts))]),
+                torch.cat([b, b.new_full((len(key_acts),), len(W_K))]),
+            )
             order = at.argsort(stable=True)
             at, b, keys = at[order], b[order], torch.cat([keys, errors.keys])[order]
-        terms = _rotated(queries * spec.scale, spec, at[-1].expand(len(a))) @ _rotated(keys, spec, at).T
+        terms = (
+            _rotated(queries * spec.scale, spec, at[-1].expand(len(a))) @ _rotated(keys, spec, at).T
+        )
         made = cls(a, b, at, terms, len(key_acts))
         return made if kept is None else made._replace(terms=terms * made.weights(kept, head))
 
@@ -244,12 +299,20 @@ class ScoreTerms(NamedTuple):
     @property
     def scores(self) -> Float[Tensor, " pos"]:
         """Sum of all terms: the dictionary's row of scores."""
-        return self.terms.new_zeros(self.n_pos).index_add(0, self.key_positions, self.terms.sum(dim=0))
+        return self.terms.new_zeros(self.n_pos).index_add(
+            0, self.key_positions, self.terms.sum(dim=0)
+        )
 
     def active(self, side: Side, key_pos: int, usable: Bool[Tensor, " d"]) -> Int[Tensor, " n"]:
         """Usable features active at the query, or at this key."""
-        features = self.query_features if side == "query" else self.key_features[self.key_positions == key_pos]
-        return features[torch.nn.functional.pad(usable, (0, 2))[features]]  # neither constants nor errors
+        features = (
+            self.query_features
+            if side == "query"
+            else self.key_features[self.key_positions == key_pos]
+        )
+        return features[
+            torch.nn.functional.pad(usable, (0, 2))[features]
+        ]  # neither constants nor errors
 
     def rows(self, side: Side, key_pos: int, features: Int[Tensor, " n"]) -> Float[Tensor, "n pos"]:
         """For each feature active at the query, or at this key: the sum of all its terms there, in the whole row."""
@@ -258,19 +321,30 @@ class ScoreTerms(NamedTuple):
             of_features = self.terms[torch.searchsorted(self.query_features, features)]
             return rows.index_add(1, self.key_positions, of_features)
         here = (self.key_positions == key_pos).nonzero()[:, 0]
-        rows[:, key_pos] = self.terms[:, here[torch.searchsorted(self.key_features[here], features)]].sum(dim=0)
+        rows[:, key_pos] = self.terms[
+            :, here[torch.searchsorted(self.key_features[here], features)]
+        ].sum(dim=0)
         return rows
 
-    def pairs(self, query_features: Int[Tensor, " a"], key_features: Int[Tensor, " b"]) -> Float[Tensor, "a b pos"]:
+    def pairs(
+        self, query_features: Int[Tensor, " a"], key_features: Int[Tensor, " b"]
+    ) -> Float[Tensor, "a b pos"]:
         """c of each pair in the whole row, wherever its key feature is active; both lists sorted."""
         rows = self.terms.new_zeros(len(query_features), len(key_features), self.n_pos)
         listed = torch.isin(self.key_features, key_features).nonzero()[:, 0]
-        b, at = torch.searchsorted(key_features, self.key_features[listed]), self.key_positions[listed]
-        rows[:, b, at] = self.terms[torch.searchsorted(self.query_features, query_features)][:, listed]
+        b, at = (
+            torch.searchsorted(key_features, self.key_features[listed]),
+            self.key_positions[listed],
+        )
+        rows[:, b, at] = self.terms[torch.searchsorted(self.query_features, query_features)][
+            :, listed
+        ]
         return rows
 
 
-def pattern_effect(rows: Float[Tensor, "*n pos"], pattern: Float[Tensor, " pos"], key_pos: int) -> Float[Tensor, "*n"]:
+def pattern_effect(
+    rows: Float[Tensor, "*n pos"], pattern: Float[Tensor, " pos"], key_pos: int
+) -> Float[Tensor, "*n"]:
     """c[j] - sum_j' P[j'] c[j'], the derivative of log P[j] along the term."""
     return rows[..., key_pos] - (rows * pattern).sum(dim=-1)
 
@@ -283,7 +357,9 @@ class Change(NamedTuple):
     score_drop: Float[Tensor, " n"]
 
     @classmethod
-    def of(cls, scores: Float[Tensor, " pos"], edited: Float[Tensor, "n pos"], key_pos: int) -> "Change":
+    def of(
+        cls, scores: Float[Tensor, " pos"], edited: Float[Tensor, "n pos"], key_pos: int
+    ) -> "Change":
         clean, pattern = scores.softmax(dim=-1), edited.softmax(dim=-1)
         return cls(
             (pattern - clean).abs().sum(dim=-1) / 2,
@@ -306,10 +382,17 @@ class Place(NamedTuple):
         return self.components.norm(dim=1)
 
     def remove(
-        self, row: ScoreRow, x: Float[Tensor, " d_model"], side: Side, key_pos: int, factors: Float[Tensor, "removal n"]
+        self,
+        row: ScoreRow,
+        x: Float[Tensor, " d_model"],
+        side: Side,
+        key_pos: int,
+        factors: Float[Tensor, "removal n"],
     ) -> tuple[Float[Tensor, "removal pos"], Float[Tensor, "removal pos"]]:
         """Measured and predicted scores after each removal; x: the input at the place."""
-        return row.edited(side, key_pos, x - factors @ self.components), row.scores - factors @ self.rows
+        return row.edited(
+            side, key_pos, x - factors @ self.components
+        ), row.scores - factors @ self.rows
 
 
 def best_first(values: Float[Tensor, " n"], positive: bool = False) -> Int[Tensor, " listed"]:
@@ -334,7 +417,9 @@ def top_features(listed: Int[Tensor, " listed"], k: int, n: int) -> Bool[Tensor,
 CONTROLS = ("other", "matched", "rescaled")
 
 
-def control_removals(place: Place, top: Bool[Tensor, " n"], generator: torch.Generator) -> dict[str, Float[Tensor, " n"]]:
+def control_removals(
+    place: Place, top: Bool[Tensor, " n"], generator: torch.Generator
+) -> dict[str, Float[Tensor, " n"]]:
     """Removals of features active at the same place and outside the top ones.
 
     Returns:

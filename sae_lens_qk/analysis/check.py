@@ -66,7 +66,11 @@ class Check(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        return {True: "holds", False: "does not hold", None: "cannot be judged: too few other features"}[self.holds]
+        return {
+            True: "holds",
+            False: "does not hold",
+            None: "cannot be judged: too few other features",
+        }[self.holds]
 
     def __str__(self) -> str:
         head, i, j = self.place
@@ -78,7 +82,9 @@ class Check(NamedTuple):
         return Group(rich_table(self.table, title), f"the explanation {self.verdict}")
 
     def _repr_html_(self) -> str:
-        return html_table(self.table, f"features leave the model's own input: the explanation {self.verdict}")
+        return html_table(
+            self.table, f"features leave the model's own input: the explanation {self.verdict}"
+        )
 
 
 @torch.no_grad()
@@ -112,8 +118,16 @@ def check(
         names, factors = _removals(named.removable, named.top, n_controls, generator)
         measured, predicted = named.removable.remove(row, named.x, named.side, j, factors)
         change, expected = (Change.of(row.scores, scores, j) for scores in (measured, predicted))
-        record = {"ranking": named.ranking, "side": named.side, "k": named.k, "n_features": int(named.top.sum())}
-        record |= {"predicted": float(expected.score_drop[0]), "score_drop": float(change.score_drop[0])}
+        record = {
+            "ranking": named.ranking,
+            "side": named.side,
+            "k": named.k,
+            "n_features": int(named.top.sum()),
+        }
+        record |= {
+            "predicted": float(expected.score_drop[0]),
+            "score_drop": float(change.score_drop[0]),
+        }
         record["attention_drop"] = float(change.weight_drop[0])
         records.append(record | _against_controls(names, change.score_drop))
     columns = ["ranking", "side", "k", "n_features", "predicted", "score_drop", "attention_drop"]
@@ -140,15 +154,23 @@ def named_removals(
     """Both sides, both rankings and every k of which there are enough; see the module."""
     head, i, j = place
     pattern = prompt.pattern[head, i, : i + 1]
-    features = {side: terms.active(side, j, fit.usable) for side, fit in zip(SIDES, directions, strict=True)}
+    features = {
+        side: terms.active(side, j, fit.usable) for side, fit in zip(SIDES, directions, strict=True)
+    }
     pairs = best_pairs(pattern_effect(terms.pairs(*features.values()), pattern, j), positive=True)
     for side, fit, of_pairs in zip(SIDES, directions, pairs.T, strict=True):
-        x, acts = (prompt.x[i], prompt.query_acts[i]) if side == "query" else (prompt.x[j], prompt.key_acts[j])
+        x, acts = (
+            (prompt.x[i], prompt.query_acts[i])
+            if side == "query"
+            else (prompt.x[j], prompt.key_acts[j])
+        )
         removable = Place(fit.components(acts, features[side]), terms.rows(side, j, features[side]))
         of_features = best_first(pattern_effect(removable.rows, pattern, j), positive=True)
         for (ranking, best), k in product((("features", of_features), ("pairs", of_pairs)), ks):
             if k <= len(best):
-                yield NamedRemoval(side, ranking, k, x, removable, top_features(best, k, len(features[side])))
+                yield NamedRemoval(
+                    side, ranking, k, x, removable, top_features(best, k, len(features[side]))
+                )
 
 
 def _removals(
@@ -166,8 +188,13 @@ def _removals(
 
 def _against_controls(names: list[str], drops: Float[Tensor, " removal"]) -> dict[str, Any]:
     """Mean drop of each control, the share of random draws beaten, and the verdict."""
-    by_name = {name: [drop for at, drop in zip(names, drops.tolist(), strict=True) if at == name] for name in CONTROLS}
-    means = {name: sum(listed) / len(listed) if listed else math.nan for name, listed in by_name.items()}
+    by_name = {
+        name: [drop for at, drop in zip(names, drops.tolist(), strict=True) if at == name]
+        for name in CONTROLS
+    }
+    means = {
+        name: sum(listed) / len(listed) if listed else math.nan for name, listed in by_name.items()
+    }
     of_top, random = float(drops[0]), by_name["other"] + by_name["rescaled"]
     if not by_name["other"]:
         return {**means, "beaten": math.nan, "holds": None}

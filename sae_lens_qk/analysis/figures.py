@@ -48,7 +48,9 @@ def pattern_triptych(
     Raises:
         ValueError: shapes that differ, or another number of words or heads.
     """
-    true, made = (pattern.detach().float().cpu().reshape(-1, *pattern.shape[-2:]) for pattern in (true, made))
+    true, made = (
+        pattern.detach().float().cpu().reshape(-1, *pattern.shape[-2:]) for pattern in (true, made)
+    )
     numbers = [heads] if isinstance(heads, int) else list(heads or [])
     n_heads, n_pos, _ = true.shape
     if true.shape != made.shape or len(words) != n_pos or len(numbers) not in (0, n_heads):
@@ -78,7 +80,8 @@ def pattern_triptych(
 
 
 def density_histogram(
-    densities_query: Sequence[float] | np.ndarray | pd.Series, densities_key: Sequence[float] | np.ndarray | pd.Series
+    densities_query: Sequence[float] | np.ndarray | pd.Series,
+    densities_key: Sequence[float] | np.ndarray | pd.Series,
 ) -> "matplotlib.figure.Figure":
     """How often features fire: a histogram over the logarithm of the density, the dead ones counted in the legend.
 
@@ -91,7 +94,9 @@ def density_histogram(
     sides = {"query": np.asarray(densities_query, float), "key": np.asarray(densities_key, float)}
     together = np.concatenate(list(sides.values()))
     if not ((together >= 0) & (together <= 1)).all() or not together.any():
-        raise ValueError("Densities are shares of tokens in [0, 1], and some feature must fire: look at what was passed.")
+        raise ValueError(
+            "Densities are shares of tokens in [0, 1], and some feature must fire: look at what was passed."
+        )
     lowest = min(-1.0, np.floor(np.log10(together[together > 0].min()) * 4) / 4)
     bins = 10.0 ** np.arange(lowest, 0.25, 0.25)  # four a decade
     figure = _figure(COLUMN, 2.3)
@@ -124,9 +129,21 @@ def recovery_bars(evaluation: Evaluation | Mapping[str, Any]) -> "matplotlib.fig
     panels = figure.subplots(1, len(figures), sharey=True)
     for ax, (name, title) in zip(panels, figures.items(), strict=True):
         _plain(ax, title, "")
-        intervals = [source[name] or dict.fromkeys(("value", "low", "high"), np.nan) for source in sources.values()]
-        value, low, high = (np.array([interval[end] for interval in intervals]) for end in ("value", "low", "high"))
-        ax.errorbar(value, rows, xerr=[value - low, high - value], fmt="none", ecolor="black", elinewidth=0.8)
+        intervals = [
+            source[name] or dict.fromkeys(("value", "low", "high"), np.nan)
+            for source in sources.values()
+        ]
+        value, low, high = (
+            np.array([interval[end] for interval in intervals]) for end in ("value", "low", "high")
+        )
+        ax.errorbar(
+            value,
+            rows,
+            xerr=[value - low, high - value],
+            fmt="none",
+            ecolor="black",
+            elinewidth=0.8,
+        )
         if name == "pattern_kl":  # from a hundredth to some nats
             ax.scatter(value, rows, s=16, color=colours)
             ax.set_xscale("log")
@@ -140,7 +157,9 @@ def recovery_bars(evaluation: Evaluation | Mapping[str, Any]) -> "matplotlib.fig
     return figure
 
 
-def kl_against_pairs(table: pd.DataFrame, lines: Mapping[str, float] | None = None) -> "matplotlib.figure.Figure":
+def kl_against_pairs(
+    table: pd.DataFrame, lines: Mapping[str, float] | None = None
+) -> "matplotlib.figure.Figure":
     """Pattern KL against the number of pairs, one curve a dictionary.
 
     Args:
@@ -151,21 +170,34 @@ def kl_against_pairs(table: pd.DataFrame, lines: Mapping[str, float] | None = No
     """
     missing = {"dictionary", "n_pairs", "pattern_kl"} - set(table.columns)
     if missing:
-        raise ValueError(f"The table needs columns dictionary, n_pairs and pattern_kl; there is no {sorted(missing)[0]}.")
+        raise ValueError(
+            f"The table needs columns dictionary, n_pairs and pattern_kl; there is no {sorted(missing)[0]}."
+        )
     figure = _figure(COLUMN, 2.6)
     ax = _plain(figure.subplots(), "kept pairs", "pattern KL (nats)")
     drawn = []
     for n, (name, rows) in enumerate(table.groupby("dictionary", sort=False)):
         rows = rows.sort_values("n_pairs")
-        style = {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)], "markersize": 4, "linewidth": 1}
+        style = {
+            "color": COLOURS[n % len(COLOURS)],
+            "marker": MARKERS[n % len(MARKERS)],
+            "markersize": 4,
+            "linewidth": 1,
+        }
         ends = None
         if {"low", "high"} <= set(rows.columns):
             ends = [rows["pattern_kl"] - rows["low"], rows["high"] - rows["pattern_kl"]]
         label = _escaped(str(name))
-        drawn.append(ax.errorbar(rows["n_pairs"], rows["pattern_kl"], yerr=ends, elinewidth=0.8, label=label, **style))
+        drawn.append(
+            ax.errorbar(
+                rows["n_pairs"], rows["pattern_kl"], yerr=ends, elinewidth=0.8, label=label, **style
+            )
+        )
     for n, (name, value) in enumerate((lines or {}).items()):
         style = ("--", ":", "-.")[n % 3]
-        drawn.append(ax.axhline(value, color=GREY, linestyle=style, linewidth=1, label=_escaped(name)))
+        drawn.append(
+            ax.axhline(value, color=GREY, linestyle=style, linewidth=1, label=_escaped(name))
+        )
     ax.set_xscale("log")
     values = [*table["pattern_kl"], *(lines or {}).values()]
     if max(values) > 10 * min(values) > 0:
@@ -191,14 +223,20 @@ def offset_kernel(
         ValueError: no pair or more than seven, another number of labels, or pairs out of range.
     """
     listed = as_pairs(pairs).tolist()
-    labels = [_pair_name(d, *pair) for pair in listed] if labels is None else [_escaped(label) for label in labels]
+    labels = (
+        [_pair_name(d, *pair) for pair in listed]
+        if labels is None
+        else [_escaped(label) for label in labels]
+    )
     if not 0 < len(listed) <= len(COLOURS) or len(labels) != len(listed):
         raise ValueError(
             f"offset_kernel draws 1 to {len(COLOURS)} pairs, with a label each, got {len(listed)} and {len(labels)} labels."
         )
     curves = d.pair_kernel(listed, range(n_offsets)).float().cpu().numpy()
     figure = _figure(COLUMN, 2.6)
-    ax = _plain(figure.subplots(), "offset (query − key position)", "score per unit of both activations")
+    ax = _plain(
+        figure.subplots(), "offset (query − key position)", "score per unit of both activations"
+    )
     ax.axhline(0, color=GREY, linewidth=0.6)
     for curve, colour, label in zip(curves, COLOURS, labels, strict=False):
         ax.plot(curve, color=colour, linewidth=1, label=label)
@@ -218,7 +256,9 @@ def _figure(
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("Figures need matplotlib: pip install sae-lens-qk[figures]") from error
+        raise ModuleNotFoundError(
+            "Figures need matplotlib: pip install sae-lens-qk[figures]"
+        ) from error
     return Figure(figsize=(width, height), layout=layout, dpi=200)
 
 
@@ -233,12 +273,21 @@ def _plain(ax: Any, x_label: str, y_label: str) -> Any:
 
 def _legend(figure: Any, **handles: Any) -> None:
     """Above the panel, where it hides nothing."""
-    figure.legend(loc="outside upper center", ncols=2, fontsize=FONT_SIZE - 1, frameon=False, columnspacing=1.2, **handles)
+    figure.legend(
+        loc="outside upper center",
+        ncols=2,
+        fontsize=FONT_SIZE - 1,
+        frameon=False,
+        columnspacing=1.2,
+        **handles,
+    )
 
 
 def _colour_bar(ax: Any, extend: str) -> None:
     """Of a panel, in its corner of future keys."""
-    bar = ax.figure.colorbar(ax.images[0], cax=ax.inset_axes((0.72, 0.5, 0.04, 0.45)), extend=extend)
+    bar = ax.figure.colorbar(
+        ax.images[0], cax=ax.inset_axes((0.72, 0.5, 0.04, 0.45)), extend=extend
+    )
     bar.ax.tick_params(labelsize=FONT_SIZE - 1, width=0.5, length=2)
     bar.outline.set_visible(False)
 

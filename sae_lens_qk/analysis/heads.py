@@ -29,7 +29,9 @@ from sae_lens_qk.host import QKWeights
 _PAIR = ["query_feature", "key_feature"]
 
 
-def pair_energies(d: BilinearQKDictionary, constants: bool = True, without: pd.DataFrame | None = None) -> pd.DataFrame:
+def pair_energies(
+    d: BilinearQKDictionary, constants: bool = True, without: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """Kept pairs that carry something, with what dropping each costs.
 
     Args:
@@ -72,15 +74,21 @@ def head_table(d: BilinearQKDictionary, pairs: pd.DataFrame | None = None) -> pd
     of_query, of_key = (pairs[name].to_numpy() for name in _PAIR)
     constant_query, constant_key = of_query == d.cfg.d_query, of_key == d.cfg.d_key
     listed = pairs.assign(
-        query_constant=constant_query, query_features=np.where(constant_query, np.nan, of_query),
-        key_constant=constant_key, key_features=np.where(constant_key, np.nan, of_key),
-    )  # fmt: skip
+        query_constant=constant_query,
+        query_features=np.where(constant_query, np.nan, of_query),
+        key_constant=constant_key,
+        key_features=np.where(constant_key, np.nan, of_key),
+    )
     by_head = listed.groupby("head").agg(
-        pairs=("energy", "size"), query_constant=("query_constant", "sum"), key_constant=("key_constant", "sum"),
-        query_features=("query_features", "nunique"), key_features=("key_features", "nunique"), energy=("energy", "sum"),
+        pairs=("energy", "size"),
+        query_constant=("query_constant", "sum"),
+        key_constant=("key_constant", "sum"),
+        query_features=("query_features", "nunique"),
+        key_features=("key_features", "nunique"),
+        energy=("energy", "sum"),
         top_1_percent=("energy", lambda energy: _top_share(energy, 0.01)),
         top_10_percent=("energy", lambda energy: _top_share(energy, 0.1)),
-    )  # fmt: skip
+    )
     return by_head.reindex(pd.RangeIndex(d.spec.n_heads, name="head"), fill_value=0).reset_index()
 
 
@@ -98,14 +106,24 @@ def participation(d: BilinearQKDictionary, pairs: pd.DataFrame | None = None) ->
         leading_share (of the energy) and energy (sum over heads), largest energy first.
     """
     pairs = pair_energies(d) if pairs is None else pairs
-    listed = pairs.assign(squared=pairs["energy"].to_numpy() ** 2).sort_values("energy", ascending=False, kind="stable")
+    listed = pairs.assign(squared=pairs["energy"].to_numpy() ** 2).sort_values(
+        "energy", ascending=False, kind="stable"
+    )
     table = listed.groupby(_PAIR, as_index=False).agg(
-        heads=("head", "size"), leading_head=("head", "first"), leading=("energy", "first"),
-        energy=("energy", "sum"), squared=("squared", "sum"),
-    )  # fmt: skip
-    table = table.assign(participation=table.eval("energy ** 2 / squared"), leading_share=table.eval("leading / energy"))
+        heads=("head", "size"),
+        leading_head=("head", "first"),
+        leading=("energy", "first"),
+        energy=("energy", "sum"),
+        squared=("squared", "sum"),
+    )
+    table = table.assign(
+        participation=table.eval("energy ** 2 / squared"),
+        leading_share=table.eval("leading / energy"),
+    )
     columns = [*_PAIR, "heads", "participation", "leading_head", "leading_share", "energy"]
-    return table.reindex(columns=columns).sort_values("energy", ascending=False, kind="stable", ignore_index=True)
+    return table.reindex(columns=columns).sort_values(
+        "energy", ascending=False, kind="stable", ignore_index=True
+    )
 
 
 def superposition(served: pd.DataFrame) -> pd.DataFrame:
@@ -117,9 +135,15 @@ def superposition(served: pd.DataFrame) -> pd.DataFrame:
         heads_served from 1 to the largest number of heads, combinations (how many (query feature, key feature)),
         share_of_combinations and share_of_energy.
     """
-    bins, energy = served["participation"].to_numpy().round().astype(int), served["energy"].to_numpy()
+    bins, energy = (
+        served["participation"].to_numpy().round().astype(int),
+        served["energy"].to_numpy(),
+    )
     n_bins = served["heads"].to_numpy().max() + 1
-    combinations, energies = np.bincount(bins, minlength=n_bins)[1:], np.bincount(bins, energy, n_bins)[1:]
+    combinations, energies = (
+        np.bincount(bins, minlength=n_bins)[1:],
+        np.bincount(bins, energy, n_bins)[1:],
+    )
     return pd.DataFrame(
         {
             "heads_served": np.arange(1, n_bins),
@@ -140,13 +164,20 @@ def shared_reasons(d: BilinearQKDictionary, pairs: pd.DataFrame | None = None) -
     """
     pairs = pair_energies(d) if pairs is None else pairs
     heads = pd.RangeIndex(d.spec.n_heads, name="head")
-    energies = pairs.pivot(index=_PAIR, columns="head", values="energy").reindex(columns=heads).fillna(0.0).to_numpy()
+    energies = (
+        pairs.pivot(index=_PAIR, columns="head", values="energy")
+        .reindex(columns=heads)
+        .fillna(0.0)
+        .to_numpy()
+    )
     sums = energies.sum(axis=0)
     vectors = np.sqrt(energies / np.where(sums > 0, sums, np.nan))
     return pd.DataFrame(vectors.T @ vectors, index=heads, columns=heads)
 
 
-def shared_pairs(d: BilinearQKDictionary, head_a: int, head_b: int, pairs: pd.DataFrame | None = None) -> pd.DataFrame:
+def shared_pairs(
+    d: BilinearQKDictionary, head_a: int, head_b: int, pairs: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """Pairs kept in two heads, those that make the heads most alike first.
 
     Args:
@@ -162,7 +193,9 @@ def shared_pairs(d: BilinearQKDictionary, head_a: int, head_b: int, pairs: pd.Da
         raise ValueError(f"heads must lie in [0, {d.spec.n_heads - 1}], got {head_a} and {head_b}.")
     pairs = pair_energies(d) if pairs is None else pairs
     columns = [*_PAIR, "energy", "effect"]
-    of_a, of_b = (pairs.query(f"head == {head}").reindex(columns=columns) for head in (head_a, head_b))
+    of_a, of_b = (
+        pairs.query(f"head == {head}").reindex(columns=columns) for head in (head_a, head_b)
+    )
     both = of_a.merge(of_b, on=_PAIR, suffixes=("_a", "_b"))
     size = math.sqrt(of_a["energy"].to_numpy().sum() * of_b["energy"].to_numpy().sum())
     both.insert(2, "similarity", both.eval("sqrt(energy_a * energy_b)") / size)
@@ -187,7 +220,10 @@ def dense_features(statistics: ActivationStatistics, threshold: float = 0.1) -> 
 
 @torch.no_grad()
 def first_token_features(
-    d: BilinearQKDictionary, batches: Iterable[Batch], least_rate: float = 0.95, least_share: float = 0.5
+    d: BilinearQKDictionary,
+    batches: Iterable[Batch],
+    least_rate: float = 0.95,
+    least_share: float = 0.5,
 ) -> pd.DataFrame:
     """Key features that stand for the first token: they fire there in nearly every row, and hardly anywhere else.
 
@@ -204,10 +240,14 @@ def first_token_features(
         ValueError: no rows of two positions or more.
     """
     n_rows, n_other = 0, 0
-    fired, activation = torch.zeros(2, 2, d.cfg.d_key, dtype=torch.float64)  # at position 0, elsewhere
+    fired, activation = torch.zeros(
+        2, 2, d.cfg.d_key, dtype=torch.float64
+    )  # at position 0, elsewhere
     for _, x in batches:
         acts = d.encode_key(x.to(d.device)).double().cpu()
-        fired += torch.stack([(some > 0).double().sum(dim=(0, 1)) for some in (acts[:, :1], acts[:, 1:])])
+        fired += torch.stack(
+            [(some > 0).double().sum(dim=(0, 1)) for some in (acts[:, :1], acts[:, 1:])]
+        )
         activation += torch.stack([some.sum(dim=(0, 1)) for some in (acts[:, :1], acts[:, 1:])])
         n_rows, n_other = n_rows + len(x), n_other + len(x) * (x.shape[1] - 1)
     _require_rows(n_other)
@@ -268,7 +308,9 @@ def first_token_contributions(
             "other_activation": sums[2].numpy() / n_queries,
         }
     )
-    return table.query("contribution != 0").sort_values("contribution", ascending=False, kind="stable", ignore_index=True)
+    return table.query("contribution != 0").sort_values(
+        "contribution", ascending=False, kind="stable", ignore_index=True
+    )
 
 
 class FirstTokenUse(NamedTuple):
@@ -321,15 +363,24 @@ def first_token_use(
         n_queries += x.shape[0] * (x.shape[1] - 1)
     _require_rows(n_queries)
     figures = sums / n_queries
-    tables = [_use_table(d, removed, figures[[0, 1, n]]) for n, removed in enumerate(removals, start=2)]
-    alone = [table.assign(key_feature=feature) for feature, table in zip(features, tables[:-1], strict=True)]
+    tables = [
+        _use_table(d, removed, figures[[0, 1, n]]) for n, removed in enumerate(removals, start=2)
+    ]
+    alone = [
+        table.assign(key_feature=feature)
+        for feature, table in zip(features, tables[:-1], strict=True)
+    ]
     by_feature = pd.concat(alone or [tables[-1][:0].assign(key_feature=0)], ignore_index=True)
-    return FirstTokenUse(by_feature.reindex(columns=["key_feature", *tables[-1].columns]), tables[-1])
+    return FirstTokenUse(
+        by_feature.reindex(columns=["key_feature", *tables[-1].columns]), tables[-1]
+    )
 
 
 def _require_rows(n_later_positions: int) -> None:
     if not n_later_positions:
-        raise ValueError("`batches` gave no rows of two positions or more: it was empty, or an iterator used before.")
+        raise ValueError(
+            "`batches` gave no rows of two positions or more: it was empty, or an iterator used before."
+        )
 
 
 def _terms(
@@ -355,13 +406,19 @@ def _first_key(scores: Float[Tensor, "batch head pos_q pos_k"]) -> Float[Tensor,
     first, n_other = scores[:, :, 1:, 0], torch.arange(1, scores.shape[-1], device=scores.device)
     others = (scores.tril().sum(dim=-1)[:, :, 1:] - first) / n_other
     pattern = pattern_from_scores(scores)[:, :, 1:, 0]
-    return torch.stack([figure.double().sum(dim=(0, 2)) for figure in (first - others, pattern)]).cpu()
+    return torch.stack(
+        [figure.double().sum(dim=(0, 2)) for figure in (first - others, pattern)]
+    ).cpu()
 
 
-def _use_table(d: BilinearQKDictionary, removed: list[int], figures: Float[Tensor, "3 2 head"]) -> pd.DataFrame:
+def _use_table(
+    d: BilinearQKDictionary, removed: list[int], figures: Float[Tensor, "3 2 head"]
+) -> pd.DataFrame:
     """Rows of `FirstTokenUse.heads`; figures: advantage and attention in truth, as made, and without the features."""
     heads = d.feature_map.restrict(key_features=removed).indices[:, 2].cpu()
-    (_, attention_true), (advantage, attention_made), (advantage_without, attention_without) = figures.numpy()
+    (_, attention_true), (advantage, attention_made), (advantage_without, attention_without) = (
+        figures.numpy()
+    )
     return pd.DataFrame(
         {
             "head": np.arange(d.spec.n_heads),

@@ -28,7 +28,15 @@ from sae_lens_qk.analysis.ioi_scan import HeadScan, scan_heads
 from sae_lens_qk.analysis.prompt import Prompt
 from sae_lens_qk.attention import attention_scores, pattern_from_scores
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.host import Hooks, LayerReplay, Model, hook_names, input_completion, layer_inputs, qk_weights
+from sae_lens_qk.host import (
+    Hooks,
+    LayerReplay,
+    Model,
+    hook_names,
+    input_completion,
+    layer_inputs,
+    qk_weights,
+)
 from sae_lens_qk.patching import PatchSource, check_model, pattern_hooks
 
 MEASURES = ("attention_io", "attention_s1", "attention_s2", "logit_difference")
@@ -38,7 +46,9 @@ _PAIR = ["query_feature", "key_feature", "head"]
 
 
 @torch.no_grad()
-def role_features(dictionary: BilinearQKDictionary, model: Model, batches: Sequence[IOIPrompts]) -> pd.DataFrame:
+def role_features(
+    dictionary: BilinearQKDictionary, model: Model, batches: Sequence[IOIPrompts]
+) -> pd.DataFrame:
     """How often features fire at END (query) and at the names (key): what prompts, orders and twins tell apart.
 
     Returns:
@@ -50,7 +60,13 @@ def role_features(dictionary: BilinearQKDictionary, model: Model, batches: Seque
         batch = clean if kind == "clean" else clean.twin(kind)
         x = layer_inputs(model, dictionary.cfg.layer, batch.tokens)
         at_names = dictionary.encode_key(x.take_along_dim(batch.positions[..., None], dim=1))
-        roles = dict(zip(("end", *get_args(Name)), (dictionary.encode_query(x[:, -1]), *at_names.unbind(1)), strict=True))
+        roles = dict(
+            zip(
+                ("end", *get_args(Name)),
+                (dictionary.encode_query(x[:, -1]), *at_names.unbind(1)),
+                strict=True,
+            )
+        )
         for (role, values), order in product(roles.items(), get_args(Order)):
             of_order = (clean.io_pos < clean.s1_pos) == (order == "ABBA")
             acts.setdefault((kind, order, role), []).append(values[of_order])
@@ -63,8 +79,15 @@ def role_features(dictionary: BilinearQKDictionary, model: Model, batches: Seque
             "active": (values > 0).float().mean(dim=0)[features],
             "mean": values.mean(dim=0)[features],
         }
-        where = {"prompts": kind, "order": order, "side": "query" if role == "end" else "key", "role": role}
-        frames.append(pd.DataFrame({**where, **{name: column.numpy() for name, column in columns.items()}}))
+        where = {
+            "prompts": kind,
+            "order": order,
+            "side": "query" if role == "end" else "key",
+            "role": role,
+        }
+        frames.append(
+            pd.DataFrame({**where, **{name: column.numpy() for name, column in columns.items()}})
+        )
     return pd.concat(frames, ignore_index=True)
 
 
@@ -96,25 +119,35 @@ def name_pairs(
                 "contribution": terms.terms[:, here],
                 "pattern_effect": terms.effects(prompt.pattern[head, -1])[:, here],
             }
-            frame = pd.DataFrame({column: value.flatten().cpu().numpy() for column, value in values.items()})
+            frame = pd.DataFrame(
+                {column: value.flatten().cpu().numpy() for column, value in values.items()}
+            )
             frames.append(frame.assign(head=head, name=name, active=1.0))
     listed, means = pd.concat(frames), ["active", "contribution", "pattern_effect"]
     made = _grouped(listed, ["head", "name", "query_feature", "key_feature"], means, "sum")
     made[means] /= n_prompts
     found = d.feature_map.find(made[_PAIR].to_numpy()).cpu().numpy()
-    weights = np.append(d.feature_map.weights.float().cpu().numpy(), 0.0)  # found is -1 where a pair is not kept
+    weights = np.append(
+        d.feature_map.weights.float().cpu().numpy(), 0.0
+    )  # found is -1 where a pair is not kept
     made.insert(4, "weight", weights[found])
-    return made.sort_values(["head", "name", "pattern_effect"], ascending=[True, True, False], ignore_index=True)
+    return made.sort_values(
+        ["head", "name", "pattern_effect"], ascending=[True, True, False], ignore_index=True
+    )
 
 
-def top_pairs(pairs: pd.DataFrame, head: int, name: Name, active: float = 0.0) -> Int[Tensor, "pair 3"]:
+def top_pairs(
+    pairs: pd.DataFrame, head: int, name: Name, active: float = 0.0
+) -> Int[Tensor, "pair 3"]:
     """The kept pairs that support a head's attention to a name on the mean, the largest pattern effect first.
 
     Args:
         pairs: of `name_pairs`.
         active: on this share of prompts at least.
     """
-    listed = pairs.query("head == @head and name == @name and weight > 0 and active >= @active and pattern_effect > 0")
+    listed = pairs.query(
+        "head == @head and name == @name and weight > 0 and active >= @active and pattern_effect > 0"
+    )
     listed = listed.sort_values("pattern_effect", ascending=False, kind="stable")
     return torch.from_numpy(listed[_PAIR].to_numpy(dtype=np.int64))
 
@@ -128,7 +161,9 @@ def _prompts(
             yield Prompt.of(d, model, tokens), dict(zip(get_args(Name), positions, strict=True))
 
 
-def _grouped(frame: pd.DataFrame, by: list[str], columns: list[str], what: Literal["mean", "sum"] = "mean") -> pd.DataFrame:
+def _grouped(
+    frame: pd.DataFrame, by: list[str], columns: list[str], what: Literal["mean", "sum"] = "mean"
+) -> pd.DataFrame:
     """Columns by group, groups in order of appearance."""
     made: Any = frame.groupby(by, sort=False)[columns].agg(what)
     return made.reset_index()
@@ -138,9 +173,15 @@ class _Replay:
     """A batch run once, and its upper layers again and again with another pattern in one layer; x: the layer's input."""
 
     def __init__(self, model: Model, layer: int, batch: IOIPrompts):
-        self.batch, self._names, self._replay = batch, hook_names(model, layer), LayerReplay(model, layer)
+        self.batch, self._names, self._replay = (
+            batch,
+            hook_names(model, layer),
+            LayerReplay(model, layer),
+        )
         _, seen = self._replay.record(batch.tokens, [self._names.input])
-        self.x: Float[Tensor, "prompt pos d_model"] = input_completion(model, layer)(seen[self._names.input])
+        self.x: Float[Tensor, "prompt pos d_model"] = input_completion(model, layer)(
+            seen[self._names.input]
+        )
 
     def measures(self, head: int, hooks: Hooks) -> Float[Tensor, "prompt measure"]:
         """`MEASURES` under hooks."""
@@ -148,7 +189,11 @@ class _Replay:
         record = self._names.pattern, lambda pattern, hook: seen.update(row=pattern[:, head, -1])
         logits = self._replay.run([*hooks, record], slice(-1, None))[:, 0]
         attention = seen["row"].gather(1, self.batch.positions)
-        return torch.cat([attention, self.batch.logit_difference(logits)[:, None]], dim=1).float().cpu()
+        return (
+            torch.cat([attention, self.batch.logit_difference(logits)[:, None]], dim=1)
+            .float()
+            .cpu()
+        )
 
 
 @torch.no_grad()
@@ -188,7 +233,11 @@ def pair_ablations(
 
 
 def _ablations(
-    best: Int[Tensor, "pair 3"], frequent: Int[Tensor, "some 3"], ks: Sequence[int], n_controls: int, seed: int
+    best: Int[Tensor, "pair 3"],
+    frequent: Int[Tensor, "some 3"],
+    ks: Sequence[int],
+    n_controls: int,
+    seed: int,
 ) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Condition, k, and what `fwd_hooks` is given."""
     generator = torch.Generator().manual_seed(seed)
@@ -237,7 +286,12 @@ def feature_removals(
                 for what, edit in _edits(prompt, head, positions[name], directions, ks, generator):
                     edits.setdefault(what, {})[number] = edit
             for what, by_prompt in edits.items():
-                hooks = _row_hooks(model, dictionary.cfg.layer, head, {n: edit.row for n, edit in by_prompt.items()})
+                hooks = _row_hooks(
+                    model,
+                    dictionary.cfg.layer,
+                    head,
+                    {n: edit.row for n, edit in by_prompt.items()},
+                )
                 drops = (clean - replay.measures(head, hooks)).tolist()
                 for number, edit in by_prompt.items():
                     drop = {
@@ -246,7 +300,9 @@ def feature_removals(
                         "logit_drop": drops[number][-1],
                     }
                     place = dict(zip(("side", "ranking", "k", "condition"), what, strict=True))
-                    records.append({"prompt": n_before + number, "head": head, "name": name, **place, **drop})
+                    records.append(
+                        {"prompt": n_before + number, "head": head, "name": name, **place, **drop}
+                    )
         n_before += len(prompts)
     return pd.DataFrame(records)
 
@@ -259,7 +315,12 @@ class _Edit(NamedTuple):
 
 
 def _edits(
-    prompt: Prompt, head: int, j: int, directions: Directions, ks: Sequence[int], generator: torch.Generator
+    prompt: Prompt,
+    head: int,
+    j: int,
+    directions: Directions,
+    ks: Sequence[int],
+    generator: torch.Generator,
 ) -> Iterator[tuple[tuple[str, str, int, str], _Edit]]:
     """All removals that exist for one prompt, head and key, by side, ranking, k and condition."""
     place = prompt.place(head, -1, j)
@@ -268,13 +329,17 @@ def _edits(
     for named in named_removals(prompt, place, terms, ks, directions):
         removals = {"top": named.top.to(named.removable.rows.dtype)}
         removals |= control_removals(named.removable, named.top, generator)
-        measured, predicted = named.removable.remove(row, named.x, named.side, j, torch.stack(list(removals.values())))
+        measured, predicted = named.removable.remove(
+            row, named.x, named.side, j, torch.stack(list(removals.values()))
+        )
         for condition, scores, expected in zip(removals, measured, predicted, strict=True):
             edit = _Edit(scores.softmax(dim=-1), float(expected.softmax(dim=-1)[j]))
             yield (named.side, named.ranking, named.k, condition), edit
 
 
-def _row_hooks(model: Model, layer: int, head: int, rows: Mapping[int, Float[Tensor, " pos"]]) -> Hooks:
+def _row_hooks(
+    model: Model, layer: int, head: int, rows: Mapping[int, Float[Tensor, " pos"]]
+) -> Hooks:
     """Hooks that replace a head's last pattern row in some prompts of a batch."""
     numbers, replaced = list(rows), torch.stack(list(rows.values()))
 
@@ -297,7 +362,9 @@ def removal_summary(removals: pd.DataFrame) -> pd.DataFrame:
     what = ["head", "name", "side", "ranking", "k"]
     top = removals.query("condition == 'top'").drop(columns="condition")
     controls = removals.query("condition != 'top'").drop(columns="predicted_drop")
-    of_control = {name: f"control_{name}" for name in ("attention_drop", "logit_drop")} | {"condition": "control"}
+    of_control = {name: f"control_{name}" for name in ("attention_drop", "logit_drop")} | {
+        "condition": "control"
+    }
     both = top.merge(controls.rename(columns=of_control), on=["prompt", *what]).assign(n=1)
     both["wins"] = both["attention_drop"] > both["control_attention_drop"]
     means = [name for name in both.columns if name.endswith("_drop")]
@@ -307,7 +374,10 @@ def removal_summary(removals: pd.DataFrame) -> pd.DataFrame:
 
 @torch.no_grad()
 def twin_patterns(
-    dictionary: BilinearQKDictionary, model: Model, batches: Sequence[IOIPrompts], heads: Sequence[int]
+    dictionary: BilinearQKDictionary,
+    model: Model,
+    batches: Sequence[IOIPrompts],
+    heads: Sequence[int],
 ) -> pd.DataFrame:
     """Prompts and their corrupted twins: what heads attend to by themselves and as rebuilt, and what follows.
 
@@ -329,7 +399,13 @@ def twin_patterns(
                 hooks = [] if source == "model" else d.fwd_hooks(model, source=source, heads=[head])
                 numbers = n_before + np.arange(len(batch.tokens))
                 order = np.where((clean.io_pos < clean.s1_pos).cpu(), *get_args(Order))
-                where = {"prompt": numbers, "order": order, "prompts": kind, "head": head, "source": source}
+                where = {
+                    "prompt": numbers,
+                    "order": order,
+                    "prompts": kind,
+                    "head": head,
+                    "source": source,
+                }
                 frame = pd.DataFrame(where)
                 frame[list(MEASURES)] = replay.measures(head, hooks).numpy()
                 frames.append(frame.assign(preference=preference[:, head].float().cpu().numpy()))
@@ -342,12 +418,17 @@ def _preferences(
 ) -> dict[PatchSource, Float[Tensor, "prompt head"]]:
     """s[END, IO] - s[END, S1] of every head, the model's own and as rebuilt."""
     weights = qk_weights(model, d.cfg.layer)
-    scores: dict[PatchSource, Tensor] = {"model": attention_scores(weights.queries(x), weights.keys(x), d.spec)}
+    scores: dict[PatchSource, Tensor] = {
+        "model": attention_scores(weights.queries(x), weights.keys(x), d.spec)
+    }
     scores["transcoders"] = d.scores(x)
     if d.has_feature_map:
         scores["feature_map"] = d.scores(x, "feature_map")
     at = torch.stack([batch.s1_pos, batch.io_pos], dim=1)[:, None]
-    return {name: made[:, :, -1].take_along_dim(at, dim=2).diff(dim=2)[..., 0] for name, made in scores.items()}
+    return {
+        name: made[:, :, -1].take_along_dim(at, dim=2).diff(dim=2)[..., 0]
+        for name, made in scores.items()
+    }
 
 
 def twin_summary(twins: pd.DataFrame) -> pd.DataFrame:
@@ -364,7 +445,10 @@ def twin_summary(twins: pd.DataFrame) -> pd.DataFrame:
     own = both.query("source == 'model'")[["prompt", "head", "prompts", "change"]]
     both = both.merge(own, on=["prompt", "head", "prompts"], suffixes=("", "_own"))
     group = ["head", "prompts", "source"]
-    made, groups = _grouped(both, group, [*MEASURES, "preference", "change"]), list(both.groupby(group, sort=False))
+    made, groups = (
+        _grouped(both, group, [*MEASURES, "preference", "change"]),
+        list(both.groupby(group, sort=False)),
+    )
     made["pearson"] = [float(of[["change", "change_own"]].corr().iloc[0, 1]) for _, of in groups]  # type: ignore[arg-type]
     return made
 
@@ -400,8 +484,12 @@ class IOIResult(NamedTuple):
             "removals": removal_summary(self.removals),
             "twins": twin_summary(self.twins),
         }
-        figures = {name: value for name, value in self.scan._asdict().items() if isinstance(value, float)}
-        records = {name: json.loads(str(table.to_json(orient="records"))) for name, table in tables.items()}
+        figures = {
+            name: value for name, value in self.scan._asdict().items() if isinstance(value, float)
+        }
+        records = {
+            name: json.loads(str(table.to_json(orient="records"))) for name, table in tables.items()
+        }
         return {
             "n_prompts": self.n_prompts,
             "targets": {str(h): name for h, name in self.targets.items()},
@@ -431,7 +519,10 @@ def study_ioi(
     """
     check_model(dictionary, model)
     to_choose, to_measure = (
-        [batch.to(dictionary.device) for batch in ioi_prompts(model.tokenizer, n_prompts, number, **prompts)]
+        [
+            batch.to(dictionary.device)
+            for batch in ioi_prompts(model.tokenizer, n_prompts, number, **prompts)
+        ]
         for number in (seed + 1, seed)
     )
     fitted = Directions.from_own_text(dictionary, model) if directions is None else directions

@@ -30,14 +30,25 @@ TEMPLATES = (
     "Then, {first} and {second} had a long argument, and afterwards {subject} said to",
     "Afterwards, {first} and {second} went to the {place}. {subject} gave a {object} to",
     "The {place} {first} and {second} went to had a {object}. {subject} gave it to",
-)  # fmt: skip
+)
 NAMES = tuple(
     """Mary John Tom James Dan Martin Sarah Michael David Laura Alice Bob Anna Peter Paul Mark Emily Kate Jack Henry George
     Robert Lucy Emma Simon Adam Rachel Amy Lisa Jane Susan Helen Alex Steven Kevin Brian Eric Ryan Daniel Thomas William
     Richard Charles Joseph Edward Frank Jason Matthew Andrew Joshua Nicole Jessica Jennifer Elizabeth Linda Karen Nancy
     Margaret Ruth Sharon Michelle Carol Amanda Melissa Stephanie Rebecca Angela Anne Max Sam Ben""".split()
 )
-PLACES = ("store", "garden", "restaurant", "school", "hospital", "office", "house", "station", "park", "market")
+PLACES = (
+    "store",
+    "garden",
+    "restaurant",
+    "school",
+    "hospital",
+    "office",
+    "house",
+    "station",
+    "park",
+    "market",
+)
 OBJECTS = ("ring", "bone", "drink", "book", "gift", "computer", "snack", "pen", "letter", "ball")
 
 
@@ -71,7 +82,11 @@ class IOIPrompts(NamedTuple):
         at = self.io_pos if kind == "other_io" else self.s2_pos
         names = self.io_token if kind == "swapped" else self.third_token
         twin = self._replace(tokens=self.tokens.scatter(1, at[:, None], names[:, None]))
-        return twin._replace(io_token=self.third_token, third_token=self.io_token) if kind == "other_io" else twin
+        return (
+            twin._replace(io_token=self.third_token, third_token=self.io_token)
+            if kind == "other_io"
+            else twin
+        )
 
     @property
     def positions(self) -> Int[Tensor, "prompt name"]:
@@ -79,7 +94,9 @@ class IOIPrompts(NamedTuple):
         return torch.stack([self.io_pos, self.s1_pos, self.s2_pos], dim=1)
 
     def logit_difference(self, logits: Float[Tensor, "prompt d_vocab"]) -> Float[Tensor, " prompt"]:
-        return (logits.gather(1, self.io_token[:, None]) - logits.gather(1, self.s_token[:, None]))[:, 0]
+        return (logits.gather(1, self.io_token[:, None]) - logits.gather(1, self.s_token[:, None]))[
+            :, 0
+        ]
 
 
 def ioi_prompts(
@@ -108,11 +125,20 @@ def ioi_prompts(
     """
     usable = {}
     for kind, words, least in (("names", names, 3), ("places", places, 1), ("objects", objects, 1)):
-        usable[kind] = [word for word in dict.fromkeys(words) if len(_ids(tokenizer, f" {word}")) == 1]
+        usable[kind] = [
+            word for word in dict.fromkeys(words) if len(_ids(tokenizer, f" {word}")) == 1
+        ]
         if len(usable[kind]) < len(words):
-            logger.info("%d of %d %s are not one token each", len(words) - len(usable[kind]), len(words), kind)
+            logger.info(
+                "%d of %d %s are not one token each",
+                len(words) - len(usable[kind]),
+                len(words),
+                kind,
+            )
         if len(usable[kind]) < least:
-            raise ValueError(f"At least {least} of the {kind} must be one token after a space, got {usable[kind]}.")
+            raise ValueError(
+                f"At least {least} of the {kind} must be one token after a space, got {usable[kind]}."
+            )
     if tokenizer.bos_token_id is None:
         raise ValueError("The tokenizer has no BOS token: set tokenizer.bos_token.")
     rng, by_length = random.Random(seed), {}
@@ -122,16 +148,24 @@ def ioi_prompts(
         io, s, third = rng.sample(usable["names"], 3)
         first, second = (io, s) if order == "ABBA" else (s, io)
         text = template.format(
-            first=first, second=second, subject=s, place=rng.choice(usable["places"]), object=rng.choice(usable["objects"])
+            first=first,
+            second=second,
+            subject=s,
+            place=rng.choice(usable["places"]),
+            object=rng.choice(usable["objects"]),
         )
         ids = [tokenizer.bos_token_id, *_ids(tokenizer, text)]
         io_id, s_id, third_id = (_ids(tokenizer, f" {name}")[0] for name in (io, s, third))
         if (ids.count(io_id), ids.count(s_id), ids.count(third_id)) != (1, 2, 0):
-            raise ValueError(f"Each name must follow a space and stand for itself alone, got the template {template!r}.")
+            raise ValueError(
+                f"Each name must follow a space and stand for itself alone, got the template {template!r}."
+            )
         s1 = ids.index(s_id)
         row = ids, ids.index(io_id), s1, ids.index(s_id, s1 + 1), io_id, s_id, third_id
         by_length.setdefault(len(ids), []).append(row)
-    return [IOIPrompts(*map(torch.tensor, zip(*by_length[n], strict=True))) for n in sorted(by_length)]
+    return [
+        IOIPrompts(*map(torch.tensor, zip(*by_length[n], strict=True))) for n in sorted(by_length)
+    ]
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -70,17 +70,38 @@ def scan_heads(model: Model, batches: Sequence[IOIPrompts], n_names: int = 32) -
         HostMismatchError: the parts do not add up to the model's own logit difference.
     """
     scanned = [_Scanned.of(model, batch) for batch in batches]
-    means = _Scanned(*(torch.cat(of_batches).float().mean(dim=0).cpu() for of_batches in zip(*scanned, strict=True)))
+    means = _Scanned(
+        *(
+            torch.cat(of_batches).float().mean(dim=0).cpu()
+            for of_batches in zip(*scanned, strict=True)
+        )
+    )
     correct = torch.cat([batch.difference > 0 for batch in scanned]).float().mean()
-    at = pd.MultiIndex.from_product([range(n) for n in means.effects.shape], names=["layer", "head"])
-    heads = pd.DataFrame(means.attention.flatten(0, 1).numpy(), at, ["attention_io", "attention_s1", "attention_s2"])
+    at = pd.MultiIndex.from_product(
+        [range(n) for n in means.effects.shape], names=["layer", "head"]
+    )
+    heads = pd.DataFrame(
+        means.attention.flatten(0, 1).numpy(), at, ["attention_io", "attention_s1", "attention_s2"]
+    )
     heads["direct_effect"] = means.effects.flatten().numpy()
-    heads[["copy_score", "negative_copy_score"]] = copy_scores(model, batches, n_names).flatten(0, 1).cpu().numpy()
-    of_layers = [(part, layer) for layer in range(n_layers(model)) for part in ("heads", "attention_bias", "mlp")]
-    parts = pd.DataFrame([("embedding", None), ("constant", None), *of_layers], columns=["part", "layer"])
+    heads[["copy_score", "negative_copy_score"]] = (
+        copy_scores(model, batches, n_names).flatten(0, 1).cpu().numpy()
+    )
+    of_layers = [
+        (part, layer)
+        for layer in range(n_layers(model))
+        for part in ("heads", "attention_bias", "mlp")
+    ]
+    parts = pd.DataFrame(
+        [("embedding", None), ("constant", None), *of_layers], columns=["part", "layer"]
+    )
     parts["direct_effect"] = means.parts.numpy()
     return HeadScan(
-        heads.reset_index(), parts.astype({"layer": "Int64"}), float(means.difference), float(correct), float(means.first)
+        heads.reset_index(),
+        parts.astype({"layer": "Int64"}),
+        float(means.difference),
+        float(correct),
+        float(means.first),
     )
 
 
@@ -98,20 +119,35 @@ class _Scanned(NamedTuple):
     @classmethod
     def of(cls, model: Model, batch: IOIPrompts) -> "_Scanned":
         layers = range(n_layers(model))
-        names, weights = [residual_names(model, layer) for layer in layers], [ov_weights(model, layer) for layer in layers]
+        names, weights = (
+            [residual_names(model, layer) for layer in layers],
+            [ov_weights(model, layer) for layer in layers],
+        )
         patterns = [hook_names(model, layer).pattern for layer in layers]
-        wanted = [names[0].resid_pre, *patterns, *(name for layer in names for name in (layer.z, layer.mlp_out))]
+        wanted = [
+            names[0].resid_pre,
+            *patterns,
+            *(name for layer in names for name in (layer.z, layer.mlp_out)),
+        ]
         logits, seen = run_recording(model, batch.tokens, wanted)
         rows = torch.stack([seen[name][:, :, -1] for name in patterns], dim=1)
         embedding, biases = seen[names[0].resid_pre][:, -1], torch.stack([W.b_O for W in weights])
-        written = [torch.einsum("nhd,hdm->nhm", seen[at.z][:, -1], W.W_O) for at, W in zip(names, weights, strict=True)]
+        written = [
+            torch.einsum("nhd,hdm->nhm", seen[at.z][:, -1], W.W_O)
+            for at, W in zip(names, weights, strict=True)
+        ]
         of_heads = torch.stack(written, dim=1)  # [prompt, layer, head, d_model]
         of_mlps = torch.stack([seen[at.mlp_out][:, -1] for at in names], dim=1)
         residual = embedding + of_heads.sum(dim=(1, 2)) + biases.sum(dim=0) + of_mlps.sum(dim=1)
         u, constants = logit_directions(model, residual, batch.io_token, batch.s_token)
-        effects, mlps = torch.einsum("nlhm,nm->nlh", of_heads, u), torch.einsum("nlm,nm->nl", of_mlps, u)
+        effects, mlps = (
+            torch.einsum("nlhm,nm->nlh", of_heads, u),
+            torch.einsum("nlm,nm->nl", of_mlps, u),
+        )
         of_layers = torch.stack([effects.sum(dim=2), u @ biases.T, mlps], dim=2).flatten(1)
-        parts = torch.cat([(embedding * u).sum(dim=1, keepdim=True), constants[:, None], of_layers], dim=1)
+        parts = torch.cat(
+            [(embedding * u).sum(dim=1, keepdim=True), constants[:, None], of_layers], dim=1
+        )
         own = batch.logit_difference(logits[:, -1])
         if not torch.allclose(parts.sum(dim=1), own, rtol=_TOLERANCE, atol=_TOLERANCE):
             raise HostMismatchError(
@@ -119,11 +155,15 @@ class _Scanned(NamedTuple):
                 f"{own[:3].tolist()}: it writes to its residual stream in a way this package does not compute."
             )
         first = logits[:, -1].argmax(dim=-1) == batch.io_token
-        return cls(rows.take_along_dim(batch.positions[:, None, None], dim=3), effects, parts, own, first)
+        return cls(
+            rows.take_along_dim(batch.positions[:, None, None], dim=3), effects, parts, own, first
+        )
 
 
 @torch.no_grad()
-def copy_scores(model: Model, batches: Sequence[IOIPrompts], n_names: int = 32) -> Float[Tensor, "layer head 2"]:
+def copy_scores(
+    model: Model, batches: Sequence[IOIPrompts], n_names: int = 32
+) -> Float[Tensor, "layer head 2"]:
     """Copy score and negative copy score of every head, in [0, 1]; see the module.
 
     The residual stream passes the norm before the head's layer and, after W_O, the final norm; biases of W_V and W_O play no

@@ -15,7 +15,15 @@ from torch import Tensor
 from sae_lens_qk.analysis.causal import Directions, Errors, ScoreRow, ScoreTerms
 from sae_lens_qk.analysis.show import html_pattern
 from sae_lens_qk.dictionary import BilinearQKDictionary, Source
-from sae_lens_qk.host import Model, QKWeights, check_attention_call, hook_names, input_completion, qk_weights, run_recording
+from sae_lens_qk.host import (
+    Model,
+    QKWeights,
+    check_attention_call,
+    hook_names,
+    input_completion,
+    qk_weights,
+    run_recording,
+)
 from sae_lens_qk.patching import check_model
 
 _READABLE = 48
@@ -66,18 +74,33 @@ class Prompt:
             FingerprintError, UnsupportedModelError: the model is not the dictionary's, or does what is not computed here.
         """
         check_model(dictionary, model)
-        listed = model.to_tokens(tokens) if isinstance(tokens, str) else tokens.reshape(-1, tokens.shape[-1])
+        listed = (
+            model.to_tokens(tokens)
+            if isinstance(tokens, str)
+            else tokens.reshape(-1, tokens.shape[-1])
+        )
         if len(listed) != 1:
-            raise ValueError(f"A prompt is one sequence, tokens [pos] or [1, pos], got shape {list(listed.shape)}.")
+            raise ValueError(
+                f"A prompt is one sequence, tokens [pos] or [1, pos], got shape {list(listed.shape)}."
+            )
         layer, dtype = dictionary.cfg.layer, dictionary.dtype
         names = hook_names(model, layer)
-        _, seen = run_recording(model, listed, [names.input, names.scores, names.pattern], stop_at_layer=layer + 1)
+        _, seen = run_recording(
+            model, listed, [names.input, names.scores, names.pattern], stop_at_layer=layer + 1
+        )
         x = input_completion(model, layer)(seen[names.input])
         check_attention_call(x, seen[names.scores])
-        x, scores, pattern = (t[0].float().to(dictionary.device) for t in (x, seen[names.scores], seen[names.pattern]))
-        query_acts, key_acts = dictionary.encode_query(x.to(dtype)).float(), dictionary.encode_key(x.to(dtype)).float()
+        x, scores, pattern = (
+            t[0].float().to(dictionary.device) for t in (x, seen[names.scores], seen[names.pattern])
+        )
+        query_acts, key_acts = (
+            dictionary.encode_query(x.to(dtype)).float(),
+            dictionary.encode_key(x.to(dtype)).float(),
+        )
         words = [str(word) for word in model.to_str_tokens(listed[0])]
-        return cls(dictionary, model, listed[0].cpu(), words, x, scores, pattern, query_acts, key_acts)
+        return cls(
+            dictionary, model, listed[0].cpu(), words, x, scores, pattern, query_acts, key_acts
+        )
 
     @torch.no_grad()
     def made(self, source: Source = "feature_map") -> Float[Tensor, "head pos_q pos_k"]:
@@ -96,13 +119,18 @@ class Prompt:
 
     @cached_property
     @torch.no_grad()
-    def _missed(self) -> tuple[Float[Tensor, "pos head d_head"], Float[Tensor, "pos kv_head d_head"]]:
+    def _missed(
+        self,
+    ) -> tuple[Float[Tensor, "pos head d_head"], Float[Tensor, "pos kv_head d_head"]]:
         """q - q_hat and k - k_hat."""
         d = self.dictionary
-        q_hat, k_hat = d.query.decode(self.query_acts.to(d.dtype)), d.key.decode(self.key_acts.to(d.dtype))
-        return self.weights.queries(self.x) - d.spec.split_queries(q_hat), self.weights.keys(self.x) - d.spec.split_keys(
-            k_hat
+        q_hat, k_hat = (
+            d.query.decode(self.query_acts.to(d.dtype)),
+            d.key.decode(self.key_acts.to(d.dtype)),
         )
+        return self.weights.queries(self.x) - d.spec.split_queries(q_hat), self.weights.keys(
+            self.x
+        ) - d.spec.split_keys(k_hat)
 
     def _repr_html_(self) -> str:
         """Every head's pattern, the model's and rebuilt; of long prompts the tokens alone."""
@@ -120,7 +148,9 @@ class Prompt:
         queries, keys = self._missed
         upto, kv_head = slice(query_pos + 1), head // self.dictionary.spec.heads_per_kv
         errors = Errors(queries[query_pos, head], keys[upto, kv_head])
-        return ScoreTerms.of(self.dictionary, self.query_acts[query_pos], self.key_acts[upto], head, errors=errors)
+        return ScoreTerms.of(
+            self.dictionary, self.query_acts[query_pos], self.key_acts[upto], head, errors=errors
+        )
 
     def score_row(self, head: int, query_pos: int) -> ScoreRow:
         """One row of scores, to be measured again after edits of x."""
@@ -156,13 +186,20 @@ class Prompt:
                 raise
         found = [at for at, word in enumerate(self.words) if word.strip() == token.strip()]
         if len(found) != 1:
-            several = f"stands at {found[:5]}: give a position" if found else f"is not among {self.words[:20]}"
+            several = (
+                f"stands at {found[:5]}: give a position"
+                if found
+                else f"is not among {self.words[:20]}"
+            )
             raise ValueError(f"The token {token!r} {several}.")
         return found[0]
 
     @torch.no_grad()
     def strongest(
-        self, n: int, heads: Sequence[int] | None = None, query_positions: Sequence[int] | None = None
+        self,
+        n: int,
+        heads: Sequence[int] | None = None,
+        query_positions: Sequence[int] | None = None,
     ) -> pd.DataFrame:
         """The pairs behind attention weights: of each cell the n best supporters and the n best inhibitors.
 
@@ -179,11 +216,19 @@ class Prompt:
             range(d.spec.n_heads) if heads is None else heads,
             range(len(self.tokens)) if query_positions is None else query_positions,
         )
-        listed = pd.concat([self._row_frame(head, self.place(head, i, 0).query_pos) for head, i in wanted])
+        listed = pd.concat(
+            [self._row_frame(head, self.place(head, i, 0).query_pos) for head, i in wanted]
+        )
         cells = ["head", "query_pos", "key_pos"]
         listed = listed.sort_values([*cells, "pattern_effect"], ascending=[True, True, True, False])
-        supporting, inhibiting = listed.query("pattern_effect > 0"), listed.query("pattern_effect < 0")
-        return pd.concat([supporting.groupby(cells).head(n), inhibiting.groupby(cells).tail(n)], ignore_index=True)
+        supporting, inhibiting = (
+            listed.query("pattern_effect > 0"),
+            listed.query("pattern_effect < 0"),
+        )
+        return pd.concat(
+            [supporting.groupby(cells).head(n), inhibiting.groupby(cells).tail(n)],
+            ignore_index=True,
+        )
 
     def _row_frame(self, head: int, query_pos: int) -> pd.DataFrame:
         """The kept terms of one row of scores; columns as `strongest`."""

@@ -64,7 +64,11 @@ def html_pattern(pattern: Float[Tensor, "pos_q pos_k"], words: Sequence[str], ca
         cells = []
         for j, weight in enumerate(row[: i + 1]):
             title = html.escape(f"{words[i]!r} ({i}) to {words[j]!r} ({j}): {weight:.3f}")
-            cells.append(f'<td title="{title}" style="background:rgba(33,102,172,{weight:.3f});{_CELL}"></td>')
-        rows.append(f'<tr><th style="font-weight:normal;padding:0 4px">{html.escape(words[i])}</th>{"".join(cells)}</tr>')
+            cells.append(
+                f'<td title="{title}" style="background:rgba(33,102,172,{weight:.3f});{_CELL}"></td>'
+            )
+        rows.append(
+            f'<tr><th style="font-weight:normal;padding:0 4px">{html.escape(words[i])}</th>{"".join(cells)}</tr>'
+        )
     table = f'<table style="border-collapse:collapse;font-size:11px"><caption>{html.escape(caption)}</caption>'
     return f'<div style="display:inline-block;margin:4px 12px 4px 0">{table}{"".join(rows)}</table></div>'

@@ -72,7 +72,9 @@ class ReportLimits:
     def __post_init__(self):
         for limit in fields(self):
             if getattr(self, limit.name) < 1:
-                raise ValueError(f"{limit.name} must be at least 1, got {getattr(self, limit.name)}.")
+                raise ValueError(
+                    f"{limit.name} must be at least 1, got {getattr(self, limit.name)}."
+                )
 
 
 class Shown(NamedTuple):
@@ -117,15 +119,20 @@ def report_data(
     cells = [strongest_cells(prompt, limits) for prompt in prompts]
     material = _Material(d, statistics, pairs, choose(d, statistics, pairs, cells, limits), limits)
     contexts = _Contexts(statistics, limits)
-    features: dict[Side, dict[str, Any]] = {side: _features(material, side, contexts) for side in SIDES}
+    features: dict[Side, dict[str, Any]] = {
+        side: _features(material, side, contexts) for side in SIDES
+    }
     if inputs is not None:
         _add_activations(d, features, contexts, inputs)
     return {
-        "overview": _overview(material, title) | {"tables": [_table(*table) for table in (tables or {}).items()]},
+        "overview": _overview(material, title)
+        | {"tables": [_table(*table) for table in (tables or {}).items()]},
         "features": features,
         "pairs": _pairs(material, contexts),
         "texts": contexts.texts(words),  # after all who say which texts they need
-        "prompts": [_prompt(d, prompt, listed) for prompt, listed in zip(prompts, cells, strict=True)],
+        "prompts": [
+            _prompt(d, prompt, listed) for prompt, listed in zip(prompts, cells, strict=True)
+        ],
     }
 
 
@@ -163,16 +170,25 @@ def choose(
 ) -> Shown:
     """What has a page: up to half of it what the prompts name, by largest pattern effect, the rest by importance."""
     columns = ["query_feature", "key_feature", "head"]
-    named = np.concatenate([np.zeros((0, 3), int), *(listed[columns].to_numpy() for listed in cells)])
-    effects = np.concatenate([np.zeros(0), *(listed["pattern_effect"].abs().to_numpy() for listed in cells)])
+    named = np.concatenate(
+        [np.zeros((0, 3), int), *(listed[columns].to_numpy() for listed in cells)]
+    )
+    effects = np.concatenate(
+        [np.zeros(0), *(listed["pattern_effect"].abs().to_numpy() for listed in cells)]
+    )
     importance = pairs["importance"].to_numpy()
     chosen, possible = {}, np.ones(len(pairs), dtype=bool)
     for side, of_named in zip(SIDES, (named[:, 0], named[:, 1]), strict=True):
-        density, of_pairs = _feature_column(statistics, side, "density"), pairs[f"{side}_feature"].to_numpy()
+        density, of_pairs = (
+            _feature_column(statistics, side, "density"),
+            pairs[f"{side}_feature"].to_numpy(),
+        )
         constant = len(density)
         effect = _largest(effects, of_named, constant + 1)[:constant]
         total = np.bincount(of_pairs, importance, minlength=constant + 1)[:constant]
-        chosen[side] = _first(effect, total, (density > 0) | (total > 0) | (effect > 0), limits.features)
+        chosen[side] = _first(
+            effect, total, (density > 0) | (total > 0) | (effect > 0), limits.features
+        )
         possible &= np.isin(of_pairs, [*chosen[side], constant])
     at = d.feature_map.find(named).cpu().numpy()  # -1: constant x constant
     effect = _largest(effects, at, len(pairs) + 1)[: len(pairs)]
@@ -186,7 +202,9 @@ def _largest(values: np.ndarray, groups: np.ndarray, n_groups: int) -> np.ndarra
     return largest
 
 
-def _first(effect: np.ndarray, importance: np.ndarray, possible: np.ndarray, limit: int) -> np.ndarray:
+def _first(
+    effect: np.ndarray, importance: np.ndarray, possible: np.ndarray, limit: int
+) -> np.ndarray:
     """At most `limit` of those possible: half by effect where there is one, the rest by importance; most important first."""
     order = np.argsort(-importance, kind="stable")
     order = order[possible[order]]
@@ -234,22 +252,33 @@ class _Contexts:
         """Words, rows and labels; see the module."""
         tokens = self.statistics.tokens
         sizes = {side: len(_feature_column(self.statistics, side, "feature")) for side in SIDES}
-        labels = {side: [self.label(side, feature) for feature in range(sizes[side])] for side in SIDES}
+        labels = {
+            side: [self.label(side, feature) for feature in range(sizes[side])] for side in SIDES
+        }
         of_labels = [token for of_side in labels.values() for label in of_side for token in label]
-        ids = np.unique(np.concatenate([tokens[self.needed], np.asarray(of_labels, dtype=tokens.dtype)]))
+        ids = np.unique(
+            np.concatenate([tokens[self.needed], np.asarray(of_labels, dtype=tokens.dtype)])
+        )
         strings = words(ids.tolist())
         if len(strings) != len(ids):
-            raise ValueError(f"words must give one string a token id, got {len(strings)} for {len(ids)}.")
+            raise ValueError(
+                f"words must give one string a token id, got {len(strings)} for {len(ids)}."
+            )
         number = {int(token): index for index, token in enumerate(ids)}
         rows = {}
         for row in np.flatnonzero(self.needed.any(axis=1)):
             positions = np.flatnonzero(self.needed[row])
             runs = np.split(positions, np.flatnonzero(np.diff(positions) > 1) + 1)
-            rows[str(row)] = [[int(run[0]), [number[int(token)] for token in tokens[row, run]]] for run in runs]
+            rows[str(row)] = [
+                [int(run[0]), [number[int(token)] for token in tokens[row, run]]] for run in runs
+            ]
         return {
             "words": strings,
             "rows": rows,
-            "labels": {side: [[number[token] for token in label] for label in of_side] for side, of_side in labels.items()},
+            "labels": {
+                side: [[number[token] for token in label] for label in of_side]
+                for side, of_side in labels.items()
+            },
         }
 
 
@@ -260,16 +289,25 @@ def _features(m: _Material, side: Side, contexts: _Contexts) -> dict[str, Any]:
     of_pairs = m.pair_column(f"{side}_feature")[best_first]
     by_feature = best_first[np.argsort(of_pairs, kind="stable")]
     rows = [by_feature[run] for run in _runs(np.sort(of_pairs), shown)]
-    partner = [m.pair_column(name) for name in (_other(side), "head", "weight", "importance", "mean")]
+    partner = [
+        m.pair_column(name) for name in (_other(side), "head", "weight", "importance", "mean")
+    ]
     counted = m.statistics.sums.query.together.size > 0
     return {
         "feature": shown.tolist(),
-        **{name: _shorts(m.feature_column(side, name)[shown]) for name in ("density", "mean", "max")},
+        **{
+            name: _shorts(m.feature_column(side, name)[shown])
+            for name in ("density", "mean", "max")
+        },
         "pairs": [len(own) for own in rows],
         "importance": _shorts(m.pair_column("importance")[own].sum() for own in rows),
         "contexts": [contexts.of_feature(side, feature) for feature in shown.tolist()],
-        "partners": [_records(*(column[own[: m.limits.partners]] for column in partner)) for own in rows],
-        "neighbours": [_neighbours(m, side, feature) if counted else [] for feature in shown.tolist()],
+        "partners": [
+            _records(*(column[own[: m.limits.partners]] for column in partner)) for own in rows
+        ],
+        "neighbours": [
+            _neighbours(m, side, feature) if counted else [] for feature in shown.tolist()
+        ],
     }
 
 
@@ -280,7 +318,10 @@ def _neighbours(m: _Material, side: Side, feature: int) -> list[list[Any]]:
 
 
 def _add_activations(
-    d: BilinearQKDictionary, features: dict[Side, dict[str, Any]], contexts: _Contexts, inputs: Inputs
+    d: BilinearQKDictionary,
+    features: dict[Side, dict[str, Any]],
+    contexts: _Contexts,
+    inputs: Inputs,
 ) -> None:
     """Append to every context the activations of the tokens around it."""
     of_row: dict[int, list[tuple[Side, int, list[Any]]]] = {}
@@ -289,10 +330,15 @@ def _add_activations(
             for context in listed:
                 of_row.setdefault(context[0], []).append((side, feature, context))
     rows = sorted(of_row)
-    for start in tqdm(range(0, len(rows), _ROWS_AT_ONCE), desc="Activations around contexts", unit="batch"):
+    for start in tqdm(
+        range(0, len(rows), _ROWS_AT_ONCE), desc="Activations around contexts", unit="batch"
+    ):
         some = rows[start : start + _ROWS_AT_ONCE]
         x = inputs(torch.from_numpy(contexts.statistics.tokens[some]).long()).to(d.device, d.dtype)
-        acts = {"query": d.encode_query(x).float().cpu().numpy(), "key": d.encode_key(x).float().cpu().numpy()}
+        acts = {
+            "query": d.encode_query(x).float().cpu().numpy(),
+            "key": d.encode_key(x).float().cpu().numpy(),
+        }
         for at, row in enumerate(some):
             for side, feature, context in of_row[row]:
                 context.append(_shorts(acts[side][at, contexts.window(row, context[1]), feature]))
@@ -301,15 +347,31 @@ def _add_activations(
 def _pairs(m: _Material, contexts: _Contexts) -> dict[str, Any]:
     """Columns over the shown pairs; heads: [head, weight, importance, effect] of the same features."""
     shown = m.shown.pairs
-    same = m.pair_column("query_feature") * (m.d.cfg.d_key + 1) + m.pair_column("key_feature")  # sorted, as maps are
+    same = m.pair_column("query_feature") * (m.d.cfg.d_key + 1) + m.pair_column(
+        "key_feature"
+    )  # sorted, as maps are
     of_heads = [m.pair_column(name) for name in ("head", "weight", "importance", "effect")]
-    numbers = ("weight", "score_at_0", "importance", "effect", "co_occurrence", "mean", "max", "min")
+    numbers = (
+        "weight",
+        "score_at_0",
+        "importance",
+        "effect",
+        "co_occurrence",
+        "mean",
+        "max",
+        "min",
+    )
     return {
         "pair": shown.tolist(),
-        **{name: m.pair_column(name)[shown].tolist() for name in ("query_feature", "key_feature", "head")},
+        **{
+            name: m.pair_column(name)[shown].tolist()
+            for name in ("query_feature", "key_feature", "head")
+        },
         **{name: _shorts(m.pair_column(name)[shown]) for name in numbers},
         "contexts": [contexts.of_pair(number) for number in shown.tolist()],
-        "heads": [_records(*(column[run] for column in of_heads)) for run in _runs(same, same[shown])],
+        "heads": [
+            _records(*(column[run] for column in of_heads)) for run in _runs(same, same[shown])
+        ],
         **_kernels(m),
     }
 
@@ -326,9 +388,16 @@ def _kernels(m: _Material) -> dict[str, Any]:
     for side in SIDES:
         mean = np.append(m.feature_column(side, "mean"), 1.0)  # the constant's
         typical *= mean[m.pair_column(f"{side}_feature")[shown]]
-    by_offset = m.d.pair_kernel(m.d.feature_map.indices[torch.from_numpy(shown)], range(n_pos)).double().cpu().numpy()
+    by_offset = (
+        m.d.pair_kernel(m.d.feature_map.indices[torch.from_numpy(shown)], range(n_pos))
+        .double()
+        .cpu()
+        .numpy()
+    )
     stretches = kernel_stretches(n_pos)
-    means = np.stack([by_offset[:, first : last + 1].mean(axis=1) for first, last in stretches], axis=1)
+    means = np.stack(
+        [by_offset[:, first : last + 1].mean(axis=1) for first, last in stretches], axis=1
+    )
     return {"stretches": stretches, "kernel": [_shorts(row, 3) for row in means * typical[:, None]]}
 
 
@@ -343,7 +412,9 @@ def kernel_stretches(n_pos: int) -> list[tuple[int, int]]:
 def _overview(m: _Material, title: str) -> dict[str, Any]:
     cfg, n_heads = m.d.cfg, m.d.spec.n_heads
     head, importance = m.pair_column("head"), m.pair_column("importance")
-    constant = (m.pair_column("query_feature") == cfg.d_query) | (m.pair_column("key_feature") == cfg.d_key)
+    constant = (m.pair_column("query_feature") == cfg.d_query) | (
+        m.pair_column("key_feature") == cfg.d_key
+    )
     density = {side: m.feature_column(side, "density") for side in SIDES}
     live = {side: values[values > 0] for side, values in density.items()}
     logs = {side: np.log10(values).clip(_DENSITY_BINS[0], 0.0) for side, values in live.items()}
@@ -359,11 +430,16 @@ def _overview(m: _Material, title: str) -> dict[str, Any]:
         "n_pairs": len(head),
         "n_tokens": m.statistics.n_tokens,
         "live": {side: len(values) for side, values in live.items()},
-        "always_on": {side: np.flatnonzero(values > ALWAYS_ON).tolist() for side, values in density.items()},
+        "always_on": {
+            side: np.flatnonzero(values > ALWAYS_ON).tolist() for side, values in density.items()
+        },
         "metrics": _plain(m.d.metrics, digits=6),
         "density": {
             "log10_edges": _DENSITY_BINS.tolist(),
-            **{side: np.histogram(values, _DENSITY_BINS)[0].tolist() for side, values in logs.items()},
+            **{
+                side: np.histogram(values, _DENSITY_BINS)[0].tolist()
+                for side, values in logs.items()
+            },
         },
         "heads": {
             "pairs": np.bincount(head, minlength=n_heads).tolist(),
@@ -381,17 +457,24 @@ def _prompt(d: BilinearQKDictionary, prompt: Prompt, listed: pd.DataFrame) -> di
     allowed = np.tril_indices(len(prompt.tokens))
 
     def by_head(pattern: Tensor) -> list[list[float]]:
-        return [[round(v, 4) for v in of_head[allowed].tolist()] for of_head in pattern.double().cpu().numpy()]
+        return [
+            [round(v, 4) for v in of_head[allowed].tolist()]
+            for of_head in pattern.double().cpu().numpy()
+        ]
 
     columns = ("query_feature", "key_feature", "contribution", "pattern_effect")
     records = _records(*(listed[name].to_numpy() for name in columns))
     cells: dict[str, list[list[Any]]] = {}
-    for place, record in zip(listed[["head", "query_pos", "key_pos"]].to_numpy().tolist(), records, strict=True):
+    for place, record in zip(
+        listed[["head", "query_pos", "key_pos"]].to_numpy().tolist(), records, strict=True
+    ):
         cells.setdefault("/".join(map(str, place)), []).append(record)
     return {
         "words": list(prompt.words),
         "true": by_head(prompt.pattern),
-        "rebuilt": {source: by_head(prompt.made(source)) for source in ("feature_map", "transcoders")},
+        "rebuilt": {
+            source: by_head(prompt.made(source)) for source in ("feature_map", "transcoders")
+        },
         "cells": cells,
         "n_cells": len(allowed[0]) * d.spec.n_heads,
     }
@@ -417,7 +500,9 @@ def _other(side: Side) -> str:
     return "key_feature" if side == "query" else "query_feature"
 
 
-def _check(d: BilinearQKDictionary, statistics: ActivationStatistics, prompts: Sequence[Prompt]) -> None:
+def _check(
+    d: BilinearQKDictionary, statistics: ActivationStatistics, prompts: Sequence[Prompt]
+) -> None:
     d.require_feature_map()
     listed = statistics.pairs[["query_feature", "key_feature", "head"]].to_numpy()
     if not np.array_equal(listed, d.feature_map.indices.cpu().numpy()):
@@ -427,9 +512,13 @@ def _check(d: BilinearQKDictionary, statistics: ActivationStatistics, prompts: S
         )
     for number, prompt in enumerate(prompts):
         if prompt.dictionary is not d:
-            raise ValueError(f"Prompt {number} was made with another dictionary: make it with this one, Prompt.of(d, ...).")
+            raise ValueError(
+                f"Prompt {number} was made with another dictionary: make it with this one, Prompt.of(d, ...)."
+            )
         if len(prompt.tokens) > MAX_PROMPT:
-            raise ValueError(f"Prompt {number} has {len(prompt.tokens)} tokens, the report shows at most {MAX_PROMPT}.")
+            raise ValueError(
+                f"Prompt {number} has {len(prompt.tokens)} tokens, the report shows at most {MAX_PROMPT}."
+            )
 
 
 def _runs(sorted_values: np.ndarray, wanted: np.ndarray) -> list[slice]:
@@ -440,7 +529,9 @@ def _runs(sorted_values: np.ndarray, wanted: np.ndarray) -> list[slice]:
 
 def _records(*columns: np.ndarray) -> list[list[Any]]:
     """Rows of columns, numbers shortened."""
-    shortened = (_shorts(column) if column.dtype.kind == "f" else column.tolist() for column in columns)
+    shortened = (
+        _shorts(column) if column.dtype.kind == "f" else column.tolist() for column in columns
+    )
     return [list(row) for row in zip(*shortened, strict=True)]
 
 

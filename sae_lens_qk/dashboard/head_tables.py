@@ -31,7 +31,11 @@ def head_tables(
     made: dict[str, pd.DataFrame] = {}
     if d.feature_map.statistics.any():
         pairs = pair_energies(d, without=dense_features(statistics, ALWAYS_ON))
-        alike = shared_reasons(d, pairs).set_axis([f"head {head}" for head in range(d.spec.n_heads)], axis=1).reset_index()
+        alike = (
+            shared_reasons(d, pairs)
+            .set_axis([f"head {head}" for head in range(d.spec.n_heads)], axis=1)
+            .reset_index()
+        )
         made["How many heads a pair of features serves"] = superposition(participation(d, pairs))
         made["How alike the heads' reasons are (cosine)"] = alike
     batches = list(batches)
@@ -39,5 +43,7 @@ def head_tables(
         found = first_token_features(d, batches)
         made["Key features of the first token"] = found
         if len(found):
-            made["What they do to attention to the first token"] = first_token_use(d, batches, found["key_feature"]).heads
+            made["What they do to attention to the first token"] = first_token_use(
+                d, batches, found["key_feature"]
+            ).heads
     return made

@@ -17,7 +17,17 @@ from sae_lens_qk.dashboard.data import Inputs, ReportLimits, Words, report_data
 from sae_lens_qk.dictionary import BilinearQKDictionary
 
 CHARTS = "vendor/chart.umd.min.js"
-SCRIPTS = ("dom.js", "store.js", "tables.js", "charts.js", "texts.js", "prompt.js", "views.js", "search.js", "main.js")
+SCRIPTS = (
+    "dom.js",
+    "store.js",
+    "tables.js",
+    "charts.js",
+    "texts.js",
+    "prompt.js",
+    "views.js",
+    "search.js",
+    "main.js",
+)
 """In one script element, in this order: they share their names."""
 
 _ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
@@ -56,7 +66,9 @@ def write_report(
     html = render(report_data(d, statistics, prompts, words, title, limits, inputs, tables))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, encoding="utf-8", newline="\n")  # the hashes of the policy are of these very bytes
+    path.write_text(
+        html, encoding="utf-8", newline="\n"
+    )  # the hashes of the policy are of these very bytes
     return path
 
 
@@ -64,7 +76,11 @@ def render(data: Mapping[str, Any]) -> str:
     """The page that shows `report_data`."""
     loader = PackageLoader("sae_lens_qk.dashboard")
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
     def source(name: str) -> str:
@@ -89,15 +105,17 @@ def content_policy(scripts: Sequence[str], style: str) -> str:
     def source(text: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
-    return "; ".join([
-        "default-src 'none'",
-        f"script-src {' '.join(source(script) for script in scripts)}",
-        f"style-src {source(style)}",
-        "img-src data:",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "require-trusted-types-for 'script'",
-    ])  # fmt: skip
+    return "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src {' '.join(source(script) for script in scripts)}",
+            f"style-src {source(style)}",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "require-trusted-types-for 'script'",
+        ]
+    )
 
 
 def json_for_script(value: Any) -> Markup:

@@ -30,7 +30,11 @@ class Listed(NamedTuple):
 
 
 def dictionary_card(
-    cfg: BilinearQKConfig, metrics: dict[str, Any] | None, runner_cfg: dict[str, Any] | None, name: str, source: str
+    cfg: BilinearQKConfig,
+    metrics: dict[str, Any] | None,
+    runner_cfg: dict[str, Any] | None,
+    name: str,
+    source: str,
 ) -> str:
     """The card of one dictionary: what it is, how to load it, its figures, how it was trained.
 
@@ -44,10 +48,20 @@ def dictionary_card(
     """
     try:
         card = ModelCard.from_template(
-            _header(cfg, runner_cfg or {}), template_path=str(_TEMPLATE), name=name, source=source, cfg=cfg, spec=cfg.spec,
-            compacted=bool(cfg.query_numbers), description=(runner_cfg or {}).get("card", {}).get("description", ""),
-            metrics=metrics, run=runner_cfg, interval=_interval, percent=_percent, share=_share,
-        )  # fmt: skip
+            _header(cfg, runner_cfg or {}),
+            template_path=str(_TEMPLATE),
+            name=name,
+            source=source,
+            cfg=cfg,
+            spec=cfg.spec,
+            compacted=bool(cfg.query_numbers),
+            description=(runner_cfg or {}).get("card", {}).get("description", ""),
+            metrics=metrics,
+            run=runner_cfg,
+            interval=_interval,
+            percent=_percent,
+            share=_share,
+        )
     except (UndefinedError, TypeError, AttributeError) as error:
         raise ValueError(
             f"metrics must be as evaluate(...).to_dict() gives them, runner_cfg as a runner config's to_dict() ({error})."
@@ -79,7 +93,9 @@ def _parsed(text: str) -> ModelCard:
         _merged([card.data])  # type: ignore[list-item]
         return card
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise ValueError(f"The README.md has a header that is no model card's: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"The README.md has a header that is no model card's: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _data(text: str) -> ModelCardData:
@@ -92,9 +108,14 @@ def _data(text: str) -> ModelCardData:
 def _header(cfg: BilinearQKConfig, runner_cfg: dict[str, Any]) -> ModelCardData:
     about = runner_cfg.get("card", {})
     return ModelCardData(
-        library_name="saelens", tags=_TAGS, base_model=hub_name(cfg.model_name), license=about.get("license") or None,
-        datasets=about.get("datasets") or _hub_dataset(runner_cfg.get("dataset_path") or "") or None,
-    )  # fmt: skip
+        library_name="saelens",
+        tags=_TAGS,
+        base_model=hub_name(cfg.model_name),
+        license=about.get("license") or None,
+        datasets=about.get("datasets")
+        or _hub_dataset(runner_cfg.get("dataset_path") or "")
+        or None,
+    )
 
 
 def _hub_dataset(path: str) -> list[str]:
@@ -106,38 +127,65 @@ def _merged(headers: list[ModelCardData]) -> ModelCardData:
 
     def joined(name: str) -> list[str] | None:
         values = [getattr(header, name) for header in headers]
-        flat = [item for value in values if value for item in ([value] if isinstance(value, str) else value)]
+        flat = [
+            item
+            for value in values
+            if value
+            for item in ([value] if isinstance(value, str) else value)
+        ]
         return list(dict.fromkeys(flat)) or None
 
     merged = {key: value for header in reversed(headers) for key, value in header.to_dict().items()}
-    return ModelCardData(**{**merged, **{name: joined(name) for name in ("tags", "base_model", "datasets")}})
+    return ModelCardData(
+        **{**merged, **{name: joined(name) for name in ("tags", "base_model", "datasets")}}
+    )
 
 
 def _listing(repo_id: str, folders: Mapping[str, Listed]) -> str:
     lines = [
-        "QK dictionaries, loaded by folder:", "", "```python", "import sae_lens_qk as qk", "",
-        f'd = qk.BilinearQKDictionary.from_pretrained("{repo_id}", "{min(folders)}")', "```", "",
+        "QK dictionaries, loaded by folder:",
+        "",
+        "```python",
+        "import sae_lens_qk as qk",
+        "",
+        f'd = qk.BilinearQKDictionary.from_pretrained("{repo_id}", "{min(folders)}")',
+        "```",
+        "",
         "| folder | model | layer | features (query / key) | pairs | pattern KL | loss recovered | logit KL recovered |",
         "|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for folder, (_, cfg, metrics) in sorted(folders.items()):
         figures = headline_figures(metrics) if metrics else {}
         forms = {"pattern_kl": ".4f", "ce_recovered": ".1%", "logit_kl_recovered": ".1%"}
-        shown = [format(figures[name], form) if name in figures else "-" for name, form in forms.items()]
+        shown = [
+            format(figures[name], form) if name in figures else "-" for name, form in forms.items()
+        ]
         cells = [
-            f"[{folder}]({folder}/README.md)", cfg["model_name"], cfg["layer"], f"{cfg['d_query']:,} / {cfg['d_key']:,}",
-            f"{cfg['n_pairs']:,}", *shown,
-        ]  # fmt: skip
+            f"[{folder}]({folder}/README.md)",
+            cfg["model_name"],
+            cfg["layer"],
+            f"{cfg['d_query']:,} / {cfg['d_key']:,}",
+            f"{cfg['n_pairs']:,}",
+            *shown,
+        ]
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     return "\n".join(lines)
 
 
 def _interval(figure: dict[str, float] | None) -> str:
-    return "-" if figure is None else f"{figure['value']:.4f} ({figure['low']:.4f}, {figure['high']:.4f})"
+    return (
+        "-"
+        if figure is None
+        else f"{figure['value']:.4f} ({figure['low']:.4f}, {figure['high']:.4f})"
+    )
 
 
 def _percent(figure: dict[str, float] | None) -> str:
-    return "-" if figure is None else f"{figure['value']:.1%} ({figure['low']:.1%}, {figure['high']:.1%})"
+    return (
+        "-"
+        if figure is None
+        else f"{figure['value']:.1%} ({figure['low']:.1%}, {figure['high']:.1%})"
+    )
 
 
 def _share(figure: float | None) -> str:

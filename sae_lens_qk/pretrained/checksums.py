@@ -50,11 +50,15 @@ def read_sums(path: Path) -> dict[str, str]:
     for line in lines:
         match = _LINE.fullmatch(line)
         if match is None or match[2] in (".", "..", SUMS):
-            raise ValueError(f"{path} is damaged: {line[:90]!r} is not a SHA-256 sum and the name of a file in its folder.")
+            raise ValueError(
+                f"{path} is damaged: {line[:90]!r} is not a SHA-256 sum and the name of a file in its folder."
+            )
         sums[match[2]] = match[1]
     for name in (CONFIG, WEIGHTS):
         if name not in sums:
-            raise ValueError(f"{path} does not list {name}: the folder mixes files of two dictionaries.")
+            raise ValueError(
+                f"{path} does not list {name}: the folder mixes files of two dictionaries."
+            )
     return sums
 
 
@@ -78,11 +82,17 @@ def verify_folder(folder: Path, verify: Verify, sums_sha256: str | None = None) 
         warnings.warn(f"{message}. Load with verify='strict' to refuse such folders.", stacklevel=2)
         return
     if sums_sha256 and sha256_of(folder / SUMS) != sums_sha256:
-        raise ValueError(f"{folder / SUMS} is not the file the registry names (SHA-256 {sums_sha256}).")
+        raise ValueError(
+            f"{folder / SUMS} is not the file the registry names (SHA-256 {sums_sha256})."
+        )
     sums = read_sums(folder / SUMS)
-    unlisted = [name for name in (METRICS, RUNNER_CONFIG) if name not in sums and (folder / name).is_file()]
+    unlisted = [
+        name for name in (METRICS, RUNNER_CONFIG) if name not in sums and (folder / name).is_file()
+    ]
     if unlisted:
-        raise ValueError(f"{folder / SUMS} does not list {unlisted[0]}: the folder mixes files of two dictionaries.")
+        raise ValueError(
+            f"{folder / SUMS} does not list {unlisted[0]}: the folder mixes files of two dictionaries."
+        )
     for name, expected in sums.items():
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is incomplete: {name} is listed in {SUMS} and missing.")

@@ -19,7 +19,10 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_expo
 def retrying(may_help: Callable[[BaseException], bool]) -> Retrying:
     """Three more attempts, after 0.5, 1 and 2 seconds, where the client itself makes only one."""
     return Retrying(
-        stop=stop_after_attempt(4), wait=wait_exponential(multiplier=0.5), retry=retry_if_exception(may_help), reraise=True
+        stop=stop_after_attempt(4),
+        wait=wait_exponential(multiplier=0.5),
+        retry=retry_if_exception(may_help),
+        reraise=True,
     )
 
 
@@ -55,7 +58,9 @@ def _of_upload(error: BaseException) -> BaseException:
 
 def _explanation(error: BaseException, repo_id: str, revision: str, path: str) -> OSError | None:
     if _is_short(error):
-        return OSError(f"{repo_id} sends {path} cut short, after several attempts: try again later.")
+        return OSError(
+            f"{repo_id} sends {path} cut short, after several attempts: try again later."
+        )
     if isinstance(error, GatedRepoError):
         return PermissionError(
             f"{repo_id} is gated: accept its terms on its page, then pass token= or log in with `hf auth login`."
@@ -74,7 +79,9 @@ def _explanation(error: BaseException, repo_id: str, revision: str, path: str) -
         if status in (401, 403):
             return PermissionError(f"The Hub refuses this token for {repo_id} ({status}): {reason}")
         if is_transient(error):
-            return ConnectionError(f"The Hub fails on {repo_id} ({status}), after several attempts: try again later.")
+            return ConnectionError(
+                f"The Hub fails on {repo_id} ({status}), after several attempts: try again later."
+            )
         return OSError(f"The Hub refuses a request for {repo_id} ({status}): {reason}")
     if isinstance(error, HTTPError | OfflineModeIsEnabled | LocalEntryNotFoundError):
         return ConnectionError(

@@ -9,7 +9,9 @@ from sae_lens_qk.pretrained.card import dictionary_card
 from sae_lens_qk.pretrained.checksums import CARD, METRICS, RUNNER_CONFIG, write_sums
 
 
-def documents(dictionary: BilinearQKDictionary, name: str, source: str = "") -> dict[str, str | None]:
+def documents(
+    dictionary: BilinearQKDictionary, name: str, source: str = ""
+) -> dict[str, str | None]:
     """What lies beside the weights, by file name: figures, run settings (None: not known), model card.
 
     Args:
@@ -18,10 +20,17 @@ def documents(dictionary: BilinearQKDictionary, name: str, source: str = "") -> 
     Raises:
         ValueError: figures or settings of another shape than the card expects.
     """
-    card = dictionary_card(dictionary.cfg, dictionary.metrics, dictionary.runner_cfg, name, source or f'"path/to/{name}"')
+    card = dictionary_card(
+        dictionary.cfg,
+        dictionary.metrics,
+        dictionary.runner_cfg,
+        name,
+        source or f'"path/to/{name}"',
+    )
     known = {METRICS: dictionary.metrics, RUNNER_CONFIG: dictionary.runner_cfg}
     return {CARD: card} | {
-        file: None if content is None else json.dumps(content, indent=2) + "\n" for file, content in known.items()
+        file: None if content is None else json.dumps(content, indent=2) + "\n"
+        for file, content in known.items()
     }
 
 

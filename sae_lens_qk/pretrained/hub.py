@@ -15,7 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RemoteEntryNotFoundError
 
 from sae_lens_qk.pretrained.checksums import CONFIG, SUMS, WEIGHTS, read_sums, sha256_of
@@ -52,8 +58,14 @@ def check_folder_name(folder: str) -> str:
     Raises:
         ValueError: an absolute path, `..`, a backslash, or an empty part.
     """
-    if any(part in ("", ".", "..") for part in folder.split("/")) or "\\" in folder or "\0" in folder:
-        raise ValueError(f"The folder must be a plain path inside the repository, such as 'gpt2-small-L10', got {folder!r}.")
+    if (
+        any(part in ("", ".", "..") for part in folder.split("/"))
+        or "\\" in folder
+        or "\0" in folder
+    ):
+        raise ValueError(
+            f"The folder must be a plain path inside the repository, such as 'gpt2-small-L10', got {folder!r}."
+        )
     return folder
 
 
@@ -88,7 +100,9 @@ def fetched(place: HubFolder, force_download: bool = False) -> Iterator[Path]:
         return
     with _staging_cache(place.cache_dir) as staging:
         if not force_download:
-            _link_weights(place.cache_dir / place.cached_repo / "blobs", staging / place.cached_repo / "blobs")
+            _link_weights(
+                place.cache_dir / place.cached_repo / "blobs", staging / place.cached_repo / "blobs"
+            )
         staged = at_commit._replace(cache_dir=staging)
         with explained(place.repo_id, place.revision, place.path_of(CONFIG)):
             folder = _download(staged)
@@ -109,7 +123,11 @@ def _newest_commit(place: HubFolder, has_copy: bool) -> str | None:
     except (HTTPError, OfflineModeIsEnabled) as error:
         if not (has_copy and (is_transient(error) or isinstance(error, OfflineModeIsEnabled))):
             raise
-        logger.warning("the Hub cannot be reached (%s): using the cached copy of %s", type(error).__name__, place.repo_id)
+        logger.warning(
+            "the Hub cannot be reached (%s): using the cached copy of %s",
+            type(error).__name__,
+            place.repo_id,
+        )
         return None
     if found.commit_hash is None:
         raise ConnectionError(f"{url} is not served by a Hub: its answer names no commit.")
@@ -124,7 +142,9 @@ def _cached(place: HubFolder, surely: bool = True) -> Path | None:
     """
 
     def look_up(name: str) -> Any:
-        return try_to_load_from_cache(place.repo_id, place.path_of(name), place.cache_dir, revision=place.revision)
+        return try_to_load_from_cache(
+            place.repo_id, place.path_of(name), place.cache_dir, revision=place.revision
+        )
 
     config, sums = look_up(CONFIG), look_up(SUMS)
     if not isinstance(config, str) or (surely and sums is None):
@@ -151,7 +171,9 @@ def _download(place: HubFolder) -> Path:
 
 def _download_file(place: HubFolder, name: str) -> str:
     download = partial(hf_hub_download, token=place.token, cache_dir=place.cache_dir)
-    return retrying(is_transient)(download, place.repo_id, place.path_of(name), revision=place.revision)
+    return retrying(is_transient)(
+        download, place.repo_id, place.path_of(name), revision=place.revision
+    )
 
 
 @contextmanager
@@ -159,14 +181,18 @@ def _writing(cache: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(f"The cache {cache} cannot be written ({error.strerror}): pass cache_dir= or set HF_HOME.") from error
+        raise OSError(
+            f"The cache {cache} cannot be written ({error.strerror}): pass cache_dir= or set HF_HOME."
+        ) from error
 
 
 @contextmanager
 def _staging_cache(cache: Path) -> Iterator[Path]:
     with _writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
-        staging = tempfile.mkdtemp(prefix=".sae_lens_qk-", dir=cache)  # the same disk, so that files can be moved
+        staging = tempfile.mkdtemp(
+            prefix=".sae_lens_qk-", dir=cache
+        )  # the same disk, so that files can be moved
     try:
         yield Path(staging)
     finally:

@@ -50,7 +50,9 @@ def from_pretrained_with_cfg_and_sparsity(
         FileNotFoundError, PermissionError, ConnectionError, OSError: see `sae_lens_qk.pretrained.hub.fetched`.
     """
     check_verify(verify)
-    through_host = converter is not None or (sae_id is not None and "/" not in release and not Path(release).is_dir())
+    through_host = converter is not None or (
+        sae_id is not None and "/" not in release and not Path(release).is_dir()
+    )
     if through_host:
         if verify == "strict" or revision or token or cache_dir:
             raise ValueError(
@@ -59,9 +61,19 @@ def from_pretrained_with_cfg_and_sparsity(
             )
         stock = SAE.from_pretrained_with_cfg_and_sparsity.__func__  # type: ignore[attr-defined]
         return stock(
-            dictionary_class, release, sae_id, device, dtype or "float32", force_download, converter, fold_W_dec_norm
+            dictionary_class,
+            release,
+            sae_id,
+            device,
+            dtype or "float32",
+            force_download,
+            converter,
+            fold_W_dec_norm,
         )
-    with _located(release, sae_id, revision, token, cache_folder_of(cache_dir), force_download) as (folder, sums_sha256):
+    with _located(release, sae_id, revision, token, cache_folder_of(cache_dir), force_download) as (
+        folder,
+        sums_sha256,
+    ):
         verify_folder(folder, verify, sums_sha256 if verify else None)
         dictionary = dictionary_class.load_from_disk(folder, device=device, dtype=dtype)
     if fold_W_dec_norm:
@@ -71,7 +83,12 @@ def from_pretrained_with_cfg_and_sparsity(
 
 @contextmanager
 def _located(
-    release: str, sae_id: str | None, revision: str | None, token: Token, cache_dir: Path, force_download: bool
+    release: str,
+    sae_id: str | None,
+    revision: str | None,
+    token: Token,
+    cache_dir: Path,
+    force_download: bool,
 ) -> Iterator[tuple[Path, str | None]]:
     """The dictionary's files as a local folder, and the sum of its SHA256SUMS if the registry knows it."""
     entry = registry().get(release) if sae_id is None else None
@@ -91,7 +108,11 @@ def _located(
     elif entry is not None and entry.status == "published":
         pinned = revision in (None, entry.revision)
         place = HubFolder(
-            str(entry.repo), check_folder_name(str(entry.folder)), revision or str(entry.revision), token, cache_dir
+            str(entry.repo),
+            check_folder_name(str(entry.folder)),
+            revision or str(entry.revision),
+            token,
+            cache_dir,
         )
         with fetched(place, force_download) as folder:
             yield folder, entry.sha256 if pinned else None
@@ -99,7 +120,9 @@ def _located(
         raise ValueError(_nothing_there(release, sae_id, revision, entry))
 
 
-def _nothing_there(release: str, sae_id: str | None, revision: str | None, entry: Entry | None) -> str:
+def _nothing_there(
+    release: str, sae_id: str | None, revision: str | None, entry: Entry | None
+) -> str:
     if entry is not None and entry.status == "unpublished":
         return f"{release} is not published yet: its weights exist nowhere. This trains it: {entry.command}"
     if entry is not None:

@@ -9,8 +9,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    hf_hub_download,
+)
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from sae_lens_qk.config import ARCHITECTURE
 from sae_lens_qk.dictionary import BilinearQKDictionary
@@ -60,7 +71,9 @@ def push_to_hub(
     """
     check_folder_name(folder)
     if dictionary.metrics is None:
-        logger.warning("the card will say 'not measured': set d.metrics = qk.evaluate(d, model, tokens) before pushing")
+        logger.warning(
+            "the card will say 'not measured': set d.metrics = qk.evaluate(d, model, tokens) before pushing"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         name = PurePosixPath(folder).name
         staged = Path(scratch) / "staged" / name
@@ -72,15 +85,25 @@ def push_to_hub(
             for attempt in retrying(lambda error: is_transient(error) or _has_moved(error)):
                 with attempt:
                     repository.create(private)
-                    return repository.commit(staged, folder, commit_message or f"Publish {folder}", create_pr)
+                    return repository.commit(
+                        staged, folder, commit_message or f"Publish {folder}", create_pr
+                    )
     raise AssertionError("Retrying returns or raises")
 
 
 def registry_entry(repo_id: str, folder: str, commit: str, token: Token = None) -> str:
     """Lines of a registry that give what was pushed a name, pinned to its commit and to the sum of its SHA256SUMS."""
     with tempfile.TemporaryDirectory() as scratch, explained(repo_id, commit, f"{folder}/{SUMS}"):
-        sums = hf_hub_download(repo_id, f"{folder}/{SUMS}", revision=commit, token=token, cache_dir=scratch)
-        entry = dict(status="published", repo=repo_id, folder=folder, revision=commit, sha256=sha256_of(Path(sums)))
+        sums = hf_hub_download(
+            repo_id, f"{folder}/{SUMS}", revision=commit, token=token, cache_dir=scratch
+        )
+        entry = dict(
+            status="published",
+            repo=repo_id,
+            folder=folder,
+            revision=commit,
+            sha256=sha256_of(Path(sums)),
+        )
     return yaml.safe_dump({PurePosixPath(folder).name: entry}, sort_keys=False)
 
 
@@ -106,7 +129,9 @@ class _Repository(NamedTuple):
     def create(self, private: bool) -> None:
         self.api.create_repo(self.repo_id, private=private, exist_ok=True)
         if private and not self.api.model_info(self.repo_id).private:
-            raise ValueError(f"{self.repo_id} exists and is public: private=True is for a repository that is created here.")
+            raise ValueError(
+                f"{self.repo_id} exists and is public: private=True is for a repository that is created here."
+            )
         if self.revision != "main":
             try:
                 self.api.model_info(self.repo_id, revision=self.revision)
@@ -118,16 +143,27 @@ class _Repository(NamedTuple):
         head = str(self.api.model_info(self.repo_id, revision=self.revision).sha)
         present = self.api.list_repo_files(self.repo_id, revision=head)
         files = {f"{folder}/{path.name}": path for path in staged.iterdir()}
-        stale = [path for path in present if str(PurePosixPath(path).parent) == folder and path not in files]
+        stale = [
+            path
+            for path in present
+            if str(PurePosixPath(path).parent) == folder and path not in files
+        ]
         listed = {**self._dictionaries(head, present), folder: _listed(staged)}
-        card = repository_card(self._read(CARD, head) if CARD in present else None, self.repo_id, listed)
+        card = repository_card(
+            self._read(CARD, head) if CARD in present else None, self.repo_id, listed
+        )
         operations = [
             *(CommitOperationAdd(path, file) for path, file in sorted(files.items())),
             CommitOperationAdd(CARD, card.encode()),
             *(CommitOperationDelete(path) for path in sorted(stale)),
         ]
         return self.api.create_commit(
-            self.repo_id, operations, commit_message=message, revision=self.revision, parent_commit=head, create_pr=create_pr
+            self.repo_id,
+            operations,
+            commit_message=message,
+            revision=self.revision,
+            parent_commit=head,
+            create_pr=create_pr,
         )
 
     def _dictionaries(self, head: str, present: list[str]) -> dict[str, Listed]:
@@ -135,20 +171,34 @@ class _Repository(NamedTuple):
         found = {}
         for path in present:
             parent = PurePosixPath(path).parent
-            if PurePosixPath(path).name == CONFIG and parent.name and (cfg := _json(self._read(path, head))):
+            if (
+                PurePosixPath(path).name == CONFIG
+                and parent.name
+                and (cfg := _json(self._read(path, head)))
+            ):
                 beside = {name: str(parent / name) for name in (CARD, METRICS)}
-                card, metrics = (self._read(at, head) if at in present else "" for at in beside.values())
+                card, metrics = (
+                    self._read(at, head) if at in present else "" for at in beside.values()
+                )
                 if cfg.get("architecture") == ARCHITECTURE and cfg.keys() >= LISTED_FIELDS:
                     found[str(parent)] = Listed(card, cfg, _json(metrics))
         return found
 
     def _read(self, path: str, head: str) -> str:
-        file = Path(self.api.hf_hub_download(self.repo_id, path, revision=head, cache_dir=self.cache))
-        return file.read_text(errors="strict" if path == CARD else "replace")  # other people's folders are none of ours
+        file = Path(
+            self.api.hf_hub_download(self.repo_id, path, revision=head, cache_dir=self.cache)
+        )
+        return file.read_text(
+            errors="strict" if path == CARD else "replace"
+        )  # other people's folders are none of ours
 
 
 def _listed(folder: Path) -> Listed:
-    return Listed((folder / CARD).read_text(), json.loads((folder / CONFIG).read_text()), read_document(folder, METRICS))
+    return Listed(
+        (folder / CARD).read_text(),
+        json.loads((folder / CONFIG).read_text()),
+        read_document(folder, METRICS),
+    )
 
 
 def _json(text: str) -> dict[str, Any] | None:

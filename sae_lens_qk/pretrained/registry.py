@@ -23,8 +23,18 @@ REGISTRY_VARIABLE = "SAE_LENS_QK_REGISTRY"
 
 _FIGURES = ("pattern_kl", "ce_recovered", "logit_kl_recovered")
 _COLUMNS = (
-    "name", "model", "layer", "status", "d_query", "d_key", "n_pairs", *_FIGURES, "repo", "revision", "command",
-)  # fmt: skip
+    "name",
+    "model",
+    "layer",
+    "status",
+    "d_query",
+    "d_key",
+    "n_pairs",
+    *_FIGURES,
+    "repo",
+    "revision",
+    "command",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +63,9 @@ class Entry:
 
     def __post_init__(self):
         if self.status not in get_args(Status):
-            raise ValueError(f"Registry entry {self.name}: status must be one of {get_args(Status)}, got {self.status!r}.")
+            raise ValueError(
+                f"Registry entry {self.name}: status must be one of {get_args(Status)}, got {self.status!r}."
+            )
         if self.status == "published":
             for wanted, value, form in (
                 ("repo", self.repo, r"[^/]+/[^/]+"),
@@ -62,7 +74,9 @@ class Entry:
                 ("sha256", self.sha256, r"[0-9a-f]{64}"),
             ):
                 if not re.fullmatch(form, str(value or "")):
-                    raise ValueError(f"Registry entry {self.name} is published: {wanted} must match {form}, got {value!r}.")
+                    raise ValueError(
+                        f"Registry entry {self.name} is published: {wanted} must match {form}, got {value!r}."
+                    )
         known = isinstance(self.metrics, dict) and self.metrics.keys() <= set(_FIGURES)
         if not known or not all(isinstance(value, int | float) for value in self.metrics.values()):
             raise ValueError(
@@ -101,21 +115,37 @@ def registry() -> dict[str, Entry]:
 def _read_registry(file: Path) -> dict[str, Entry]:
     try:
         listed = yaml.safe_load(file.read_text()) or {}
-        if not isinstance(listed, dict) or not all(isinstance(values, dict) for values in listed.values()):
+        if not isinstance(listed, dict) or not all(
+            isinstance(values, dict) for values in listed.values()
+        ):
             raise TypeError("it must map names to entries such as {status: unpublished}")
         entries = {
-            name: Entry(**{**values, "name": name, "recipe": file.parent / "recipes" / values.get("recipe", f"{name}.yaml")})
+            name: Entry(
+                **{
+                    **values,
+                    "name": name,
+                    "recipe": file.parent / "recipes" / values.get("recipe", f"{name}.yaml"),
+                }
+            )
             for name, values in listed.items()
         }
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise ValueError(f"There is no registry file {file}: ${REGISTRY_VARIABLE} must name a YAML file.") from error
+        raise ValueError(
+            f"There is no registry file {file}: ${REGISTRY_VARIABLE} must name a YAML file."
+        ) from error
     except (yaml.YAMLError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not a registry of dictionaries ({' '.join(str(error).split())}).") from error
+        raise ValueError(
+            f"{file} is not a registry of dictionaries ({' '.join(str(error).split())})."
+        ) from error
     for entry in entries.values():
         if entry.status == "shipped" and file.parent != shipped_folder():
-            raise ValueError(f"{file} calls {entry.name} shipped: only the package ships; publish it, or load its folder.")
+            raise ValueError(
+                f"{file} calls {entry.name} shipped: only the package ships; publish it, or load its folder."
+            )
         if entry.status == "unpublished" and not entry.recipe.is_file():
-            raise ValueError(f"{file} names {entry.name}, unpublished, and there is no recipe {entry.recipe}.")
+            raise ValueError(
+                f"{file} names {entry.name}, unpublished, and there is no recipe {entry.recipe}."
+            )
     return entries
 
 
@@ -132,19 +162,32 @@ def pretrained_dictionaries() -> pd.DataFrame:
 
 
 def _row(entry: Entry) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": entry.name, "status": entry.status, "repo": entry.repo, "revision": entry.revision}
+    row: dict[str, Any] = {
+        "name": entry.name,
+        "status": entry.status,
+        "repo": entry.repo,
+        "revision": entry.revision,
+    }
     if entry.status != "published" or entry.recipe.is_file():
         recipe = BilinearQKRunnerConfig.from_file(entry.recipe)
         row |= {
-            "model": recipe.model_name, "layer": recipe.layer, "command": entry.command,
-            "d_query": recipe.sae.d_query, "d_key": recipe.sae.d_key, "n_pairs": recipe.mask.n_pairs,
-        }  # fmt: skip
+            "model": recipe.model_name,
+            "layer": recipe.layer,
+            "command": entry.command,
+            "d_query": recipe.sae.d_query,
+            "d_key": recipe.sae.d_key,
+            "n_pairs": recipe.mask.n_pairs,
+        }
     figures = entry.metrics
     if entry.status == "shipped":
         folder = shipped_folder() / entry.name
         config = json.loads((folder / CONFIG).read_text())
         row |= {name: config[name] for name in ("d_query", "d_key", "n_pairs")}
-        figures = headline_figures(json.loads((folder / METRICS).read_text())) if (folder / METRICS).is_file() else {}
+        figures = (
+            headline_figures(json.loads((folder / METRICS).read_text()))
+            if (folder / METRICS).is_file()
+            else {}
+        )
     return row | {name: figures.get(name, float("nan")) for name in _FIGURES}
 
 
@@ -152,7 +195,11 @@ def headline_figures(metrics: dict[str, Any]) -> dict[str, float]:
     """The figures of a table row out of what `evaluate` measured: with the feature map, else with the transcoders."""
     figures: dict[str, float] = {}
     for name in _FIGURES:
-        with suppress(KeyError, TypeError, AttributeError, ValueError):  # figures of another program, or damaged
+        with suppress(
+            KeyError, TypeError, AttributeError, ValueError
+        ):  # figures of another program, or damaged
             sources = metrics["sources"]
-            figures[name] = float((sources.get("feature_map") or sources["transcoders"])[name]["value"])
+            figures[name] = float(
+                (sources.get("feature_map") or sources["transcoders"])[name]["value"]
+            )
     return figures

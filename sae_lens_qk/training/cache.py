@@ -40,7 +40,9 @@ class InputCache:
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         if not (folder / _INFO).exists():
-            raise FileNotFoundError(f"{folder} holds no input cache ({_INFO} is missing): fill it with fill_cache.")
+            raise FileNotFoundError(
+                f"{folder} holds no input cache ({_INFO} is missing): fill it with fill_cache."
+            )
         info = json.loads((folder / _INFO).read_text())
         self.identity: dict[str, Any] = info["identity"]
         self.n_rows: int = info["n_rows"]
@@ -48,7 +50,9 @@ class InputCache:
         self.d_in: int = self.identity["d_in"]
         shape = (self.n_rows, self.context_size)
         self.tokens = np.memmap(folder / _TOKENS, dtype=np.int32, mode="r", shape=shape)
-        self.inputs = np.memmap(folder / _INPUTS, dtype=np.float16, mode="r", shape=(*shape, self.d_in))
+        self.inputs = np.memmap(
+            folder / _INPUTS, dtype=np.float16, mode="r", shape=(*shape, self.d_in)
+        )
 
     def rows(self, index: np.ndarray | slice) -> Float[Tensor, "batch pos d_model"]:
         """Float32 copies of the given rows."""
@@ -74,14 +78,21 @@ class CachedBatches(Iterator[Float[Tensor, "tokens d_model"]]):
     def __next__(self) -> Float[Tensor, "tokens d_model"]:
         epoch, batch = divmod(self.step, self.cache.n_rows // self.n_rows)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.cache.n_rows)
-        index = np.sort(self._order[batch * self.n_rows : (batch + 1) * self.n_rows])  # sorted: nearly sequential reads
+            self._epoch, self._order = (
+                epoch,
+                np.random.default_rng((self.seed, epoch)).permutation(self.cache.n_rows),
+            )
+        index = np.sort(
+            self._order[batch * self.n_rows : (batch + 1) * self.n_rows]
+        )  # sorted: nearly sequential reads
         self.step += 1
         return self.cache.rows(index).flatten(0, 1)
 
 
 @torch.no_grad()
-def fill_cache(store: ActivationsStore, folder: str | Path, n_rows: int, identity: dict[str, Any]) -> InputCache:
+def fill_cache(
+    store: ActivationsStore, folder: str | Path, n_rows: int, identity: dict[str, Any]
+) -> InputCache:
     """Fill (or go on filling) a cache up to `n_rows` rows of the store's hook; at the end of the dataset it stops.
 
     Args:
@@ -97,18 +108,26 @@ def fill_cache(store: ActivationsStore, folder: str | Path, n_rows: int, identit
     info = {"identity": identity, "n_rows": 0, "complete": False}
     if (folder / _INFO).exists():
         info = json.loads((folder / _INFO).read_text())
-        different = [key for key in info["identity"] | identity if info["identity"].get(key) != identity.get(key)]
+        different = [
+            key
+            for key in info["identity"] | identity
+            if info["identity"].get(key) != identity.get(key)
+        ]
         if different:
             was = {key: info["identity"].get(key) for key in different}
             now = {key: identity.get(key) for key in different}
-            raise ValueError(f"{folder} caches other inputs: it has {was}, this run needs {now}. Use another folder.")
+            raise ValueError(
+                f"{folder} caches other inputs: it has {was}, this run needs {now}. Use another folder."
+            )
     if info["n_rows"] >= n_rows or info["complete"]:
         return InputCache(folder)
 
     with (
         open(folder / _INPUTS, "ab") as inputs_file,
         open(folder / _TOKENS, "ab") as tokens_file,
-        tqdm(total=n_rows, initial=info["n_rows"], desc="Caching layer inputs", unit="row") as progress,
+        tqdm(
+            total=n_rows, initial=info["n_rows"], desc="Caching layer inputs", unit="row"
+        ) as progress,
     ):
         inputs_file.truncate(info["n_rows"] * identity["context_size"] * identity["d_in"] * 2)
         tokens_file.truncate(info["n_rows"] * identity["context_size"] * 4)
@@ -128,9 +147,13 @@ def fill_cache(store: ActivationsStore, folder: str | Path, n_rows: int, identit
             (folder / _INFO).write_text(json.dumps(info))
             progress.update(len(rows))
     if info["n_rows"] == 0:
-        raise ValueError(f"The dataset is shorter than one row of {identity['context_size']} tokens.")
+        raise ValueError(
+            f"The dataset is shorter than one row of {identity['context_size']} tokens."
+        )
     if info["complete"]:
-        logger.warning("the dataset ended after %d of %d rows; training repeats them", info["n_rows"], n_rows)
+        logger.warning(
+            "the dataset ended after %d of %d rows; training repeats them", info["n_rows"], n_rows
+        )
     return InputCache(folder)
 
 

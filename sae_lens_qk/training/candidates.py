@@ -78,11 +78,21 @@ def rank_features(
     for batch in batches:
         query_acts, key_acts, pattern = (tensor.float().cpu() for tensor in batch)
         n_rows, n_pos = query_acts.shape[:2]
-        n_queries, n_positions = n_queries + n_rows * n_pos, n_positions + n_rows * n_pos * (n_pos + 1) // 2
+        n_queries, n_positions = (
+            n_queries + n_rows * n_pos,
+            n_positions + n_rows * n_pos * (n_pos + 1) // 2,
+        )
         for row in range(n_rows):
-            queries, keys = active_entries(query_acts[row : row + 1]), active_entries(key_acts[row : row + 1])
+            queries, keys = (
+                active_entries(query_acts[row : row + 1]),
+                active_entries(key_acts[row : row + 1]),
+            )
             by_feature = np.argsort(queries.feature, kind="stable")
-            features, q_pos, k_pos = queries.feature[by_feature], _positions(queries)[by_feature], _positions(keys)
+            features, q_pos, k_pos = (
+                queries.feature[by_feature],
+                _positions(queries)[by_feature],
+                _positions(keys),
+            )
             q_values = torch.from_numpy(queries.value[by_feature]) * spec.scale
             q_vectors = _rotated(W_Q, features, q_values, q_pos, spec)
             k_vectors = _rotated(W_K, keys.feature, torch.from_numpy(keys.value), k_pos, spec)
@@ -90,7 +100,15 @@ def rank_features(
                 k_head = k_vectors[:, head // spec.heads_per_kv]
                 for part in _whole_features(features):
                     contributions = q_vectors[part, head] @ k_head.T
-                    table.add(head, features[part], q_pos[part], keys, k_pos, contributions, pattern[row, head])
+                    table.add(
+                        head,
+                        features[part],
+                        q_pos[part],
+                        keys,
+                        k_pos,
+                        contributions,
+                        pattern[row, head],
+                    )
     return table.best(n_queries, n_positions)
 
 
@@ -102,13 +120,23 @@ class FiringRates(NamedTuple):
 
 
 @torch.no_grad()
-def firing_rates(dictionary: BilinearQKDictionary, rows: Iterable[Float[Tensor, "batch pos d_model"]]) -> FiringRates:
+def firing_rates(
+    dictionary: BilinearQKDictionary, rows: Iterable[Float[Tensor, "batch pos d_model"]]
+) -> FiringRates:
     """Firing rates over the given layer inputs."""
-    n_tokens, fired = 0, [torch.zeros(d, device=dictionary.device) for d in (dictionary.cfg.d_query, dictionary.cfg.d_key)]
+    n_tokens, fired = (
+        0,
+        [
+            torch.zeros(d, device=dictionary.device)
+            for d in (dictionary.cfg.d_query, dictionary.cfg.d_key)
+        ],
+    )
     for x in rows:
         n_tokens += x[..., 0].numel()
         batch = x.to(dictionary.device)
-        for total, acts in zip(fired, (dictionary.encode_query(batch), dictionary.encode_key(batch)), strict=True):
+        for total, acts in zip(
+            fired, (dictionary.encode_query(batch), dictionary.encode_key(batch)), strict=True
+        ):
             total += (acts > 0).flatten(0, -2).sum(dim=0)
     return FiringRates(*(total / n_tokens for total in fired))
 
@@ -139,7 +167,10 @@ class PairTable:
         if n_candidates < 1:
             raise ValueError(f"n_candidates must be at least 1, got {n_candidates}.")
         n_slots = 1 << int(np.ceil(np.log2(max(8 * n_candidates / _TABLES, 8 * n_keys))))
-        needed, available = 2 * _TABLES * n_slots * _BYTES_PER_SLOT, psutil.virtual_memory().available
+        needed, available = (
+            2 * _TABLES * n_slots * _BYTES_PER_SLOT,
+            psutil.virtual_memory().available,
+        )
         if needed > available:
             raise ValueError(
                 f"{n_candidates:,} candidates need {needed / 2**30:.1f} GiB while pairs are ranked and "
@@ -148,9 +179,15 @@ class PairTable:
         return n_slots
 
     def add(
-        self, head: int, features: np.ndarray, q_pos: np.ndarray, keys: ActiveEntries, k_pos: np.ndarray,
-        contributions: Tensor, pattern: Tensor,
-    ) -> None:  # fmt: skip
+        self,
+        head: int,
+        features: np.ndarray,
+        q_pos: np.ndarray,
+        keys: ActiveEntries,
+        k_pos: np.ndarray,
+        contributions: Tensor,
+        pattern: Tensor,
+    ) -> None:
         """Add one head of one sequence: contributions [q_entry, k_entry], query entries sorted by feature."""
         n_pos, (_, n_keys, n_heads) = len(pattern), self.sizes
         firing, n_fired = kernels.first_firings(n_keys, 0, n_pos, keys.start, keys.feature)
@@ -160,9 +197,25 @@ class PairTable:
         done, limit = np.zeros(_TABLES, np.int64), int(_FULL * self._keys.shape[1])
         while True:
             kernels.add_statistics(
-                self._keys, self._sums, self._filled, done, self._floor, limit, contributions.numpy(), pattern.numpy(),
-                present, first_row, q_pos, k_pos, local, firing, n_fired, n_keys, n_heads, head,
-            )  # fmt: skip
+                self._keys,
+                self._sums,
+                self._filled,
+                done,
+                self._floor,
+                limit,
+                contributions.numpy(),
+                pattern.numpy(),
+                present,
+                first_row,
+                q_pos,
+                k_pos,
+                local,
+                firing,
+                n_fired,
+                n_keys,
+                n_heads,
+                head,
+            )
             if (done == len(present)).all():
                 return
             self._forget()
@@ -192,15 +245,26 @@ class PairTable:
         indices = np.stack(np.unravel_index(codes, (n_queries_1, n_keys_1, n_heads)), axis=1)
         between_constants = (indices[:, 0] == n_queries_1 - 1) & (indices[:, 1] == n_keys_1 - 1)
         if not np.isfinite(sums).all():
-            raise ValueError("Features or patterns are not finite: check the layer inputs and the dictionary's weights.")
+            raise ValueError(
+                "Features or patterns are not finite: check the layer inputs and the dictionary's weights."
+            )
         usable = np.flatnonzero((sums[:, 0] > 0) & ~between_constants)
         if not len(usable):
-            raise ValueError("No pair of features ever fired together: train step 1 longer, or rank on more tokens.")
+            raise ValueError(
+                "No pair of features ever fired together: train step 1 longer, or rank on more tokens."
+            )
         chosen = usable[np.argsort(-sums[usable, 0], kind="stable")[: self.n_candidates]]
         importance, effect, count = sums[chosen].T
-        statistics = np.stack([importance / n_queries, effect / count, count / n_positions], axis=1).astype(np.float32)
+        statistics = np.stack(
+            [importance / n_queries, effect / count, count / n_positions], axis=1
+        ).astype(np.float32)
         return SparseFeatureMap(
-            indices[chosen], torch.ones(len(chosen)), n_queries_1 - 1, n_keys_1 - 1, n_heads, torch.from_numpy(statistics)
+            indices[chosen],
+            torch.ones(len(chosen)),
+            n_queries_1 - 1,
+            n_keys_1 - 1,
+            n_heads,
+            torch.from_numpy(statistics),
         )
 
 
@@ -208,7 +272,9 @@ def _positions(entries: ActiveEntries) -> np.ndarray:
     return np.repeat(np.arange(len(entries.start) - 1, dtype=np.int32), np.diff(entries.start))
 
 
-def _rotated(W: Tensor, features: np.ndarray, values: Tensor, positions: np.ndarray, spec) -> Tensor:
+def _rotated(
+    W: Tensor, features: np.ndarray, values: Tensor, positions: np.ndarray, spec
+) -> Tensor:
     """Decoder rows of active entries, times activation, rotated to their positions: [entry, heads, d_head]."""
     vectors = W[torch.from_numpy(features).long()] * values[:, None, None]
     return rotate(vectors[None], spec, torch.from_numpy(positions))[0]

@@ -28,10 +28,14 @@ class Start(NamedTuple):
     decoders: Float[Tensor, "d d_out"]
 
 
-def from_data(x: Float[Tensor, "tokens d_model"], d: int, side: Side, weights: QKWeights, seed: int) -> Start:
+def from_data(
+    x: Float[Tensor, "tokens d_model"], d: int, side: Side, weights: QKWeights, seed: int
+) -> Start:
     """Random tokens; every token is taken once before one is taken twice."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.cat([torch.randperm(len(x), generator=generator) for _ in range(1 + d // len(x))])[:d]
+    chosen = torch.cat(
+        [torch.randperm(len(x), generator=generator) for _ in range(1 + d // len(x))]
+    )[:d]
     directions = nn.functional.normalize(x[chosen.to(x.device)] - x.mean(dim=0), dim=1)
     return Start(directions, _through(directions, side, weights))
 
@@ -53,11 +57,19 @@ def from_scores(
     unit = nn.functional.normalize(seen, dim=1)
     chosen, nearest = [], unit.new_full((len(x),), -1.0)
     for _ in range(d):
-        chosen.append(int(torch.multinomial((1 - nearest).clamp(min=1e-4).square().cpu(), 1, generator=generator)))
+        chosen.append(
+            int(
+                torch.multinomial(
+                    (1 - nearest).clamp(min=1e-4).square().cpu(), 1, generator=generator
+                )
+            )
+        )
         nearest = torch.maximum(nearest, unit @ unit[chosen[-1]])
     encoders = nn.functional.normalize(unit[chosen] @ reads.T, dim=1)
     return Start(
-        encoders, _through(centred[chosen], side, weights) / seen[chosen].norm(dim=1, keepdim=True).clamp(min=1e-12)
+        encoders,
+        _through(centred[chosen], side, weights)
+        / seen[chosen].norm(dim=1, keepdim=True).clamp(min=1e-12),
     )
 
 
@@ -67,10 +79,17 @@ def _through(directions: Tensor, side: Side, weights: QKWeights) -> Float[Tensor
 
 
 def _reads(
-    x: Tensor, side: Side, weights: QKWeights, spec: AttentionSpec, context_size: int, generator: torch.Generator
+    x: Tensor,
+    side: Side,
+    weights: QKWeights,
+    spec: AttentionSpec,
+    context_size: int,
+    generator: torch.Generator,
 ) -> Float[Tensor, "d_model d_out"]:
     """G with G G^T = W C W^T summed over heads: what the other side's vectors, at random offsets, read of x."""
-    W, other = (weights.W_Q, weights.keys(x)) if side == "query" else (weights.W_K, weights.queries(x))
+    W, other = (
+        (weights.W_Q, weights.keys(x)) if side == "query" else (weights.W_K, weights.queries(x))
+    )
     if side == "query":
         other = other - other.mean(dim=0)  # what all keys share cancels in the softmax
     offsets = torch.randint(context_size, (len(x),), generator=generator).to(x.device)

@@ -26,7 +26,9 @@ class TruePattern(NamedTuple):
         log = log_pattern(attention_scores(queries, keys, spec))
         return cls(log.exp(), log)
 
-    def kl(self, scores: Float[Tensor, "batch head pos_q pos_k"]) -> Float[Tensor, "batch head pos_q"]:
+    def kl(
+        self, scores: Float[Tensor, "batch head pos_q pos_k"]
+    ) -> Float[Tensor, "batch head pos_q"]:
         """KL(P || P') in nats of each attention row, P' the softmax of scores, as `attention.pattern_kl`."""
         return self.compare(scores)[0]
 
@@ -45,8 +47,15 @@ class _SoftmaxKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, scores, pattern, log_true):  # type: ignore[override]
-        kl, gradient = scores.new_empty(scores.shape[:3]), torch.empty_like(scores, memory_format=torch.contiguous_format)
-        softmax_kl(kl.numpy(), gradient.numpy(), *(t.detach().contiguous().numpy() for t in (scores, pattern, log_true)))
+        kl, gradient = (
+            scores.new_empty(scores.shape[:3]),
+            torch.empty_like(scores, memory_format=torch.contiguous_format),
+        )
+        softmax_kl(
+            kl.numpy(),
+            gradient.numpy(),
+            *(t.detach().contiguous().numpy() for t in (scores, pattern, log_true)),
+        )
         ctx.save_for_backward(gradient, pattern)
         ctx.set_materialize_grads(False)
         return kl, gradient
@@ -57,7 +66,9 @@ class _SoftmaxKL(torch.autograd.Function):
         grad = 0.0 if grad_kl is None else difference * grad_kl[..., None]
         if grad_difference is not None:  # of the softmax: P' (g - <P', g>)
             made = difference + pattern
-            grad = grad + made * (grad_difference - (made * grad_difference).sum(dim=-1, keepdim=True))
+            grad = grad + made * (
+                grad_difference - (made * grad_difference).sum(dim=-1, keepdim=True)
+            )
         return grad, None, None
 
 
@@ -70,10 +81,14 @@ class Moved(NamedTuple):
     @classmethod
     @torch.no_grad()
     def of(cls, x: Float[Tensor, "batch pos d_model"], weights: OVWeights) -> "Moved":
-        values = (x @ weights.W_V.transpose(0, 1).flatten(1)).unflatten(-1, weights.b_V.shape) + weights.b_V
+        values = (x @ weights.W_V.transpose(0, 1).flatten(1)).unflatten(
+            -1, weights.b_V.shape
+        ) + weights.b_V
         return cls(values, weights.W_O)
 
-    def output(self, pattern: Float[Tensor, "batch head pos_q pos_k"]) -> Float[Tensor, "batch pos_q d_model"]:
+    def output(
+        self, pattern: Float[Tensor, "batch head pos_q pos_k"]
+    ) -> Float[Tensor, "batch pos_q d_model"]:
         """For a pattern, or linear in it for a difference of two."""
         (batch, n_heads, n_pos, _), n_kv_heads = pattern.shape, self.values.shape[2]
         stacked = pattern.reshape(batch, n_kv_heads, n_heads // n_kv_heads * n_pos, n_pos)
@@ -88,7 +103,9 @@ class Moved(NamedTuple):
         """Squared error of the output when the pattern is off by `difference`, over the variance of the output."""
         with torch.no_grad():
             written = self.output(pattern).flatten(0, 1)
-        return relative_mse(torch.zeros_like(written), self.output(difference).flatten(0, 1), written)
+        return relative_mse(
+            torch.zeros_like(written), self.output(difference).flatten(0, 1), written
+        )
 
 
 def pattern_losses(
@@ -108,7 +125,9 @@ def pattern_losses(
     return {name: true.kl(attention_scores(q, k, spec)).mean() for name, (q, k) in pairs.items()}
 
 
-def sqrt_penalty(acts: Float[Tensor, "tokens d"], W_dec: Float[Tensor, "d d_out"], eps: float = 1e-7) -> Float[Tensor, ""]:
+def sqrt_penalty(
+    acts: Float[Tensor, "tokens d"], W_dec: Float[Tensor, "d d_out"], eps: float = 1e-7
+) -> Float[Tensor, ""]:
     """mean over tokens of sum over features of sqrt(act * ||decoder row|| + eps): independent of the batch size."""
     if not acts.is_sparse:
         return (acts * W_dec.norm(dim=1) + eps).sqrt().sum(dim=1).mean()
@@ -118,7 +137,9 @@ def sqrt_penalty(acts: Float[Tensor, "tokens d"], W_dec: Float[Tensor, "d d_out"
 
 
 def relative_mse(
-    target: Float[Tensor, "tokens d_out"], output: Float[Tensor, "tokens d_out"], scale_from: Tensor | None = None
+    target: Float[Tensor, "tokens d_out"],
+    output: Float[Tensor, "tokens d_out"],
+    scale_from: Tensor | None = None,
 ) -> Float[Tensor, ""]:
     """Squared error over the variance of `scale_from` (default: of the target)."""
     reference = target if scale_from is None else scale_from

@@ -54,12 +54,16 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
     def initialize_weights(self) -> None:
         names = set(BilinearQKConfig.__dataclass_fields__) - {"d_sae", "metadata"}
         values = {name: getattr(self.cfg, name) for name in names}
-        self.dictionary = BilinearQKDictionary(BilinearQKConfig(**values, metadata=self.cfg.metadata))
+        self.dictionary = BilinearQKDictionary(
+            BilinearQKConfig(**values, metadata=self.cfg.metadata)
+        )
         self.dictionary.requires_grad_(self.cfg.fine_tune)
         for half in (self.dictionary.query, self.dictionary.key):
             half.b_dec.requires_grad_(self.cfg.fine_tune and self.cfg.decoder_bias)
         n_pairs = self.cfg.n_pairs
-        self.scaled_mask = nn.Parameter(torch.ones(n_pairs, device=self.device) / self.cfg.mask_speed)
+        self.scaled_mask = nn.Parameter(
+            torch.ones(n_pairs, device=self.device) / self.cfg.mask_speed
+        )
         self.register_buffer("alive", torch.ones(n_pairs, dtype=torch.bool, device=self.device))
 
     def attach(
@@ -80,7 +84,9 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
             ValueError: no `ov` where it is needed.
         """
         if self.cfg.output_coefficient and ov is None:
-            raise ValueError("output_coefficient needs what the heads move: pass ov=qk.host.ov_weights(model, layer).")
+            raise ValueError(
+                "output_coefficient needs what the heads move: pass ov=qk.host.ov_weights(model, layer)."
+            )
         self._weights, self._context_size = [weights.to(self.device)], context_size
         self._ov = [ov.to(self.device)] if ov and self.cfg.output_coefficient else []
         if dictionary is None:
@@ -112,7 +118,9 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         if self._context_size is None:
-            raise RuntimeError("This training SAE does not know its model: call sae.attach(...) before training.")
+            raise RuntimeError(
+                "This training SAE does not know its model: call sae.attach(...) before training."
+            )
         step, d = step_input.n_training_steps, self.dictionary
         x = step_input.sae_in.unflatten(0, (-1, self._context_size))
         with torch.no_grad():
@@ -123,8 +131,13 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
         moved = Moved.of(x, self._ov[0]) if self._ov else None
         tuned = None
         if self.cfg.fine_tune:
-            tuned = self._transcode(d.query, x, self.cfg.k_query), self._transcode(d.key, x, self.cfg.k_key)
-            query_acts, key_acts = (side.acts.to_dense().unflatten(0, x.shape[:2]) for side in tuned)
+            tuned = (
+                self._transcode(d.query, x, self.cfg.k_query),
+                self._transcode(d.key, x, self.cfg.k_key),
+            )
+            query_acts, key_acts = (
+                side.acts.to_dense().unflatten(0, x.shape[:2]) for side in tuned
+            )
         else:
             with torch.no_grad():
                 query_acts, key_acts = d.encode_query(x), d.encode_key(x)
@@ -132,26 +145,43 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
         scores = self._scores(mask, query_acts, key_acts)
         losses = self._divergence(true, scores, moved)
         if not (self.cfg.polish and step >= self.cfg.prune_steps):
-            losses["mask_sparsity"] = step_input.coefficients["mask_sparsity"] * (mask + 1e-7).sqrt().sum()
+            losses["mask_sparsity"] = (
+                step_input.coefficients["mask_sparsity"] * (mask + 1e-7).sqrt().sum()
+            )
         if tuned and self.cfg.unmasked_coefficient:
             made = tuned[0].output.view_as(q), tuned[1].output.view_as(k)
             unmasked = self._divergence(true, attention_scores(*made, d.spec), moved)
-            losses |= {f"{name}_unmasked": self.cfg.unmasked_coefficient * loss for name, loss in unmasked.items()}
+            losses |= {
+                f"{name}_unmasked": self.cfg.unmasked_coefficient * loss
+                for name, loss in unmasked.items()
+            }
         loss = torch.stack(list(losses.values())).sum()
         if not loss.isfinite():
-            raise NonFiniteLossError(f"The mask loss is {loss.item()} at step {step}: training stopped before the update.")
+            raise NonFiniteLossError(
+                f"The mask loss is {loss.item()} at step {step}: training stopped before the update."
+            )
         acts = torch.cat([query_acts, key_acts], dim=-1).flatten(0, 1).detach()
         outputs = torch.cat([q.flatten(0, 1).flatten(1), k.flatten(0, 1).flatten(1)], dim=1)
         return TrainStepOutput(
-            sae_in=outputs, sae_out=outputs, feature_acts=acts, hidden_pre=acts, loss=loss, losses=losses,
+            sae_in=outputs,
+            sae_out=outputs,
+            feature_acts=acts,
+            hidden_pre=acts,
+            loss=loss,
+            losses=losses,
             metrics={"n_pairs": int((mask > 0).sum())},
-        )  # fmt: skip
+        )
 
-    def _divergence(self, true: TruePattern, scores: Tensor, moved: Moved | None) -> dict[str, Tensor]:
+    def _divergence(
+        self, true: TruePattern, scores: Tensor, moved: Moved | None
+    ) -> dict[str, Tensor]:
         kl, difference = true.compare(scores)
         if moved is None:
             return {"kl": kl.mean()}
-        return {"kl": kl.mean(), "output": self.cfg.output_coefficient * moved.error(true.pattern, difference)}
+        return {
+            "kl": kl.mean(),
+            "output": self.cfg.output_coefficient * moved.error(true.pattern, difference),
+        }
 
     def _transcode(self, half: Transcoder, x: Tensor, k: float) -> Transcoded:
         """With the k strongest features a token: thresholds would let L0 drift. None of the query at position 0."""
@@ -165,8 +195,12 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
     def _scores(self, mask: Tensor, query_acts: Tensor, key_acts: Tensor) -> Tensor:
         decoders, spec = self.dictionary.decoders, self.dictionary.spec
         if self._scorer is None or self.cfg.fine_tune:
-            self._scorer = PairScorer(self.dictionary.feature_map.indices[self.alive], decoders, spec)
-        return self._scorer(mask, query_acts, key_acts) + constant_scores(decoders, spec, query_acts.shape[1])
+            self._scorer = PairScorer(
+                self.dictionary.feature_map.indices[self.alive], decoders, spec
+            )
+        return self._scorer(mask, query_acts, key_acts) + constant_scores(
+            decoders, spec, query_acts.shape[1]
+        )
 
     def _prune(self, step: int) -> None:
         done = min(1.0, step / self.cfg.prune_steps) if self.cfg.prune_steps else 1.0
@@ -192,8 +226,13 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
     def calibrate(self, batches: Iterable[Float[Tensor, "tokens d_model"]]) -> None:
         """After tuning, set the published thresholds so that mean L0 over the batches is what training held."""
         batches = [x.to(self.device) for x in batches]
-        for half, k in ((self.dictionary.query, self.cfg.k_query), (self.dictionary.key, self.cfg.k_key)):
-            half.get_parameter("threshold").copy_(strength_threshold(half, batches, k) / half.W_dec.norm(dim=1))
+        for half, k in (
+            (self.dictionary.query, self.cfg.k_query),
+            (self.dictionary.key, self.cfg.k_key),
+        ):
+            half.get_parameter("threshold").copy_(
+                strength_threshold(half, batches, k) / half.W_dec.norm(dim=1)
+            )
 
     @override
     def calculate_aux_loss(self, *args: Any, **kwargs: Any) -> Tensor | dict[str, Tensor]:

@@ -18,7 +18,16 @@ from torch import Tensor
 
 from sae_lens_qk.config import BilinearQKRunnerConfig, MaskTrainingConfig, QKFields
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.host import Model, attention_spec, hook_names, layer_inputs, model_mode, ov_weights, prove_once, qk_weights
+from sae_lens_qk.host import (
+    Model,
+    attention_spec,
+    hook_names,
+    layer_inputs,
+    model_mode,
+    ov_weights,
+    prove_once,
+    qk_weights,
+)
 from sae_lens_qk.models import load_model
 from sae_lens_qk.patching import check_model
 from sae_lens_qk.text import load_text
@@ -53,8 +62,12 @@ class BilinearQKTrainingRunner:
         override_model: Model | None = None,
         override_dataset: Dataset | IterableDataset | None = None,
     ):
-        self.model: Model = override_model or load_model(cfg.model_name, cfg.llm_device or cfg.device)
-        spec = attention_spec(self.model, cfg.layer)  # raises for a layer out of range or an unsupported model
+        self.model: Model = override_model or load_model(
+            cfg.model_name, cfg.llm_device or cfg.device
+        )
+        spec = attention_spec(
+            self.model, cfg.layer
+        )  # raises for a layer out of range or an unsupported model
         mode = model_mode(self.model)
         if mode == "hooked":
             raise ValueError(
@@ -64,20 +77,30 @@ class BilinearQKTrainingRunner:
         prove_once(self.model, cfg.layer)
         self.weights = qk_weights(self.model, cfg.layer)
         shared: dict[str, Any] = dict(
-            d_in=spec.d_model, attention=spec.to_dict(), model_name=cfg.model_name, model_mode=mode, layer=cfg.layer,
-            hook_name=hook_names(self.model, cfg.layer).input, fingerprint=list(self.weights.fingerprint()),
-            device=cfg.device, dtype=cfg.dtype,
-        )  # fmt: skip
+            d_in=spec.d_model,
+            attention=spec.to_dict(),
+            model_name=cfg.model_name,
+            model_mode=mode,
+            layer=cfg.layer,
+            hook_name=hook_names(self.model, cfg.layer).input,
+            fingerprint=list(self.weights.fingerprint()),
+            device=cfg.device,
+            dtype=cfg.dtype,
+        )
         self.cfg = replace(cfg, hook_name=shared["hook_name"], sae=replace(cfg.sae, **shared))
         self.dataset = (
-            override_dataset if override_dataset is not None else load_text(cfg.dataset_path, cfg.text_column, cfg.streaming)
+            override_dataset
+            if override_dataset is not None
+            else load_text(cfg.dataset_path, cfg.text_column, cfg.streaming)
         )
         self._start = self._given_transcoders()
         if cfg.mask.training_tokens:
             start = self._start.cfg if self._start else cfg.sae
             PairTable.check_memory(cfg.mask.n_candidates, start.d_key + 1)
             if cfg.mask.fine_tune_lr and start.half_architecture != "jumprelu_transcoder":
-                raise ValueError("mask.fine_tune_lr needs batchtopk or topk transcoders: nothing would hold the L0 of relu.")
+                raise ValueError(
+                    "mask.fine_tune_lr needs batchtopk or topk transcoders: nothing would hold the L0 of relu."
+                )
         self._check_data()
 
     def run(self) -> BilinearQKDictionary:
@@ -108,64 +131,102 @@ class BilinearQKTrainingRunner:
         self._fit(sae, self.cfg, _TRANSCODERS, cache, checkpoint, seed=self.cfg.seed)
         if self.cfg.sae.activation != "relu":
             rows = (batch.flatten(0, 1) for batch in self._some_rows(cache, _CALIBRATION_ROWS))
-            sae.cfg.metadata.calibration = sae.calibrate(rows)  # L0 and KL before and after, published in cfg.json
+            sae.cfg.metadata.calibration = sae.calibrate(
+                rows
+            )  # L0 and KL before and after, published in cfg.json
             logger.info("thresholds calibrated to mean L0 = k: %s", sae.cfg.metadata.calibration)
         dictionary = sae.to_dictionary()
         if self.cfg.checkpoint_path is not None:
             dictionary.save_model(Path(self.cfg.checkpoint_path) / _STEP_1_DONE)
         return dictionary
 
-    def _run_mask(self, dictionary: BilinearQKDictionary, cache: InputCache | None) -> BilinearQKDictionary:
+    def _run_mask(
+        self, dictionary: BilinearQKDictionary, cache: InputCache | None
+    ) -> BilinearQKDictionary:
         settings, checkpoint = self.cfg.mask, self._newest_checkpoint(_MASK)
         # ranking is deterministic, so a resumed run finds the same candidates
         n_rows = max(2, settings.ranking_tokens // self.cfg.context_size)
         if settings.compact:
             rates = firing_rates(dictionary, self._some_rows(cache, n_rows))
             dictionary = dictionary.compact(rates.query > 0, rates.key > 0)
-        candidates = rank_pairs(dictionary, self.weights, self._some_rows(cache, n_rows), settings.n_candidates)
+        candidates = rank_pairs(
+            dictionary, self.weights, self._some_rows(cache, n_rows), settings.n_candidates
+        )
         steps = settings.training_tokens // self.cfg.mask_batch_size_tokens
-        shared = {name: value for name, value in vars(dictionary.cfg).items() if name in QKFields.__dataclass_fields__}
+        shared = {
+            name: value
+            for name, value in vars(dictionary.cfg).items()
+            if name in QKFields.__dataclass_fields__
+        }
         fine_tune = settings.fine_tune_lr > 0
         # tuning holds the L0 that the dictionary has
-        rates = firing_rates(dictionary, self._some_rows(cache, _CALIBRATION_ROWS)) if fine_tune else None
+        rates = (
+            firing_rates(dictionary, self._some_rows(cache, _CALIBRATION_ROWS))
+            if fine_tune
+            else None
+        )
         mask_cfg = MaskTrainingConfig(
             **{**shared, "n_pairs": len(candidates)},
-            d_in=dictionary.cfg.d_in, dtype=self.cfg.dtype, device=self.cfg.device,
-            half_architecture=dictionary.cfg.half_architecture, metadata=copy.deepcopy(dictionary.cfg.metadata),
-            sparsity_coefficient=settings.sparsity_coefficient, max_pairs=settings.n_pairs,
-            prune_steps=int(steps * settings.prune_until), polish=settings.polish, fine_tune=fine_tune,
+            d_in=dictionary.cfg.d_in,
+            dtype=self.cfg.dtype,
+            device=self.cfg.device,
+            half_architecture=dictionary.cfg.half_architecture,
+            metadata=copy.deepcopy(dictionary.cfg.metadata),
+            sparsity_coefficient=settings.sparsity_coefficient,
+            max_pairs=settings.n_pairs,
+            prune_steps=int(steps * settings.prune_until),
+            polish=settings.polish,
+            fine_tune=fine_tune,
             mask_speed=settings.lr / settings.fine_tune_lr if fine_tune else 1.0,
-            k_query=float(rates.query.sum()) if rates else 0.0, k_key=float(rates.key.sum()) if rates else 0.0,
+            k_query=float(rates.query.sum()) if rates else 0.0,
+            k_key=float(rates.key.sum()) if rates else 0.0,
             unmasked_coefficient=settings.unmasked_coefficient,
             output_coefficient=settings.output_coefficient,
-        )  # fmt: skip
+        )
         sae = MaskTrainingSAE(mask_cfg)
-        sae.attach(self.weights, self.cfg.context_size, dictionary, candidates, ov_weights(self.model, self.cfg.layer))
+        sae.attach(
+            self.weights,
+            self.cfg.context_size,
+            dictionary,
+            candidates,
+            ov_weights(self.model, self.cfg.layer),
+        )
         self._fit(sae, self.cfg.mask_step(), _MASK, cache, checkpoint, seed=self.cfg.seed + 1)
         if not fine_tune:
             return sae.to_dictionary()
         sae.calibrate(batch.flatten(0, 1) for batch in self._some_rows(cache, _CALIBRATION_ROWS))
         tuned = sae.to_dictionary()
-        measured = rank_pairs(tuned, self.weights, self._some_rows(cache, n_rows), settings.n_candidates)
+        measured = rank_pairs(
+            tuned, self.weights, self._some_rows(cache, n_rows), settings.n_candidates
+        )
         tuned.set_feature_map(tuned.feature_map.measured_as(measured))
         return tuned
 
     def _fit(
-        self, sae: TrainingSAE[Any], cfg: BilinearQKRunnerConfig, step: str, cache: InputCache | None,
-        checkpoint: Path | None, seed: int,
-    ) -> None:  # fmt: skip
+        self,
+        sae: TrainingSAE[Any],
+        cfg: BilinearQKRunnerConfig,
+        step: str,
+        cache: InputCache | None,
+        checkpoint: Path | None,
+        seed: int,
+    ) -> None:
         """One SAETrainer run, from the start or from a checkpoint."""
         trainer_cfg = cfg.to_sae_trainer_config()
         if self.cfg.checkpoint_path is not None:
             trainer_cfg.checkpoint_path = str(Path(self.cfg.checkpoint_path) / step)
         store = self._store(cfg) if cache is None else None
-        data: Iterator[Tensor] = store if store is not None else cache.batches(cfg.rows_per_batch, seed=seed)  # type: ignore[union-attr]
+        data: Iterator[Tensor] = (
+            store if store is not None else cache.batches(cfg.rows_per_batch, seed=seed)
+        )  # type: ignore[union-attr]
         trainer = ProgressTrainer(trainer_cfg, sae, data)  # type: ignore[arg-type]
         if checkpoint is not None:
             logger.info("resuming %s from %s", step, checkpoint)
             trainer.load_trainer_state(checkpoint)
             trainer.n_training_steps += 1  # the host saves it before counting the step
-            trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t > trainer.n_training_samples]
+            trainer.checkpoint_thresholds = [
+                t for t in trainer.checkpoint_thresholds if t > trainer.n_training_samples
+            ]
             sae.load_weights_from_checkpoint(checkpoint)
             if store is not None:
                 self._skip_rows(store, trainer.n_training_samples // self.cfg.context_size)
@@ -176,8 +237,10 @@ class BilinearQKTrainingRunner:
         except KeyboardInterrupt:
             logger.warning(
                 "interrupted after %d tokens of %s; go on with resume_from_checkpoint=%s",
-                trainer.n_training_samples, step, self.cfg.checkpoint_path,
-            )  # fmt: skip
+                trainer.n_training_samples,
+                step,
+                self.cfg.checkpoint_path,
+            )
             raise
 
     def _skip_rows(self, store: ActivationsStore, n_rows: int) -> None:
@@ -216,21 +279,29 @@ class BilinearQKTrainingRunner:
             )
 
     def _store(self, cfg: BilinearQKRunnerConfig | None = None) -> ActivationsStore:
-        return ActivationsStore.from_config(self.model, cfg or self.cfg, override_dataset=self.dataset)  # type: ignore[arg-type]
+        return ActivationsStore.from_config(
+            self.model, cfg or self.cfg, override_dataset=self.dataset
+        )  # type: ignore[arg-type]
 
     def fill_input_cache(self) -> InputCache:
         """The cache of layer inputs that `cfg.input_cache_path` names, filled as far as the config asks."""
         cfg = self.cfg
         assert cfg.input_cache_path is not None
         identity = dict(
-            model_name=cfg.model_name, hook_name=cfg.hook_name, context_size=cfg.context_size, d_in=cfg.sae.d_in,
-            dataset=cfg.dataset_path or getattr(self.dataset, "_fingerprint", ""), fingerprint=cfg.sae.fingerprint[:8],
+            model_name=cfg.model_name,
+            hook_name=cfg.hook_name,
+            context_size=cfg.context_size,
+            d_in=cfg.sae.d_in,
+            dataset=cfg.dataset_path or getattr(self.dataset, "_fingerprint", ""),
+            fingerprint=cfg.sae.fingerprint[:8],
             **({"autocast_lm": True} if cfg.autocast_lm else {}),
-        )  # fmt: skip
+        )
         n_rows = (cfg.input_cache_tokens or cfg.training_tokens) // cfg.context_size
         return fill_cache(self._store(), os.path.expandvars(cfg.input_cache_path), n_rows, identity)
 
-    def _some_rows(self, cache: InputCache | None, n_rows: int) -> Iterator[Float[Tensor, "batch pos d_model"]]:
+    def _some_rows(
+        self, cache: InputCache | None, n_rows: int
+    ) -> Iterator[Float[Tensor, "batch pos d_model"]]:
         """The first rows of the data, in small batches: for initialisation, calibration and ranking."""
         size = self.cfg.rows_per_batch
         if cache is not None:
@@ -245,16 +316,22 @@ class BilinearQKTrainingRunner:
         if self.cfg.resume_from_checkpoint is None:
             return None
         folder = Path(self.cfg.resume_from_checkpoint) / step
-        complete = [path.parent for path in folder.glob("*/trainer_state.pt") if path.parent.name.isdigit()]
+        complete = [
+            path.parent for path in folder.glob("*/trainer_state.pt") if path.parent.name.isdigit()
+        ]
         return max(complete, key=lambda path: int(path.name), default=None)
 
     def _given_transcoders(self) -> BilinearQKDictionary | None:
         if self.cfg.from_pretrained_path is None:
             return None
-        given = BilinearQKDictionary.from_pretrained(self.cfg.from_pretrained_path, device=self.cfg.device)
+        given = BilinearQKDictionary.from_pretrained(
+            self.cfg.from_pretrained_path, device=self.cfg.device
+        )
         check_model(given, self.model)
         if given.cfg.layer != self.cfg.layer:
-            raise ValueError(f"{self.cfg.from_pretrained_path} is of layer {given.cfg.layer}, the run of {self.cfg.layer}.")
+            raise ValueError(
+                f"{self.cfg.from_pretrained_path} is of layer {given.cfg.layer}, the run of {self.cfg.layer}."
+            )
         return given
 
     def _finished_step_1(self) -> BilinearQKDictionary | None:

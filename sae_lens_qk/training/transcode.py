@@ -18,7 +18,10 @@ from torch import Tensor
 
 from sae_lens_qk import kernels
 
-_FEW, _SPARSE = 1 << 14, 0.05  # kept entries, number and share, up to which sums over them are taken
+_FEW, _SPARSE = (
+    1 << 14,
+    0.05,
+)  # kept entries, number and share, up to which sums over them are taken
 
 
 class Transcoded(NamedTuple):
@@ -39,7 +42,10 @@ def strengths(
         dtype: of the product and of the result, such as bfloat16; default: that of the weights.
     """
     norms = half.W_dec.norm(dim=1)
-    b_enc, x, W_enc = (t.to(dtype or norms.dtype) for t in (half.b_enc * norms, half.process_sae_in(x), half.W_enc * norms))
+    b_enc, x, W_enc = (
+        t.to(dtype or norms.dtype)
+        for t in (half.b_enc * norms, half.process_sae_in(x), half.W_enc * norms)
+    )
     return torch.addmm(b_enc, x, W_enc)
 
 
@@ -61,7 +67,9 @@ def transcode(
     entries = _Entries(kept)
     values: Any = _Encode.apply(half.W_enc, half.b_enc, half.process_sae_in(x), entries)
     decoded: Any = _Decode.apply(half.W_dec, values, entries)
-    acts = torch.sparse_coo_tensor(torch.stack(entries.at), values, kept.shape, is_coalesced=True, check_invariants=False)
+    acts = torch.sparse_coo_tensor(
+        torch.stack(entries.at), values, kept.shape, is_coalesced=True, check_invariants=False
+    )
     return Transcoded(strength, acts, decoded + half.b_dec)
 
 
@@ -81,7 +89,9 @@ class _Entries:
     def by_feature(self) -> NDArray[np.int64]:
         return _starts(self.feature[self.order], self.shape[1])
 
-    def summed_by_feature(self, weights: Float[Tensor, " entry"], rows: Float[Tensor, "tokens c"]) -> Float[Tensor, "d c"]:
+    def summed_by_feature(
+        self, weights: Float[Tensor, " entry"], rows: Float[Tensor, "tokens c"]
+    ) -> Float[Tensor, "d c"]:
         """Sum over the entries of each feature of weight times the row of its token."""
         summed = rows.new_empty(self.shape[1], rows.shape[1])
         token, weight = self.token[self.order].numpy(), weights[self.order].numpy()
@@ -96,7 +106,13 @@ class _Encode(torch.autograd.Function):
     def forward(ctx, W_enc, b_enc, x, entries):  # type: ignore[override]
         ctx.x, ctx.entries = x, entries
         values, columns = x.new_empty(len(entries.feature)), W_enc.detach().T.contiguous().numpy()
-        kernels.row_products(values.numpy(), entries.by_token, entries.feature.numpy(), x.contiguous().numpy(), columns)
+        kernels.row_products(
+            values.numpy(),
+            entries.by_token,
+            entries.feature.numpy(),
+            x.contiguous().numpy(),
+            columns,
+        )
         return values.add_(b_enc.detach()[entries.feature]).clamp_(min=0)
 
     @staticmethod
@@ -115,7 +131,9 @@ class _Decode(torch.autograd.Function):
         ctx.save_for_backward(W_dec, values)
         ctx.entries = entries
         out, rows = values.new_empty(entries.shape[0], W_dec.shape[1]), W_dec.detach().numpy()
-        kernels.sum_rows(out.numpy(), entries.by_token, entries.feature.numpy(), values.detach().numpy(), rows)
+        kernels.sum_rows(
+            out.numpy(), entries.by_token, entries.feature.numpy(), values.detach().numpy(), rows
+        )
         return out
 
     @staticmethod

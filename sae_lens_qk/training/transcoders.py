@@ -20,7 +20,12 @@ from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.feature_map import pack_indices
 from sae_lens_qk.host import QKWeights
 from sae_lens_qk.training.initialization import Side, from_data, from_scores
-from sae_lens_qk.training.losses import dead_feature_loss, pattern_losses, relative_mse, sqrt_penalty
+from sae_lens_qk.training.losses import (
+    dead_feature_loss,
+    pattern_losses,
+    relative_mse,
+    sqrt_penalty,
+)
 from sae_lens_qk.training.transcode import Transcoded, strengths, transcode
 
 _SILENCE = 1e-3  # weight of the loss that keeps query features silent at position 0: any small one does under Adam
@@ -59,16 +64,22 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
 
     @override
     def initialize_weights(self) -> None:
-        d_queries, d_keys = (self.spec.d_queries, self.spec.d_keys) if self.cfg.attention else (1, 1)
+        d_queries, d_keys = (
+            (self.spec.d_queries, self.spec.d_keys) if self.cfg.attention else (1, 1)
+        )
         self.query, self.key = (
             Transcoder(
                 TranscoderConfig(
-                    d_in=self.cfg.d_in, d_sae=d_features, d_out=d_out, dtype=self.cfg.dtype, device=self.cfg.device,
+                    d_in=self.cfg.d_in,
+                    d_sae=d_features,
+                    d_out=d_out,
+                    dtype=self.cfg.dtype,
+                    device=self.cfg.device,
                     apply_b_dec_to_input=False,
                 )
             )
             for d_features, d_out in ((self.cfg.d_query, d_queries), (self.cfg.d_key, d_keys))
-        )  # fmt: skip
+        )
         for half in (self.query, self.key):
             half.b_dec.requires_grad_(self.cfg.decoder_bias)
         for name in ("query_threshold", "key_threshold"):
@@ -78,7 +89,9 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
     def spec(self) -> AttentionSpec:
         return self.cfg.spec
 
-    def attach(self, weights: QKWeights, context_size: int, first_batch: Tensor | None = None) -> None:
+    def attach(
+        self, weights: QKWeights, context_size: int, first_batch: Tensor | None = None
+    ) -> None:
         """Give the layer's W_Q and W_K, without which there is no pattern to train on.
 
         Args:
@@ -90,7 +103,9 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
         expected = (self.cfg.d_in, self.query.cfg.d_out, self.key.cfg.d_out)
         found = (weights.W_Q.shape[1], weights.W_Q[:, 0].numel(), weights.W_K[:, 0].numel())
         if expected != found:
-            raise ValueError(f"This training SAE expects (d_in, d_queries, d_keys) = {expected}, the model has {found}.")
+            raise ValueError(
+                f"This training SAE expects (d_in, d_queries, d_keys) = {expected}, the model has {found}."
+            )
         self._weights = [weights.to(self.device)]  # in a list: neither saved nor optimised
         self._context_size = context_size
         if first_batch is not None:
@@ -104,8 +119,9 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
         """
         mean, weights, seed = x.mean(dim=0), self._weights[0], int(self.cfg.d_sae)
         sides: tuple[tuple[Side, Transcoder, Any], ...] = (
-            ("query", self.query, weights.queries), ("key", self.key, weights.keys)
-        )  # fmt: skip
+            ("query", self.query, weights.queries),
+            ("key", self.key, weights.keys),
+        )
         for side, half, true in sides:
             half.b_dec.copy_(true(mean[None]).flatten())
             if self.cfg.initialization == "kaiming":
@@ -114,7 +130,9 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
                 start = from_data(x, half.cfg.d_sae, side, weights, seed)
             else:
                 assert self._context_size is not None
-                start = from_scores(x, half.cfg.d_sae, side, weights, self.spec, self._context_size, seed)
+                start = from_scores(
+                    x, half.cfg.d_sae, side, weights, self.spec, self._context_size, seed
+                )
             half.W_enc.copy_(start.encoders.T)
             half.b_enc.copy_(-start.encoders @ mean)
             half.W_dec.copy_(start.decoders)
@@ -141,14 +159,23 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
         if self.cfg.activation != "relu":
             return {}
-        return {"sparsity": TrainCoefficientConfig(self.cfg.sparsity_coefficient, self.cfg.sparsity_warm_up_steps)}
+        return {
+            "sparsity": TrainCoefficientConfig(
+                self.cfg.sparsity_coefficient, self.cfg.sparsity_warm_up_steps
+            )
+        }
 
     def _encode_half(self, half: Transcoder, threshold: Tensor, x: Tensor) -> Encoded:
         hidden_pre = half.process_sae_in(x) @ half.W_enc + half.b_enc
-        return Encoded(hidden_pre, hidden_pre.relu() * self._kept(hidden_pre * half.W_dec.norm(dim=1), threshold))
+        return Encoded(
+            hidden_pre,
+            hidden_pre.relu() * self._kept(hidden_pre * half.W_dec.norm(dim=1), threshold),
+        )
 
     @torch.no_grad()
-    def _kept(self, strength: Float[Tensor, "*batch d"], threshold: Tensor) -> Bool[Tensor, "*batch d"]:
+    def _kept(
+        self, strength: Float[Tensor, "*batch d"], threshold: Tensor
+    ) -> Bool[Tensor, "*batch d"]:
         """Which positive entries fire; during training `threshold` follows the weakest of them."""
         if self.cfg.activation == "relu":
             return strength > 0
@@ -156,7 +183,9 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
             return strength > threshold
         if self.cfg.activation == "topk":
             strongest = strength.topk(int(self.cfg.k))
-            return torch.zeros_like(strength, dtype=torch.bool).scatter(1, strongest.indices, strongest.values > 0)
+            return torch.zeros_like(strength, dtype=torch.bool).scatter(
+                1, strongest.indices, strongest.values > 0
+            )
         cutoff = batch_cutoff(strength, self.cfg.k).clamp(min=0)
         threshold.lerp_(cutoff.to(threshold.dtype), self.cfg.threshold_lr if threshold > 0 else 1.0)
         return (strength >= cutoff) & (strength > 0)
@@ -167,7 +196,9 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
             self._encode_half(self.key, self.key_threshold, x),
         )
 
-    def _transcode(self, half: Transcoder, threshold: Tensor, x: Float[Tensor, "tokens d_model"]) -> Transcoded:
+    def _transcode(
+        self, half: Transcoder, threshold: Tensor, x: Float[Tensor, "tokens d_model"]
+    ) -> Transcoded:
         strength = strengths(half, x, torch.bfloat16 if self.cfg.bfloat16_selection else None)
         if half is self.query and self.cfg.activation != "relu":
             strength[:: self._context_size] = -torch.inf
@@ -176,7 +207,9 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         query, key = self.encode_halves(x)
-        return torch.cat([query.acts, key.acts], dim=-1), torch.cat([query.hidden_pre, key.hidden_pre], dim=-1)
+        return torch.cat([query.acts, key.acts], dim=-1), torch.cat(
+            [query.hidden_pre, key.hidden_pre], dim=-1
+        )
 
     @override
     def decode(self, feature_acts: Tensor) -> Tensor:
@@ -187,7 +220,10 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         weights, rows = self._attached(step_input.sae_in)
         x, spec = step_input.sae_in, self.spec
-        query, key = self._transcode(self.query, self.query_threshold, x), self._transcode(self.key, self.key_threshold, x)
+        query, key = (
+            self._transcode(self.query, self.query_threshold, x),
+            self._transcode(self.key, self.key_threshold, x),
+        )
         with torch.no_grad():
             q, k = weights.queries(x).flatten(1), weights.keys(x).flatten(1)
         losses = pattern_losses(
@@ -197,7 +233,9 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
             k_hat=spec.split_keys(key.output).unflatten(0, rows),
             spec=spec,
         )
-        losses = {name: getattr(self.cfg, f"{name}_coefficient") * value for name, value in losses.items()}
+        losses = {
+            name: getattr(self.cfg, f"{name}_coefficient") * value for name, value in losses.items()
+        }
         losses |= self._auxiliary_losses(step_input, (query, key), (q, k))
         loss = torch.stack(list(losses.values())).sum()
         if not loss.isfinite():
@@ -218,29 +256,52 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
         )
 
     def _auxiliary_losses(
-        self, step_input: TrainStepInput, sides: tuple[Transcoded, Transcoded], true: tuple[Tensor, Tensor]
-    ) -> dict[str, Tensor]:  # fmt: skip
+        self,
+        step_input: TrainStepInput,
+        sides: tuple[Transcoded, Transcoded],
+        true: tuple[Tensor, Tensor],
+    ) -> dict[str, Tensor]:
         cfg, losses, halves = self.cfg, {}, (self.query, self.key)
         if cfg.mse_coefficient:
-            losses["mse"] = cfg.mse_coefficient * sum(relative_mse(t, s.output) for t, s in zip(true, sides, strict=True))
+            losses["mse"] = cfg.mse_coefficient * sum(
+                relative_mse(t, s.output) for t, s in zip(true, sides, strict=True)
+            )
         if cfg.activation == "relu":
-            penalties = [sqrt_penalty(s.acts, half.W_dec) for s, half in zip(sides, halves, strict=True)]
+            penalties = [
+                sqrt_penalty(s.acts, half.W_dec) for s, half in zip(sides, halves, strict=True)
+            ]
             losses["sparsity"] = step_input.coefficients["sparsity"] * sum(penalties)
             return losses
         losses["first_position"] = _SILENCE * self._first_position(step_input.sae_in)
         dead = step_input.dead_neuron_mask
         if cfg.dead_coefficient and dead is not None and dead.any():
             dead_masks = dead.split([cfg.d_query, cfg.d_key])
-            losses["dead"] = cfg.dead_coefficient * torch.stack([
-                dead_feature_loss(target - side.output, step_input.sae_in, side.strength, half, dead, cfg.dead_k)
-                for target, side, half, dead in zip(true, sides, halves, dead_masks, strict=True)
-            ]).sum()  # fmt: skip
+            losses["dead"] = (
+                cfg.dead_coefficient
+                * torch.stack(
+                    [
+                        dead_feature_loss(
+                            target - side.output,
+                            step_input.sae_in,
+                            side.strength,
+                            half,
+                            dead,
+                            cfg.dead_k,
+                        )
+                        for target, side, half, dead in zip(
+                            true, sides, halves, dead_masks, strict=True
+                        )
+                    ]
+                ).sum()
+            )
         return losses
 
     def _first_position(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, ""]:
         """How strongly query features would fire at position 0: mean over rows of the sum over features."""
         first = self.query.process_sae_in(x[:: self._context_size])
-        strength = (first @ self.query.W_enc + self.query.b_enc) * self.query.W_dec.detach().norm(dim=1)
+        strength = (first @ self.query.W_enc + self.query.b_enc) * self.query.W_dec.detach().norm(
+            dim=1
+        )
         return strength.relu().sum(dim=1).mean()
 
     def _attached(self, x: Tensor) -> tuple[QKWeights, tuple[int, int]]:
@@ -250,12 +311,16 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
                 "context_size, first_batch) before training."
             )
         if x.shape[0] % self._context_size:
-            raise ValueError(f"A batch must be whole sequences of {self._context_size} tokens, got {x.shape[0]} tokens.")
+            raise ValueError(
+                f"A batch must be whole sequences of {self._context_size} tokens, got {x.shape[0]} tokens."
+            )
         return self._weights[0], (-1, self._context_size)
 
     @override
     def calculate_aux_loss(self, *args: Any, **kwargs: Any) -> Tensor | dict[str, Tensor]:
-        raise NotImplementedError("Losses of the two sides are computed together, in training_forward_pass.")
+        raise NotImplementedError(
+            "Losses of the two sides are computed together, in training_forward_pass."
+        )
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Float[Tensor, "tokens d_model"]]) -> dict[str, float]:
@@ -287,17 +352,24 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
             (query, key), spec = self.encode_halves(x), self.spec
             q_hat = spec.split_queries(self.query.decode(query.acts)).unflatten(0, rows)
             k_hat = spec.split_keys(self.key.decode(key.acts)).unflatten(0, rows)
-            queries, keys = weights.queries(x).unflatten(0, rows), weights.keys(x).unflatten(0, rows)
+            queries, keys = (
+                weights.queries(x).unflatten(0, rows),
+                weights.keys(x).unflatten(0, rows),
+            )
             kl = pattern_losses(queries, keys, q_hat, k_hat, spec)["kl_full"]
             totals += torch.tensor([_l0(query.acts), _l0(key.acts), float(kl)])
-        return dict(zip(("l0_query", "l0_key", "pattern_kl"), (totals / len(batches)).tolist(), strict=True))
+        return dict(
+            zip(("l0_query", "l0_key", "pattern_kl"), (totals / len(batches)).tolist(), strict=True)
+        )
 
     @torch.no_grad()
     def to_dictionary(self) -> BilinearQKDictionary:
         """The published form, without a feature map: batchtopk and topk become an exact JumpReLU."""
         state_dict = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         self.process_state_dict_for_saving_inference(state_dict)
-        dictionary = BilinearQKDictionary(BilinearQKConfig.from_dict(self.cfg.get_inference_sae_cfg_dict()))
+        dictionary = BilinearQKDictionary(
+            BilinearQKConfig.from_dict(self.cfg.get_inference_sae_cfg_dict())
+        )
         dictionary.process_state_dict_for_loading(state_dict)
         dictionary.load_state_dict(state_dict)
         return dictionary
@@ -321,7 +393,9 @@ class TranscodersTrainingSAE(TrainingSAE[TranscodersTrainingConfig]):
         }
 
     @override
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TranscodersTrainingSAE":
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> "TranscodersTrainingSAE":
         super()._apply(fn, recurse)
         for half in (self.query, self.key):
             half.dtype, half.device = half.W_dec.dtype, half.W_dec.device
@@ -341,11 +415,15 @@ def batch_cutoff(strength: Float[Tensor, "tokens d"], k: float) -> Float[Tensor,
 
 
 @torch.no_grad()
-def strength_threshold(half: Transcoder, batches: Sequence[Float[Tensor, "tokens d_model"]], k: float) -> Float[Tensor, ""]:
+def strength_threshold(
+    half: Transcoder, batches: Sequence[Float[Tensor, "tokens d_model"]], k: float
+) -> Float[Tensor, ""]:
     """The activation times decoder norm that k features a token exceed, on average over the batches."""
     strongest, keep = half.W_dec.new_empty(0), int(k * sum(len(x) for x in batches))
     for x in batches:
-        strength = (half.process_sae_in(x) @ half.W_enc + half.b_enc).relu() * half.W_dec.norm(dim=1)
+        strength = (half.process_sae_in(x) @ half.W_enc + half.b_enc).relu() * half.W_dec.norm(
+            dim=1
+        )
         strongest = torch.cat([strongest, strength[strength > 0]])
         strongest = strongest.topk(min(keep + 1, len(strongest))).values
     return strongest[-1] if len(strongest) > keep else torch.zeros(())
@@ -364,4 +442,6 @@ def _l0(acts: Tensor) -> float:
 
 
 if TRANSCODERS_ARCHITECTURE not in SAE_TRAINING_CLASS_REGISTRY:
-    register_sae_training_class(TRANSCODERS_ARCHITECTURE, TranscodersTrainingSAE, TranscodersTrainingConfig)
+    register_sae_training_class(
+        TRANSCODERS_ARCHITECTURE, TranscodersTrainingSAE, TranscodersTrainingConfig
+    )
