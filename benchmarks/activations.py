@@ -18,11 +18,11 @@ import torch
 
 import sae_lens_qk as qk
 from benchmarks.peak_memory import PeakMemory
-from sae_lens_qk.analysis.activations import RowBatches, cache_batches, collect_activations
+from sae_lens_qk.statistics.activations import RowBatches, cache_batches, collect_activations
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.host import layer_inputs
+from sae_lens_qk.host.layer import layer_inputs
 from sae_lens_qk.text import token_rows
-from sae_lens_qk.training.cache import InputCache
+from sae_lens_qk.inputs import InputCache
 
 CONTEXT = 256
 

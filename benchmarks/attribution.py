@@ -20,8 +20,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 import sae_lens_qk as qk
-from sae_lens_qk.analysis.attribution import Attribution
-from sae_lens_qk.host import Model, hook_names, run_recording
+from sae_lens_qk.explain.attribution import Attribution
+from sae_lens_qk.host.support import Model
+from sae_lens_qk.host.layer import hook_names, run_recording
 from sae_lens_qk.text import text_sample, token_rows
 
 SHIPPED = {23: "smollm2-135m-instruct-L23"}

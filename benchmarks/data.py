@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sae_lens_qk.attention import AttentionSpec, attention_scores, log_pattern
-from sae_lens_qk.pair_scores import Decoders, with_constant
+from sae_lens_qk.scoring.pairs import Decoders
+from sae_lens_qk.scoring.entries import with_constant
 from sae_lens_qk.training.losses import TruePattern
 
 TOPIC_SHARE = 0.75

@@ -24,7 +24,7 @@ from simple_parsing.helpers import field, list_field
 
 import sae_lens_qk as qk
 from benchmarks.dictionary_tables import ALWAYS_ON, frontier_figure, render
-from sae_lens_qk.analysis.figures import density_histogram
+from sae_lens_qk.figures import density_histogram
 from sae_lens_qk.evals import Evaluation, Interval, compare
 from sae_lens_qk.text import token_rows
 

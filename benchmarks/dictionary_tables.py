@@ -4,7 +4,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.quality.tables import NONE, count, number, percent, table
-from sae_lens_qk.analysis.figures import COLOURS, FONT_SIZE, MARKERS, PAGE
+from sae_lens_qk.figures import COLOURS, FONT_SIZE, MARKERS, PAGE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

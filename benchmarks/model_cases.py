@@ -18,8 +18,10 @@ from typing_extensions import override
 import sae_lens_qk as qk
 from sae_lens_qk.config import QKFields
 from sae_lens_qk.feature_map import SparseFeatureMap
-from sae_lens_qk.host import Model, QKWeights, layer_inputs, qk_weights
-from sae_lens_qk.models import shipped_folder
+from sae_lens_qk.host.support import Model
+from sae_lens_qk.weights import QKWeights
+from sae_lens_qk.host.layer import layer_inputs, qk_weights
+from sae_lens_qk.host.models import shipped_folder
 from sae_lens_qk.text import token_rows
 from sae_lens_qk.training.candidates import firing_rates, rank_pairs
 from sae_lens_qk.training.mask import MaskTrainingSAE

@@ -14,7 +14,7 @@ from simple_parsing.helpers import list_field
 
 import sae_lens_qk as qk
 from sae_lens_qk.evals import Evaluation, Interval
-from sae_lens_qk.host import layer_inputs, qk_weights
+from sae_lens_qk.host.layer import layer_inputs, qk_weights
 from sae_lens_qk.text import token_rows
 from sae_lens_qk.training.candidates import rank_pairs
 

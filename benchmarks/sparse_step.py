@@ -9,7 +9,8 @@ from data import Case
 from torch import Tensor
 
 from sae_lens_qk.feature_map import SparseFeatureMap
-from sae_lens_qk.pair_scores import PairScorer, constant_scores
+from sae_lens_qk.scoring.scorer import PairScorer
+from sae_lens_qk.scoring.pairs import constant_scores
 from sae_lens_qk.training.candidates import FeatureBatch, rank_features
 
 STRENGTH, LR = 1e-6, 1e-2

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from sizes import FULL
 
 import sae_lens_qk as qk
-from sae_lens_qk.host import layer_inputs
+from sae_lens_qk.host.layer import layer_inputs
 from sae_lens_qk.text import token_rows
 
 N_PAIRS = 30_000

@@ -27,8 +27,9 @@ from torch import Tensor
 
 import sae_lens_qk as qk
 from benchmarks.quality.tables import count, number, table
-from sae_lens_qk.host import QKWeights, layer_inputs
-from sae_lens_qk.models import load_model
+from sae_lens_qk.weights import QKWeights
+from sae_lens_qk.host.layer import layer_inputs
+from sae_lens_qk.host.models import load_model
 from sae_lens_qk.pretrained.registry import recipe_file
 from sae_lens_qk.text import token_rows
 from sae_lens_qk.training.losses import TruePattern

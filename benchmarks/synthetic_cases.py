@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sae_lens_qk.attention import AttentionSpec
 from sae_lens_qk.feature_map import SparseFeatureMap
-from sae_lens_qk.pair_scores import PairScorer, with_constant
+from sae_lens_qk.scoring.scorer import PairScorer
+from sae_lens_qk.scoring.entries import with_constant
 from sae_lens_qk.training.losses import TruePattern
 
 Result = dict[str, Any]

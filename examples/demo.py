@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 import sae_lens_qk as qk
-from sae_lens_qk.analysis.activations import model_batches
+from sae_lens_qk.statistics.activations import model_batches
 from sae_lens_qk.dashboard.data import ReportLimits
 from sae_lens_qk.dashboard.report import write_report
 from sae_lens_qk.text import token_rows

@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.console import Console
 
 import sae_lens_qk as qk
-from sae_lens_qk.analysis.attribution import overview
-from sae_lens_qk.analysis.figures import pattern_triptych
-from sae_lens_qk.analysis.show import rich_table
+from sae_lens_qk.explain.attribution import overview
+from sae_lens_qk.figures import pattern_triptych
+from sae_lens_qk.tables import rich_table
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 

@@ -10,10 +10,10 @@ import sys
 from rich.console import Console
 
 import sae_lens_qk as qk
-from sae_lens_qk.analysis.activations import collect_activations, model_batches
-from sae_lens_qk.analysis.causal import ALWAYS_ON
-from sae_lens_qk.analysis.heads import dense_features, head_table, pair_energies, participation
-from sae_lens_qk.analysis.show import rich_table
+from sae_lens_qk.statistics.activations import collect_activations, model_batches
+from sae_lens_qk.statistics.activations import ALWAYS_ON
+from sae_lens_qk.statistics.heads import dense_features, head_table, pair_energies, participation
+from sae_lens_qk.tables import rich_table
 from sae_lens_qk.text import token_rows
 
 

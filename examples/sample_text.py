@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sae_lens_qk.models import EMBEDDED_MODEL, embedded_model_folder
+from sae_lens_qk.host.models import EMBEDDED_MODEL, embedded_model_folder
 
 DEFAULT_OUTPUT = Path(__file__).parents[1] / "sae_lens_qk" / "data" / "smollm2_sample.parquet"
 

@@ -13,7 +13,7 @@ from typing import Any
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
 
 import sae_lens_qk as qk
-from sae_lens_qk.host import attention_spec, hook_names, qk_weights
+from sae_lens_qk.host.layer import attention_spec, hook_names, qk_weights
 from sae_lens_qk.text import text_sample
 
 

@@ -185,7 +185,7 @@ def _train(arguments: list[str]) -> None:
 def _evaluate(arguments: list[str]) -> None:
     from sae_lens_qk.dictionary import BilinearQKDictionary
     from sae_lens_qk.evals import evaluate
-    from sae_lens_qk.models import load_model
+    from sae_lens_qk.host.models import load_model
     from sae_lens_qk.pretrained.folder import documents, write_documents
     from sae_lens_qk.text import token_rows
 
@@ -222,11 +222,11 @@ def _evaluate(arguments: list[str]) -> None:
 
 
 def _explain(arguments: list[str]) -> None:
-    from sae_lens_qk.analysis.attribution import Attribution, overview
-    from sae_lens_qk.analysis.prompt import Prompt
-    from sae_lens_qk.analysis.show import named_features, rich_table
+    from sae_lens_qk.explain.attribution import Attribution, overview
+    from sae_lens_qk.explain.prompt import Prompt
+    from sae_lens_qk.tables import named_features, rich_table
     from sae_lens_qk.dictionary import BilinearQKDictionary
-    from sae_lens_qk.models import load_model
+    from sae_lens_qk.host.models import load_model
 
     parser = _Parser("explain")
     parser.add_arguments(ExplainArguments, dest="explain")
@@ -255,14 +255,14 @@ def _explain(arguments: list[str]) -> None:
 
 
 def _dashboard(arguments: list[str]) -> None:
-    from sae_lens_qk.analysis.activations import collect_activations, model_batches
-    from sae_lens_qk.analysis.prompt import Prompt
+    from sae_lens_qk.statistics.activations import collect_activations, model_batches
+    from sae_lens_qk.explain.prompt import Prompt
     from sae_lens_qk.dashboard.data import ReportLimits
     from sae_lens_qk.dashboard.head_tables import head_tables
     from sae_lens_qk.dashboard.report import write_report
     from sae_lens_qk.dictionary import BilinearQKDictionary
-    from sae_lens_qk.host import layer_inputs
-    from sae_lens_qk.models import load_model
+    from sae_lens_qk.host.layer import layer_inputs
+    from sae_lens_qk.host.models import load_model
     from sae_lens_qk.text import token_rows
 
     parser = _Parser("dashboard")

@@ -1,27 +1,47 @@
-"""The attention of one layer as pure functions: AttentionSpec -> scores -> pattern.
+"""The attention of one layer as an object: AttentionSpec -> scores -> logits -> pattern.
 
 Axis names, used in annotations, einops strings, docstrings and tests alike:
 
-    batch                 sequences                        pos_q, pos_k, pos   query, key, any position
-    head, kv_head         query heads, key heads           d_model, d_head     residual width, head size
-    d_query, d_key        number of query / key features   pair                kept (query feature, key feature, head)
+    batch            sequences                 pos_q, pos_k, pos   query, key, any position
+    head, kv_head    query heads, key heads    d_model, d_head     residual width, head size
+    d_query, d_key   number of query / key features
+    pair             kept (query feature, key feature, head)
 
-`query_acts [batch, pos_q, d_query]` and `key_acts` are sparse features; `queries`, `keys [batch, pos, head, d_head]` are
-dense vectors; `scores [batch, head, pos_q, pos_k]` are scaled and unmasked, `masked_scores` hold -inf at future keys,
-`log_pattern` and `pattern` come after the softmax.
+`query_acts [batch, pos_q, d_query]` and `key_acts` are sparse features; `queries`, `keys [batch,
+pos, head, d_head]` are dense vectors; `scores [batch, head, pos_q, pos_k]` are scaled, uncapped and
+unmasked; `logits` are what enters the softmax (softcap, bias, -inf at keys that are not allowed);
+`log_pattern` and `pattern` come after it.
+
+Whoever needs a mask, a softmax or a divergence asks the spec: no other file knows which keys a
+query may attend to. To add a variant of attention, add its field and its equation here.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+Side = Literal["query", "key"]
+SIDES: tuple[Side, Side] = ("query", "key")
+
+_NUMBERS_PER_HEAD = ("sinks", "alibi_slopes")
+_LISTS = ("rotary_inv_freq", *_NUMBERS_PER_HEAD)
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """All that a layer's pattern needs beside queries and keys; flat numbers, so that it travels as JSON.
+    """All that a layer's pattern needs besides queries and keys; flat numbers that travel as JSON.
+
+    With s the scaled scores of head h, query i and key j, in the order of the computation:
+
+        scores     s = scale <R_i q[i,h], R_j k[j,g(h)]>
+        softcap    s <- softcap tanh(s / softcap)
+        bias       s <- s + alibi_slopes[h] (j - i)
+        mask       s <- -inf unless i - window < j <= i
+        pattern    P[j] = exp(s[j]) / (sum over allowed j' of exp(s[j']) + exp(sinks[h]))
 
     Args:
         n_heads: query heads.
@@ -29,8 +49,13 @@ class AttentionSpec:
         d_head: head size.
         d_model: width of the layer's input.
         scale: factor on the scores (usually d_head ** -0.5).
-        rotary_inv_freq: inverse frequencies of the rotary embedding, in radians per position, one for each pair of the
-            first `2 * len` dimensions of a head in rotate-half order; empty for models with learned positions.
+        rotary_inv_freq: inverse frequencies of the rotary embedding, in radians per position, one
+            per pair of the first `2 * len` dimensions of a head in rotate-half order; empty for
+            models without rotary embeddings.
+        window: number of keys that a query sees, itself included; None: all before it.
+        softcap: bound on the absolute score; None: no bound.
+        sinks: a logit per head that takes part in the softmax and belongs to no key; empty: none.
+        alibi_slopes: slope per head of a bias linear in the offset; empty: none.
     Raises:
         ValueError: sizes that do not fit together.
     """
@@ -41,6 +66,10 @@ class AttentionSpec:
     d_model: int
     scale: float
     rotary_inv_freq: tuple[float, ...] = ()
+    window: int | None = None
+    softcap: float | None = None
+    sinks: tuple[float, ...] = ()
+    alibi_slopes: tuple[float, ...] = ()
 
     def __post_init__(self):
         for name in ("n_heads", "n_kv_heads", "d_head", "d_model"):
@@ -48,12 +77,23 @@ class AttentionSpec:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
-                f"n_heads must be a multiple of n_kv_heads, got {self.n_heads} and {self.n_kv_heads}."
+                "n_heads must be a multiple of n_kv_heads, "
+                f"got {self.n_heads} and {self.n_kv_heads}."
             )
         if self.rotary_dim > self.d_head:
             raise ValueError(
                 f"rotary_inv_freq covers {self.rotary_dim} dimensions of a head of {self.d_head}."
             )
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1 key, got {self.window}.")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap must be positive, got {self.softcap}.")
+        for name in _NUMBERS_PER_HEAD:
+            numbers = getattr(self, name)
+            if numbers and len(numbers) != self.n_heads:
+                raise ValueError(f"{name} must have a number per head, got {len(numbers)}.")
+
+    # Sizes
 
     @property
     def rotary_dim(self) -> int:
@@ -74,13 +114,33 @@ class AttentionSpec:
         """Width of the flattened keys, n_kv_heads * d_head."""
         return self.n_kv_heads * self.d_head
 
+    @property
+    def is_plain(self) -> bool:
+        """Causal softmax of the scores and nothing else: no window, cap, bias or sink."""
+        uncapped = self.window is None and self.softcap is None
+        return uncapped and not self.sinks and not self.alibi_slopes
+
+    # JSON
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "AttentionSpec":
-        """Inverse of `to_dict` (JSON turns the tuple into a list)."""
-        return cls(**{**values, "rotary_inv_freq": tuple(values["rotary_inv_freq"])})
+        """Inverse of `to_dict` (JSON turns tuples into lists)."""
+        lists = {name: tuple(values[name]) for name in _LISTS if name in values}
+        return cls(**{**values, **lists})
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "rotary_inv_freq": list(self.rotary_inv_freq)}
+        """Flat JSON values; what plain rotary attention does not have is left out."""
+        values: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in _LISTS:
+                value = list(value)
+            is_default = field.default is not MISSING and getattr(self, field.name) == field.default
+            if field.name == "rotary_inv_freq" or not is_default:
+                values[field.name] = value
+        return values
+
+    # Vectors and scores
 
     def split_queries(
         self, flat: Float[Tensor, "*batch d_queries"]
@@ -92,93 +152,169 @@ class AttentionSpec:
     ) -> Float[Tensor, "*batch kv_head d_head"]:
         return flat.unflatten(-1, (self.n_kv_heads, self.d_head))
 
+    def cos_sin(
+        self, positions: Tensor, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "pos freq"], Float[Tensor, "pos freq"]]:
+        """cos and sin of position * inverse frequency, in float32 at least.
 
-def rotary_cos_sin(
-    spec: AttentionSpec, positions: Tensor, dtype: torch.dtype
-) -> tuple[Float[Tensor, "pos freq"], Float[Tensor, "pos freq"]]:
-    """cos and sin of position * inverse frequency, at least in float32 (half precision is off by 0.35 rad at 255)."""
-    dtype = torch.promote_types(dtype, torch.float32)
-    inv_freq = torch.tensor(spec.rotary_inv_freq, dtype=dtype, device=positions.device)
-    angles = positions.to(dtype)[:, None] * inv_freq
-    return angles.cos(), angles.sin()
+        In half precision an angle is off by 0.35 rad at position 255.
+        """
+        dtype = torch.promote_types(dtype, torch.float32)
+        inv_freq = torch.tensor(self.rotary_inv_freq, dtype=dtype, device=positions.device)
+        angles = positions.to(dtype)[:, None] * inv_freq
+        return angles.cos(), angles.sin()
+
+    def rotate(
+        self, vectors: Float[Tensor, "batch pos heads d_head"], positions: Tensor | None = None
+    ) -> Float[Tensor, "batch pos heads d_head"]:
+        """R_pos v at positions 0, 1, ... or as given: rotate-half on the first `rotary_dim`."""
+        if not self.rotary_dim:
+            return vectors
+        if positions is None:
+            positions = torch.arange(vectors.shape[1], device=vectors.device)
+        cos, sin = self.cos_sin(positions, vectors.dtype)
+        cos = torch.cat([cos, cos], dim=-1)[:, None]  # [pos, 1, rotary_dim]
+        sin = torch.cat([sin, sin], dim=-1)[:, None]
+        turning = vectors[..., : self.rotary_dim]
+        passing = vectors[..., self.rotary_dim :]
+        first, second = turning.chunk(2, dim=-1)
+        turned = turning * cos + torch.cat([-second, first], dim=-1) * sin
+        return torch.cat([turned, passing], dim=-1)
+
+    def scores(
+        self,
+        queries: Float[Tensor, "batch pos_q head d_head"],
+        keys: Float[Tensor, "batch pos_k kv_head d_head"],
+    ) -> Float[Tensor, "batch head pos_q pos_k"]:
+        """scores[h,i,j] = scale <R_i q[i,h], R_j k[j,g(h)]>, uncapped and unmasked.
+
+        For full sequences from position 0; in float32 at least, whatever the inputs are.
+        """
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        return self.dot(self.rotate(queries.to(dtype)), self.rotate(keys.to(dtype)))
+
+    def dot(
+        self,
+        queries: Float[Tensor, "batch pos_q head d_head"],
+        keys: Float[Tensor, "batch pos_k kv_head d_head"],
+    ) -> Float[Tensor, "batch head pos_q pos_k"]:
+        """`scores` of vectors that are rotated already."""
+        batch, pos_q, _, _ = queries.shape
+        pos_k = keys.shape[1]
+        # One matrix product per key head: its query heads are stacked along the position axis.
+        groups = queries.unflatten(2, (self.n_kv_heads, self.heads_per_kv)).permute(0, 2, 3, 1, 4)
+        stacked_shape = (batch, self.n_kv_heads, self.heads_per_kv * pos_q, self.d_head)
+        stacked = groups.reshape(stacked_shape) * self.scale
+        return (stacked @ keys.permute(0, 2, 3, 1)).reshape(batch, self.n_heads, pos_q, pos_k)
+
+    # Which keys a query may attend to
+
+    def allowed(self, query_pos: Any, key_pos: Any) -> Any:
+        """True where the key may be attended to: i - window < j <= i. Integers or broadcasting."""
+        causal = key_pos <= query_pos
+        if self.window is None:
+            return causal
+        return causal & (key_pos > query_pos - self.window)
+
+    def allowed_mask(
+        self, n_pos: int, device: torch.device | str = "cpu"
+    ) -> Bool[Tensor, "pos_q pos_k"]:
+        """`allowed` for every query and key of a sequence."""
+        positions = torch.arange(n_pos, device=device)
+        return self.allowed(positions[:, None], positions)
+
+    def first_keys(self, n_pos: int) -> np.ndarray:
+        """int64 [pos_q], the first allowed key of each query; the last one is the query itself.
+
+        What the compiled loops take.
+        """
+        positions = np.arange(n_pos, dtype=np.int64)
+        if self.window is None:
+            return np.zeros_like(positions)
+        return np.maximum(positions - self.window + 1, 0)
+
+    def n_allowed(self, n_pos: int) -> int:
+        """Number of (query, allowed key) in a sequence."""
+        return int((np.arange(n_pos) - self.first_keys(n_pos) + 1).sum())
+
+    # From scores to the pattern
+
+    def capped(self, scores: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """softcap tanh(s / softcap), or the scores themselves."""
+        if self.softcap is None:
+            return scores
+        return self.softcap * torch.tanh(scores / self.softcap)
+
+    def masked_logits(
+        self, scores: Float[Tensor, "batch head pos_q pos_k"]
+    ) -> Float[Tensor, "batch head pos_q pos_k"]:
+        """What enters the softmax: capped, biased, -inf at keys that are not allowed."""
+        logits = self.capped(scores)
+        n_pos = scores.shape[-1]
+        if self.alibi_slopes:
+            positions = torch.arange(n_pos, device=scores.device)
+            slopes = scores.new_tensor(self.alibi_slopes)[:, None, None]  # [head, 1, 1]
+            logits = logits + slopes * (positions - positions[:, None])
+        return logits.masked_fill(~self.allowed_mask(n_pos, scores.device), -torch.inf)
+
+    def log_pattern(
+        self, scores: Float[Tensor, "batch head pos_q pos_k"]
+    ) -> Float[Tensor, "batch head pos_q pos_k"]:
+        """log softmax of the logits over the allowed keys and the sink, in float32 at least."""
+        dtype = torch.promote_types(scores.dtype, torch.float32)
+        logits = self.masked_logits(scores.to(dtype))
+        if not self.sinks:
+            return logits.log_softmax(dim=-1)
+        sinks = logits.new_tensor(self.sinks)[:, None, None].expand(*logits.shape[:-1], 1)
+        return torch.cat([logits, sinks], dim=-1).log_softmax(dim=-1)[..., :-1]
+
+    def pattern(
+        self, scores: Float[Tensor, "batch head pos_q pos_k"]
+    ) -> Float[Tensor, "batch head pos_q pos_k"]:
+        """Attention pattern, in float32 at least; rows sum to 1, less what the sink takes."""
+        return self.log_pattern(scores).exp()
+
+    def row_pattern(
+        self, scores: Float[Tensor, "*rows key"], head: int, query_pos: int
+    ) -> Float[Tensor, "*rows key"]:
+        """Pattern of single rows of scores, over the keys 0 to `query_pos`.
+
+        Args:
+            head: whose bias and sink apply.
+            query_pos: position of the query.
+        """
+        logits = self.capped(scores)
+        keys = torch.arange(query_pos + 1, device=scores.device)
+        if self.alibi_slopes:
+            logits = logits + self.alibi_slopes[head] * (keys - query_pos)
+        if self.window is not None:
+            logits = logits.masked_fill(~self.allowed(query_pos, keys), -torch.inf)
+        if not self.sinks:
+            return logits.softmax(dim=-1)
+        sink = logits.new_full((*logits.shape[:-1], 1), self.sinks[head])
+        return torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
+
+    def kl(
+        self,
+        log_pattern_true: Float[Tensor, "batch head pos_q pos_k"],
+        log_pattern_other: Float[Tensor, "batch head pos_q pos_k"],
+    ) -> Float[Tensor, "batch head pos_q"]:
+        """KL(P || P') of each attention row in nats: sum of P (log P - log P').
+
+        The sum runs over the allowed keys and, where there is one, the sink.
+        """
+        allowed = self.allowed_mask(log_pattern_true.shape[-1], log_pattern_true.device)
+        # -inf minus -inf is NaN: keys that are not allowed count as no difference
+        difference = (log_pattern_true - log_pattern_other).masked_fill(~allowed, 0.0)
+        pattern = log_pattern_true.exp()
+        divergence = (pattern * difference).sum(dim=-1)
+        if not self.sinks:
+            return divergence
+        sink = _remainder(pattern)
+        other_sink = _remainder(log_pattern_other.exp())
+        return divergence + sink * (sink.log() - other_sink.log())
 
 
-def rotate(
-    vectors: Float[Tensor, "batch pos heads d_head"],
-    spec: AttentionSpec,
-    positions: Tensor | None = None,
-) -> Float[Tensor, "batch pos heads d_head"]:
-    """R_pos v at positions 0, 1, ... or as given: rotate-half on the first `rotary_dim` dimensions."""
-    if not spec.rotary_dim:
-        return vectors
-    if positions is None:
-        positions = torch.arange(vectors.shape[1], device=vectors.device)
-    cos, sin = rotary_cos_sin(spec, positions, vectors.dtype)
-    cos, sin = (torch.cat([part, part], dim=-1)[:, None] for part in (cos, sin))
-    turning, passing = vectors[..., : spec.rotary_dim], vectors[..., spec.rotary_dim :]
-    first, second = turning.chunk(2, dim=-1)
-    turned = turning * cos + torch.cat([-second, first], dim=-1) * sin
-    return torch.cat([turned, passing], dim=-1)
-
-
-def attention_scores(
-    queries: Float[Tensor, "batch pos_q head d_head"],
-    keys: Float[Tensor, "batch pos_k kv_head d_head"],
-    spec: AttentionSpec,
-) -> Float[Tensor, "batch head pos_q pos_k"]:
-    """scores[h,i,j] = scale * <R_i q[i,h], R_j k[j,g(h)]>, unmasked, for full sequences from position 0.
-
-    Computed in at least float32, whatever the inputs are.
-    """
-    batch, pos_q, _, _ = queries.shape
-    pos_k = keys.shape[1]
-    dtype = torch.promote_types(queries.dtype, torch.float32)
-    queries, keys = queries.to(dtype), keys.to(dtype)
-    # one matrix product per key head: its query heads are stacked along the position axis
-    q = (
-        rotate(queries, spec)
-        .unflatten(2, (spec.n_kv_heads, spec.heads_per_kv))
-        .permute(0, 2, 3, 1, 4)
-    )
-    k = rotate(keys, spec).permute(0, 2, 3, 1)
-    stacked = q.reshape(batch, spec.n_kv_heads, spec.heads_per_kv * pos_q, spec.d_head) * spec.scale
-    return (stacked @ k).reshape(batch, spec.n_heads, pos_q, pos_k)
-
-
-def allowed_keys(n_pos: int, device: torch.device | str = "cpu") -> Tensor:
-    """Bool [pos_q, pos_k], True where key <= query."""
-    return torch.ones(n_pos, n_pos, dtype=torch.bool, device=device).tril()
-
-
-def mask_scores(
-    scores: Float[Tensor, "batch head pos_q pos_k"],
-) -> Float[Tensor, "batch head pos_q pos_k"]:
-    """-inf at future keys (the authors' code fills with +1e-9 and so leaves them probability)."""
-    return scores.masked_fill(~allowed_keys(scores.shape[-1], scores.device), -torch.inf)
-
-
-def log_pattern(
-    scores: Float[Tensor, "batch head pos_q pos_k"],
-) -> Float[Tensor, "batch head pos_q pos_k"]:
-    """log softmax over the allowed keys, at least in float32."""
-    at_least_float32 = torch.promote_types(scores.dtype, torch.float32)
-    return mask_scores(scores.to(at_least_float32)).log_softmax(dim=-1)
-
-
-def pattern_from_scores(
-    scores: Float[Tensor, "batch head pos_q pos_k"],
-) -> Float[Tensor, "batch head pos_q pos_k"]:
-    """softmax over the allowed keys, at least in float32; rows sum to 1."""
-    return log_pattern(scores).exp()
-
-
-def pattern_kl(
-    log_pattern_true: Float[Tensor, "batch head pos_q pos_k"],
-    log_pattern_other: Float[Tensor, "batch head pos_q pos_k"],
-) -> Float[Tensor, "batch head pos_q"]:
-    """KL(P || P') in nats of each attention row: sum over allowed keys of P (log P - log P')."""
-    allowed = allowed_keys(log_pattern_true.shape[-1], log_pattern_true.device)
-    difference = (log_pattern_true - log_pattern_other).masked_fill(
-        ~allowed, 0.0
-    )  # -inf minus -inf is NaN
-    return (log_pattern_true.exp() * difference).sum(dim=-1)
+def _remainder(pattern: Float[Tensor, "*rows key"]) -> Float[Tensor, "*rows"]:
+    """What a row leaves to the sink; never 0, so that its logarithm is finite."""
+    return (1.0 - pattern.sum(dim=-1)).clamp(min=torch.finfo(pattern.dtype).tiny)

@@ -25,8 +25,8 @@ from typing_extensions import override
 from sae_lens_qk.attention import AttentionSpec, attention_scores, pattern_from_scores
 from sae_lens_qk.config import ARCHITECTURE, BilinearQKConfig
 from sae_lens_qk.feature_map import STATISTICS, Pairs, SparseFeatureMap, as_pairs
-from sae_lens_qk.host import Hooks
-from sae_lens_qk.pair_scores import Decoders, pair_kernel
+from sae_lens_qk.host.support import Hooks
+from sae_lens_qk.scoring.pairs import Decoders, pair_kernel
 from sae_lens_qk.refusals import REFUSALS, OneDecoderRefusals
 from sae_lens_qk.stored_form import from_stored_form, to_stored_form
 
@@ -287,7 +287,7 @@ class BilinearQKDictionary(OneDecoderRefusals, SAE[BilinearQKConfig]):
         self, live_query: Bool[Tensor, " d_query"], live_key: Bool[Tensor, " d_key"]
     ) -> "BilinearQKDictionary":
         """A dictionary of the live features alone; see `sae_lens_qk.storage.compact`."""
-        from sae_lens_qk.storage import compact
+        from sae_lens_qk.compaction import compact
 
         return compact(self, live_query, live_key)
 

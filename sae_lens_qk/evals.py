@@ -26,16 +26,12 @@ from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_qk.attention import (
-    allowed_keys,
-    attention_scores,
-    log_pattern,
-    pattern_from_scores,
-    pattern_kl,
-)
+from sae_lens_qk.attention import allowed_keys, attention_scores, log_pattern, pattern_from_scores, pattern_kl
 from sae_lens_qk.dictionary import BilinearQKDictionary, Source
-from sae_lens_qk.host import LayerReplay, Model, hook_names, input_completion, run_recording
-from sae_lens_qk.patching import check_model, pattern_hooks
+from sae_lens_qk.host.layer import LayerReplay, hook_names, input_completion, run_recording
+from sae_lens_qk.host.support import Model
+from sae_lens_qk.host.proof import check_model
+from sae_lens_qk.host.layer import pattern_hooks
 
 BASELINES = ("zero", "mean", "uniform", "shuffled")
 _N_BOOTSTRAP = 2000

@@ -9,19 +9,17 @@ Index `d_query` (`d_key`) is the constant feature: activation 1, decoder row b_d
 map with weight 1 and is not listed.
 """
 
-import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sae_lens_qk.attention import AttentionSpec
-from sae_lens_qk.pair_scores import Decoders, PairScorer, constant_scores
+from sae_lens_qk.scoring.pairs import Decoders, constant_scores
+from sae_lens_qk.scoring.scorer import PairScorer
 
 Pairs = Int[Tensor, "pair 3"] | np.ndarray | Sequence[Sequence[int]]
 """Triples (query feature, key feature, head)."""
@@ -33,6 +31,13 @@ _DIGITS = 4  # base 256: bfloat16 holds integers up to 256 exactly
 _DENSE_LIMIT = 1 << 28
 _LEAST = 1e-30  # stands for zero where statistics are stored as logarithms
 STATISTICS = ("importance", "effect", "co_occurrence")
+
+
+class Features(NamedTuple):
+    """The features of a batch, encoded once and handed on."""
+
+    query: Float[Tensor, "batch pos_q d_query"]
+    key: Float[Tensor, "batch pos_k d_key"]
 
 
 class SparseFeatureMap(nn.Module):
@@ -217,36 +222,9 @@ class SparseFeatureMap(nn.Module):
         ]
         return type(self)(parts[0], parts[1], *self._sizes, parts[2])
 
-    def equals(self, other: "SparseFeatureMap") -> bool:
-        """Same sizes, pairs and weights, bit for bit."""
-        same_pairs = self._sizes == other._sizes and torch.equal(self.indices, other.indices)
-        return same_pairs and torch.equal(self.weights, other.weights)
-
     @property
     def _sizes(self) -> tuple[int, int, int]:
         return self.d_query, self.d_key, self.n_heads
-
-    def save(self, path: str | Path) -> None:
-        """Write the map alone, as safetensors."""
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, path, metadata={"sizes": json.dumps(self._sizes)})
-
-    @classmethod
-    def load(cls, path: str | Path, device: str = "cpu") -> "SparseFeatureMap":
-        """Read what `save` wrote; the same checks as on construction.
-
-        Raises:
-            ValueError: the file is damaged, or holds something else.
-        """
-        try:
-            with safe_open(path, framework="pt", device=device) as file:
-                d_query, d_key, n_heads = json.loads((file.metadata() or {})["sizes"])
-                indices, weights, statistics = (
-                    file.get_tensor(name) for name in ("indices", "weights", "statistics")
-                )
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path} is not a feature map, or is damaged ({error}).") from error
-        return cls(indices, weights, d_query, d_key, n_heads, statistics)
 
     def to_dense(self) -> Float[Tensor, "d_query_1 d_key_1 head"]:
         """The mask as a dense array, constant x constant included (weight 1); for small sizes.
@@ -266,40 +244,39 @@ class SparseFeatureMap(nn.Module):
 
     def scores(
         self,
-        query_acts: Float[Tensor, "batch pos_q d_query"],
-        key_acts: Float[Tensor, "batch pos_k d_key"],
+        features: Features,
         decoders: Decoders,
         spec: AttentionSpec,
         include_constant: bool = True,
-        weights: Float[Tensor, " pair"] | None = None,
     ) -> Float[Tensor, "batch head pos_q pos_k"]:
-        """Scores of the listed pairs at allowed keys (zero at future keys), differentiable in all tensors.
+        """Scores of the listed pairs at allowed keys, zero at the others.
+
+        Differentiable in activations and decoders.
 
         Args:
             include_constant: add the constant x constant term, which belongs to every map.
-            weights: used instead of the map's own: what step 2 trains.
         """
         scorer = PairScorer(self.indices, decoders, spec)
-        scores = scorer(self.weights if weights is None else weights, query_acts, key_acts)
+        scores = scorer(self.weights, features.query, features.key)
         if include_constant:
-            scores = scores + constant_scores(decoders, spec, query_acts.shape[1]).to(scores.dtype)
+            n_pos = features.query.shape[1]
+            scores = scores + constant_scores(decoders, spec, n_pos).to(scores.dtype)
         return scores
 
-    def count_active(
-        self,
-        query_acts: Float[Tensor, "batch pos_q d_query"],
-        key_acts: Float[Tensor, "batch pos_k d_key"],
-    ) -> int:
+    def count_active(self, features: Features, spec: AttentionSpec) -> int:
         """Number of (sequence, query, allowed key, listed pair) at which both features fire."""
-        ones = [
-            acts.new_ones(d + 1, self.n_heads, 1)
-            for acts, d in ((query_acts, self.d_query), (key_acts, self.d_key))
-        ]
-        unit = AttentionSpec(self.n_heads, self.n_heads, d_head=1, d_model=1, scale=1.0)
-        scorer = PairScorer(self.indices, Decoders(*ones).to(torch.float32), unit)
-        counts = scorer(
-            ones[0].new_ones(len(self)), (query_acts > 0).float(), (key_acts > 0).float()
+        # with unit decoders, activations and weights the score of a cell is its number of pairs
+        unit_spec = AttentionSpec(
+            self.n_heads, self.n_heads, d_head=1, d_model=1, scale=1.0, window=spec.window
         )
+        device = features.query.device
+        unit_decoders = Decoders(
+            query=torch.ones(self.d_query + 1, self.n_heads, 1, device=device),
+            key=torch.ones(self.d_key + 1, self.n_heads, 1, device=device),
+        )
+        scorer = PairScorer(self.indices, unit_decoders, unit_spec)
+        unit_weights = torch.ones(len(self), device=device)
+        counts = scorer(unit_weights, (features.query > 0).float(), (features.key > 0).float())
         return int(counts.double().sum())
 
 

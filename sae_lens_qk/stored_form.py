@@ -10,14 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_lens_qk.feature_map import (
-    STATISTICS,
-    SparseFeatureMap,
-    pack_indices,
-    pack_statistics,
-    unpack_indices,
-    unpack_statistics,
-)
+from sae_lens_qk.feature_map import STATISTICS, SparseFeatureMap, pack_indices, pack_statistics, unpack_indices, unpack_statistics
 
 
 def to_stored_form(state_dict: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 
-from sae_lens_qk.host import Model
+from sae_lens_qk.host.support import Model
 
 
 def load_text(path: str, text_column: str, streaming: bool = False) -> Dataset | IterableDataset:

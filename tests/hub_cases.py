@@ -22,7 +22,7 @@ from tiny_models import tiny_model, tiny_tokens
 import sae_lens_qk as qk
 import sae_lens_qk.pretrained.loading  # what loading imports, while Python's own files can be read; see without_privileges
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.host import Model
+from sae_lens_qk.host.support import Model
 
 REPO, FOLDER = "org/repo", "tiny-L1"
 WEIGHTS, SUMS = "sae_weights.safetensors", "SHA256SUMS"

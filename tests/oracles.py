@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sae_lens_qk.attention import AttentionSpec
 from sae_lens_qk.feature_map import SparseFeatureMap
-from sae_lens_qk.pair_scores import Decoders
+from sae_lens_qk.scoring.pairs import Decoders
 
 ROTARY = {"none": (), "partial": (1.0, 0.3), "full": (1.0, 0.3, 0.1, 0.02, 0.007)}
 BATCH, N_POS, D_QUERY, D_KEY, N_HEADS = 2, 13, 17, 19, 6

@@ -15,19 +15,11 @@ from tiny_dictionaries import LAYER, exact_dictionary, inputs_and_scores, pair_t
 from tiny_models import tiny_tokens
 
 import sae_lens_qk as qk
-from sae_lens_qk.analysis import activation_sums
-from sae_lens_qk.analysis.activations import (
-    ActivationStatistics,
-    FeatureContext,
-    PairContext,
-    RowBatches,
-    cache_batches,
-    collect_activations,
-    model_batches,
-)
-from sae_lens_qk.host import layer_inputs
+from sae_lens_qk.statistics import sums as activation_sums
+from sae_lens_qk.statistics.activations import ActivationStatistics, FeatureContext, PairContext, RowBatches, cache_batches, collect_activations, model_batches
+from sae_lens_qk.host.layer import layer_inputs
 from sae_lens_qk.text import token_rows
-from sae_lens_qk.training.cache import InputCache
+from sae_lens_qk.inputs import InputCache
 
 sys.path.append(str(Path(__file__).parents[1]))
 

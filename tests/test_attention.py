@@ -7,17 +7,7 @@ import pytest
 import torch
 from oracles import ROTARY, rotated
 
-from sae_lens_qk.attention import (
-    AttentionSpec,
-    allowed_keys,
-    attention_scores,
-    log_pattern,
-    mask_scores,
-    pattern_from_scores,
-    pattern_kl,
-    rotary_cos_sin,
-    rotate,
-)
+from sae_lens_qk.attention import AttentionSpec, allowed_keys, attention_scores, log_pattern, mask_scores, pattern_from_scores, pattern_kl, rotary_cos_sin, rotate
 
 BATCH, POS_Q, POS_K = 2, 11, 7
 

@@ -20,16 +20,9 @@ from tiny_dictionaries import (
 from tiny_models import tiny_tokens
 
 import sae_lens_qk as qk
-from sae_lens_qk.analysis.attribution import (
-    COLUMNS,
-    KINDS,
-    Attribution,
-    Attributions,
-    attribute,
-    overview,
-)
-from sae_lens_qk.analysis.prompt import Prompt
-from sae_lens_qk.host import hook_names
+from sae_lens_qk.explain.attribution import COLUMNS, KINDS, Attribution, Attributions, attribute, overview
+from sae_lens_qk.explain.prompt import Prompt
+from sae_lens_qk.host.layer import hook_names
 
 N_POS, HEAD, QUERY, KEY = 13, 2, 10, 4
 

@@ -22,15 +22,9 @@ from torch import Tensor
 import sae_lens_qk as qk
 from sae_lens_qk.attention import AttentionSpec, log_pattern, pattern_kl
 from sae_lens_qk.feature_map import SparseFeatureMap
-from sae_lens_qk.host import qk_weights
-from sae_lens_qk.pair_scores import Decoders
-from sae_lens_qk.training.candidates import (
-    FeatureBatch,
-    PairTable,
-    firing_rates,
-    rank_features,
-    rank_pairs,
-)
+from sae_lens_qk.host.layer import qk_weights
+from sae_lens_qk.scoring.pairs import Decoders
+from sae_lens_qk.training.candidates import FeatureBatch, PairTable, firing_rates, rank_features, rank_pairs
 
 N_POS = 17
 EVERYTHING = 10_000

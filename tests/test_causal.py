@@ -22,21 +22,11 @@ from tiny_dictionaries import (
 from tiny_models import tiny_tokens
 
 import sae_lens_qk as qk
-from sae_lens_qk.analysis.causal import (
-    ALWAYS_ON,
-    SIDES,
-    Change,
-    FeatureDirections,
-    Place,
-    ScoreRow,
-    ScoreTerms,
-    best_first,
-    best_pairs,
-    control_removals,
-    pattern_effect,
-    top_features,
-)
-from sae_lens_qk.host import attention_spec, hook_names, qk_weights
+from sae_lens_qk.statistics.activations import ALWAYS_ON
+from sae_lens_qk.attention import SIDES
+from sae_lens_qk.explain.removals import Change, FeatureDirections, Place, ScoreRow, best_first, best_pairs, control_removals, top_features
+from sae_lens_qk.explain.terms import ScoreTerms, pattern_effect
+from sae_lens_qk.host.layer import attention_spec, hook_names, qk_weights
 
 sys.path.append(str(Path(__file__).parents[1]))
 

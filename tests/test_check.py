@@ -9,12 +9,12 @@ from rich.console import Console
 from tiny_dictionaries import exact_dictionary, tiny_dictionary
 from tiny_models import tiny_tokens
 
-from sae_lens_qk.analysis.attribution import attribute
-from sae_lens_qk.analysis.causal import CONTROLS, Directions, FeatureDirections
-from sae_lens_qk.analysis.check import Check, _against_controls
-from sae_lens_qk.analysis.prompt import ScorePlace
+from sae_lens_qk.explain.attribution import attribute
+from sae_lens_qk.explain.removals import CONTROLS, Directions, FeatureDirections
+from sae_lens_qk.explain.check import Check, _against_controls
+from sae_lens_qk.explain.prompt import ScorePlace
 from sae_lens_qk.attention import attention_scores, pattern_from_scores
-from sae_lens_qk.host import layer_inputs
+from sae_lens_qk.host.layer import layer_inputs
 from sae_lens_qk.text import token_rows
 
 N_POS, HEAD, QUERY, KEY = 13, 1, 10, 4

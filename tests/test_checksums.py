@@ -12,15 +12,7 @@ from tiny_dictionaries import tiny_dictionary
 from tiny_models import tiny_tokens
 
 import sae_lens_qk as qk
-from sae_lens_qk.pretrained.checksums import (
-    METRICS,
-    RUNNER_CONFIG,
-    SUMS,
-    read_sums,
-    sha256_of,
-    verify_folder,
-    write_sums,
-)
+from sae_lens_qk.pretrained.checksums import METRICS, RUNNER_CONFIG, SUMS, read_sums, sha256_of, verify_folder, write_sums
 
 DOCUMENTS = {
     "cfg.json": b'{"d_in": 24}\n',

@@ -17,7 +17,7 @@ from tiny_dictionaries import tiny_dictionary
 
 import sae_lens_qk as qk
 from sae_lens_qk.__main__ import main
-from sae_lens_qk.analysis.attribution import overview
+from sae_lens_qk.explain.attribution import overview
 from sae_lens_qk.text import token_rows
 
 BATCH = 23 * 8

@@ -25,21 +25,10 @@ from tiny_dictionaries import (
 from tiny_models import tiny_tokens
 
 import sae_lens_qk as qk
-from sae_lens_qk.analysis.activations import (
-    ActivationStatistics,
-    collect_activations,
-    model_batches,
-)
-from sae_lens_qk.analysis.prompt import Prompt
+from sae_lens_qk.statistics.activations import ActivationStatistics, collect_activations, model_batches
+from sae_lens_qk.explain.prompt import Prompt
 from sae_lens_qk.dashboard import report
-from sae_lens_qk.dashboard.data import (
-    MAX_PROMPT,
-    ReportLimits,
-    choose,
-    kernel_stretches,
-    pair_table,
-    report_data,
-)
+from sae_lens_qk.dashboard.data import MAX_PROMPT, ReportLimits, choose, kernel_stretches, pair_table, report_data
 from sae_lens_qk.dashboard.report import json_for_script, render, write_report
 
 N_ROWS, N_POS, N_PROMPT = 7, 41, 11

@@ -13,11 +13,11 @@ from tiny_dictionaries import LAYER, N_PAIRS, tiny_dictionary
 from tiny_models import tiny_tokens
 
 import sae_lens_qk as qk
-from sae_lens_qk.analysis.activations import collect_activations, model_batches
-from sae_lens_qk.analysis.prompt import Prompt
+from sae_lens_qk.statistics.activations import collect_activations, model_batches
+from sae_lens_qk.explain.prompt import Prompt
 from sae_lens_qk.dashboard.data import ReportLimits
 from sae_lens_qk.dashboard.report import write_report
-from sae_lens_qk.host import layer_inputs
+from sae_lens_qk.host.layer import layer_inputs
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

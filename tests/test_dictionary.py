@@ -23,7 +23,7 @@ from torch import Tensor
 import sae_lens_qk as qk
 from sae_lens_qk.attention import AttentionSpec, attention_scores, pattern_from_scores, rotate
 from sae_lens_qk.feature_map import SparseFeatureMap
-from sae_lens_qk.host import attention_spec, hook_names, qk_weights
+from sae_lens_qk.host.layer import attention_spec, hook_names, qk_weights
 
 WEIGHTS = "sae_weights.safetensors"
 SPEC = AttentionSpec(6, 3, d_head=10, d_model=13, scale=0.4, rotary_inv_freq=(1.0, 0.3, 0.02))

@@ -24,7 +24,8 @@ from tiny_models import tiny_model, tiny_tokens
 
 import sae_lens_qk as qk
 from sae_lens_qk.attention import attention_scores
-from sae_lens_qk.host import FingerprintError, qk_weights
+from sae_lens_qk.host.proof import FingerprintError
+from sae_lens_qk.host.layer import qk_weights
 
 PATTERN = f"blocks.{LAYER}.attn.hook_pattern"
 N_ROWS, N_POS = 7, 13

@@ -16,7 +16,7 @@ from tiny_models import tiny_model, tiny_tokens
 from torch import Tensor
 
 import sae_lens_qk as qk
-from sae_lens_qk.host import hook_names
+from sae_lens_qk.host.layer import hook_names
 
 CLASSES = {"transcoder": "Transcoder", "jumprelu_transcoder": "JumpReLUTranscoder"}
 KINDS = ("gpt2", "llama")  # learned positions; rotary embedding and grouped keys

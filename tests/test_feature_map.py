@@ -21,15 +21,9 @@ from oracles import (
 from safetensors.torch import load_file, save_file
 
 from sae_lens_qk.attention import AttentionSpec, allowed_keys, attention_scores
-from sae_lens_qk.feature_map import (
-    SparseFeatureMap,
-    as_pairs,
-    pack_indices,
-    pack_statistics,
-    unpack_indices,
-    unpack_statistics,
-)
-from sae_lens_qk.pair_scores import Decoders, constant_scores, with_constant
+from sae_lens_qk.feature_map import SparseFeatureMap, as_pairs, pack_indices, pack_statistics, unpack_indices, unpack_statistics
+from sae_lens_qk.scoring.pairs import Decoders, constant_scores
+from sae_lens_qk.scoring.entries import with_constant
 
 ALLOWED = allowed_keys(N_POS)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}

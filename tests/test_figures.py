@@ -11,14 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from tiny_dictionaries import D_KEY, D_QUERY, tiny_dictionary
 
-from sae_lens_qk.analysis.figures import (
-    _escaped,
-    density_histogram,
-    kl_against_pairs,
-    offset_kernel,
-    pattern_triptych,
-    recovery_bars,
-)
+from sae_lens_qk.figures import _escaped, density_histogram, kl_against_pairs, offset_kernel, pattern_triptych, recovery_bars
 from sae_lens_qk.evals import Evaluation, FeatureResult, Interval, PatternResult
 
 WORDS = ["<s>", " When", " $", "$$", "\n", " a very long token", " {x}^2"]

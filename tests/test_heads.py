@@ -22,23 +22,12 @@ from tiny_dictionaries import (
 from tiny_models import tiny_tokens
 
 import sae_lens_qk as qk
-from sae_lens_qk.analysis.activations import collect_activations, model_batches
-from sae_lens_qk.analysis.causal import ALWAYS_ON
-from sae_lens_qk.analysis.heads import (
-    dense_features,
-    first_token_contributions,
-    first_token_features,
-    first_token_use,
-    head_table,
-    pair_energies,
-    participation,
-    shared_pairs,
-    shared_reasons,
-    superposition,
-)
+from sae_lens_qk.statistics.activations import collect_activations, model_batches
+from sae_lens_qk.statistics.activations import ALWAYS_ON
+from sae_lens_qk.statistics.heads import dense_features, first_token_contributions, first_token_features, first_token_use, head_table, pair_energies, participation, shared_pairs, shared_reasons, superposition
 from sae_lens_qk.dashboard.head_tables import head_tables
 from sae_lens_qk.feature_map import SparseFeatureMap
-from sae_lens_qk.host import qk_weights
+from sae_lens_qk.host.layer import qk_weights
 from sae_lens_qk.text import token_rows
 
 N_POS = 7

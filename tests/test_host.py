@@ -12,25 +12,9 @@ from torch import nn
 import sae_lens_qk as qk
 from sae_lens_qk import host
 from sae_lens_qk.attention import allowed_keys, attention_scores
-from sae_lens_qk.host import (
-    FingerprintError,
-    HostMismatchError,
-    LayerReplay,
-    UnsupportedModelError,
-    attention_spec,
-    check_allowed_keys,
-    check_attention_call,
-    check_fingerprint,
-    check_host,
-    hook_names,
-    input_completion,
-    layer_inputs,
-    model_mode,
-    n_layers,
-    prove_once,
-    qk_weights,
-    run_recording,
-)
+from sae_lens_qk.host.proof import FingerprintError, HostMismatchError, check_fingerprint, check_host, prove_once
+from sae_lens_qk.host.layer import LayerReplay, attention_spec, check_allowed_keys, check_attention_call, hook_names, input_completion, layer_inputs, qk_weights, run_recording
+from sae_lens_qk.host.support import UnsupportedModelError, model_mode, n_layers
 
 # n_heads, n_kv_heads, d_head, d_model, rotary_dim
 SIZES = {"gpt2": (3, 3, 8, 24, 0), "neox": (3, 3, 16, 48, 4), "llama": (4, 2, 6, 20, 6)}

@@ -5,7 +5,7 @@ import torch
 
 import sae_lens_qk as qk
 from sae_lens_qk.attention import rotate
-from sae_lens_qk.host import QKWeights
+from sae_lens_qk.weights import QKWeights
 from sae_lens_qk.training import initialization
 from sae_lens_qk.training.transcoders import TranscodersTrainingSAE
 

@@ -26,42 +26,13 @@ from transformers import PreTrainedTokenizerFast
 
 import sae_lens_qk as qk
 from sae_lens_qk.analysis import ioi, ioi_scan
-from sae_lens_qk.analysis.causal import Directions, FeatureDirections
-from sae_lens_qk.analysis.ioi import (
-    MEASURES,
-    feature_removals,
-    name_pairs,
-    pair_ablations,
-    removal_summary,
-    role_features,
-    study_ioi,
-    top_pairs,
-    twin_patterns,
-    twin_summary,
-)
-from sae_lens_qk.analysis.ioi_prompts import (
-    NAMES,
-    OBJECTS,
-    PLACES,
-    TEMPLATES,
-    IOIPrompts,
-    ioi_prompts,
-)
+from sae_lens_qk.explain.removals import Directions, FeatureDirections
+from sae_lens_qk.analysis.ioi import MEASURES, feature_removals, name_pairs, pair_ablations, removal_summary, role_features, study_ioi, top_pairs, twin_patterns, twin_summary
+from sae_lens_qk.analysis.ioi_prompts import NAMES, OBJECTS, PLACES, TEMPLATES, IOIPrompts, ioi_prompts
 from sae_lens_qk.analysis.ioi_scan import copy_scores, scan_heads
-from sae_lens_qk.host import (
-    HostMismatchError,
-    LayerReplay,
-    attention_input,
-    attention_spec,
-    hook_names,
-    layer_inputs,
-    logit_directions,
-    ov_weights,
-    qk_weights,
-    residual_names,
-    run_recording,
-    unembedded,
-)
+from sae_lens_qk.host.proof import HostMismatchError
+from sae_lens_qk.host.layer import LayerReplay, attention_spec, hook_names, layer_inputs, ov_weights, qk_weights, run_recording
+from sae_lens_qk.host.residual import attention_input, logit_directions, residual_names, unembedded
 
 WORDS = dict(
     templates=(

@@ -10,15 +10,10 @@ from tiny_dictionaries import inputs_and_scores, observe, tiny_dictionary
 from tiny_models import tiny_model, tiny_tokens
 
 import sae_lens_qk as qk
-from sae_lens_qk import models
-from sae_lens_qk.host import FingerprintError, model_mode
-from sae_lens_qk.models import (
-    EMBEDDED_MODEL,
-    cache_folder,
-    embedded_model_folder,
-    hub_name,
-    shipped_folder,
-)
+from sae_lens_qk.host import models
+from sae_lens_qk.host.proof import FingerprintError
+from sae_lens_qk.host.support import model_mode
+from sae_lens_qk.host.models import EMBEDDED_MODEL, cache_folder, embedded_model_folder, hub_name, shipped_folder
 
 
 @torch.no_grad()

@@ -18,22 +18,11 @@ from oracles import (
 )
 from torch import Tensor
 
-from sae_lens_qk.attention import (
-    AttentionSpec,
-    allowed_keys,
-    attention_scores,
-    log_pattern,
-    pattern_kl,
-)
+from sae_lens_qk.attention import AttentionSpec, allowed_keys, attention_scores, log_pattern, pattern_kl
 from sae_lens_qk.feature_map import SparseFeatureMap
-from sae_lens_qk.pair_scores import (
-    Decoders,
-    PairScorer,
-    active_entries,
-    constant_scores,
-    pair_kernel,
-    with_constant,
-)
+from sae_lens_qk.scoring.pairs import Decoders, constant_scores, pair_kernel
+from sae_lens_qk.scoring.scorer import PairScorer
+from sae_lens_qk.scoring.entries import active_entries, with_constant
 from sae_lens_qk.training.losses import TruePattern
 
 PATHS = {"compiled": True, "torch": False}

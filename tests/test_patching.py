@@ -20,14 +20,11 @@ from tiny_dictionaries import (
 from tiny_models import KINDS, tiny_model
 
 from sae_lens_qk.attention import attention_scores, pattern_from_scores
-from sae_lens_qk.host import (
-    FingerprintError,
-    UnsupportedModelError,
-    attention_spec,
-    hook_names,
-    qk_weights,
-)
-from sae_lens_qk.patching import _score_function, pattern_hooks
+from sae_lens_qk.host.proof import FingerprintError
+from sae_lens_qk.host.support import UnsupportedModelError
+from sae_lens_qk.host.layer import attention_spec, hook_names, qk_weights
+from sae_lens_qk.patching import _score_function
+from sae_lens_qk.host.layer import pattern_hooks
 
 PATTERN = f"blocks.{LAYER}.attn.hook_pattern"
 SOURCES = ("transcoders", "feature_map")

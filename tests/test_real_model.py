@@ -10,8 +10,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import sae_lens_qk as qk
 from sae_lens_qk.attention import attention_scores, pattern_from_scores
-from sae_lens_qk.host import FingerprintError, attention_spec, qk_weights
-from sae_lens_qk.patching import pattern_hooks
+from sae_lens_qk.host.proof import FingerprintError
+from sae_lens_qk.host.layer import attention_spec, qk_weights
+from sae_lens_qk.host.layer import pattern_hooks
 from sae_lens_qk.text import token_rows
 
 NAME = "smollm2-135m-instruct-L23"

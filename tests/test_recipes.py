@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import sae_lens_qk as qk
 from sae_lens_qk.__main__ import main
-from sae_lens_qk.models import shipped_folder
+from sae_lens_qk.host.models import shipped_folder
 from sae_lens_qk.pretrained.registry import registry
 from sae_lens_qk.training.mask import MaskTrainingSAE
 from sae_lens_qk.training.transcoders import TranscodersTrainingSAE

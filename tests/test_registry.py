@@ -13,7 +13,7 @@ import yaml
 
 import sae_lens_qk as qk
 from sae_lens_qk.__main__ import main
-from sae_lens_qk.models import shipped_folder
+from sae_lens_qk.host.models import shipped_folder
 from sae_lens_qk.pretrained.checksums import verify_folder
 from sae_lens_qk.pretrained.registry import Entry, headline_figures, recipe_file, registry
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import sae_lens_qk as qk
-from sae_lens_qk.host import FingerprintError, attention_spec, layer_inputs
+from sae_lens_qk.host.proof import FingerprintError
+from sae_lens_qk.host.layer import attention_spec, layer_inputs
 from sae_lens_qk.pretrained.registry import recipe_file
 from sae_lens_qk.text import text_sample, token_rows
 

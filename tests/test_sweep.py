@@ -10,7 +10,7 @@ import yaml
 
 import sae_lens_qk as qk
 from sae_lens_qk.attention import pattern_kl
-from sae_lens_qk.host import layer_inputs, qk_weights
+from sae_lens_qk.host.layer import layer_inputs, qk_weights
 from sae_lens_qk.text import token_rows
 
 sys.path.append(str(Path(__file__).parents[1]))

@@ -20,23 +20,13 @@ from torch import Tensor
 import sae_lens_qk as qk
 from sae_lens_qk.attention import attention_scores, log_pattern, pattern_from_scores, pattern_kl
 from sae_lens_qk.config import QKFields
-from sae_lens_qk.host import FingerprintError, attention_spec, ov_weights, qk_weights, run_recording
+from sae_lens_qk.host.proof import FingerprintError
+from sae_lens_qk.host.layer import attention_spec, ov_weights, qk_weights, run_recording
 from sae_lens_qk.training.candidates import rank_pairs
-from sae_lens_qk.training.losses import (
-    Moved,
-    TruePattern,
-    dead_feature_loss,
-    pattern_losses,
-    sqrt_penalty,
-)
+from sae_lens_qk.training.losses import Moved, TruePattern, dead_feature_loss, pattern_losses, sqrt_penalty
 from sae_lens_qk.training.mask import MaskTrainingSAE
 from sae_lens_qk.training.transcode import strengths, transcode
-from sae_lens_qk.training.transcoders import (
-    NonFiniteLossError,
-    TranscodersTrainingSAE,
-    batch_cutoff,
-    strength_threshold,
-)
+from sae_lens_qk.training.transcoders import NonFiniteLossError, TranscodersTrainingSAE, batch_cutoff, strength_threshold
 
 BATCH = 23 * 8
 """Tokens."""

@@ -6,15 +6,8 @@ from torch import Tensor
 
 import sae_lens_qk as qk
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.host import (
-    Model,
-    attention_spec,
-    hook_names,
-    input_completion,
-    model_mode,
-    qk_weights,
-    run_recording,
-)
+from sae_lens_qk.host.support import Model, model_mode
+from sae_lens_qk.host.layer import attention_spec, hook_names, input_completion, qk_weights, run_recording
 
 LAYER = 1
 D_QUERY, D_KEY, N_PAIRS = 29, 31, 200

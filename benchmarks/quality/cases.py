@@ -11,15 +11,9 @@ from torch import Tensor
 
 from sae_lens_qk.attention import AttentionSpec, attention_scores, pattern_from_scores
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.host import (
-    Model,
-    QKWeights,
-    attention_spec,
-    hook_names,
-    input_completion,
-    qk_weights,
-    run_recording,
-)
+from sae_lens_qk.host.support import Model
+from sae_lens_qk.weights import QKWeights
+from sae_lens_qk.host.layer import attention_spec, hook_names, input_completion, qk_weights, run_recording
 from sae_lens_qk.text import token_rows
 
 CORPUS = "QK_CORPUS"

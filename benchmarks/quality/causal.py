@@ -1,7 +1,7 @@
 """Do the pairs named for an attention weight move it, more than others active at the same place, and by how much?
 
 For each dictionary, ranking of a case's active feature x feature pairs, side and k: the distinct features of the top k
-pairs are removed from the model's own x at the query or at the key (see `sae_lens_qk.analysis.causal`), and so are those
+pairs are removed from the model's own x at the query or at the key (see `sae_lens_qk.explain.removals`), and so are those
 of the controls. Features that are always on are in no ranking and no control.
 
     effect         pattern effect of the pair, supporting pairs alone: the explanation
@@ -20,23 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lens_qk.analysis.causal import (
-    SIDES,
-    Change,
-    FeatureDirections,
-    Place,
-    ScoreRow,
-    ScoreTerms,
-    Side,
-    best_first,
-    best_pairs,
-    control_removals,
-    pattern_effect,
-    top_features,
-)
+from sae_lens_qk.attention import SIDES, Side
+from sae_lens_qk.explain.removals import Change, FeatureDirections, Place, ScoreRow, best_first, best_pairs, control_removals, top_features
+from sae_lens_qk.explain.terms import ScoreTerms, pattern_effect
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.feature_map import SparseFeatureMap
-from sae_lens_qk.host import layer_inputs
+from sae_lens_qk.host.layer import layer_inputs
 from sae_lens_qk.training.candidates import rank_pairs
 
 from .cases import Case, LayerCases, Sizes

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import rankdata
 from torch import Tensor
 
-from sae_lens_qk.analysis.causal import CONTROLS, Change
+from sae_lens_qk.explain.removals import CONTROLS, Change
 
 CONDITIONS = ("top", *CONTROLS)
 FIGURES = Change._fields

@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from sae_lens_qk.analysis.causal import CONTROLS
-from sae_lens_qk.host import Hooks, Model, hook_names
+from sae_lens_qk.explain.removals import CONTROLS
+from sae_lens_qk.host.support import Hooks, Model
+from sae_lens_qk.host.layer import hook_names
 
 from .causal_figures import correlations, mean_interval, share
 

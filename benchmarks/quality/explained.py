@@ -23,7 +23,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae_lens_qk.analysis.causal import ALWAYS_ON, ScoreRow, ScoreTerms, best_pairs, pattern_effect
+from sae_lens_qk.statistics.activations import ALWAYS_ON
+from sae_lens_qk.explain.removals import ScoreRow, best_pairs
+from sae_lens_qk.explain.terms import ScoreTerms, pattern_effect
 from sae_lens_qk.attention import attention_scores, pattern_from_scores
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.evals import explained_shares, explained_sums

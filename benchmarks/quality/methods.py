@@ -26,7 +26,7 @@ import sae_lens_qk as qk
 from sae_lens_qk.attention import AttentionSpec
 from sae_lens_qk.config import BilinearQKConfig, MaskTrainingConfig, QKFields
 from sae_lens_qk.feature_map import SparseFeatureMap
-from sae_lens_qk.host import QKWeights
+from sae_lens_qk.weights import QKWeights
 from sae_lens_qk.training.candidates import rank_pairs
 from sae_lens_qk.training.mask import MaskTrainingSAE
 from sae_lens_qk.training.transcoders import TranscodersTrainingSAE

@@ -33,7 +33,7 @@ from sae_lens.synthetic import (
 from torch import Tensor
 
 from sae_lens_qk.attention import AttentionSpec
-from sae_lens_qk.host import QKWeights
+from sae_lens_qk.weights import QKWeights
 
 FIRST_TOKEN, ALWAYS_ON = 0, 1
 _N_SPECIAL = 2

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.feature_map import SparseFeatureMap
-from sae_lens_qk.pair_scores import Decoders
+from sae_lens_qk.scoring.pairs import Decoders
 from sae_lens_qk.training.losses import TruePattern
 
 from .planted import Circuit, Sample

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_qk.analysis.activations import ActivationStatistics
-from sae_lens_qk.analysis.causal import ALWAYS_ON, SIDES, Side
-from sae_lens_qk.analysis.prompt import Prompt
+from sae_lens_qk.statistics.activations import ActivationStatistics
+from sae_lens_qk.statistics.activations import ALWAYS_ON
+from sae_lens_qk.attention import SIDES, Side
+from sae_lens_qk.explain.prompt import Prompt
 from sae_lens_qk.dictionary import BilinearQKDictionary
 
 Words = Callable[[Sequence[int]], list[str]]

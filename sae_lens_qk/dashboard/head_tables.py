@@ -4,17 +4,9 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from sae_lens_qk.analysis.activations import ActivationStatistics, Batch
-from sae_lens_qk.analysis.causal import ALWAYS_ON
-from sae_lens_qk.analysis.heads import (
-    dense_features,
-    first_token_features,
-    first_token_use,
-    pair_energies,
-    participation,
-    shared_reasons,
-    superposition,
-)
+from sae_lens_qk.statistics.activations import ActivationStatistics, Batch
+from sae_lens_qk.statistics.activations import ALWAYS_ON
+from sae_lens_qk.statistics.heads import dense_features, first_token_features, first_token_use, pair_energies, participation, shared_reasons, superposition
 from sae_lens_qk.dictionary import BilinearQKDictionary
 
 

@@ -11,8 +11,8 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from sae_lens_qk.analysis.activations import ActivationStatistics
-from sae_lens_qk.analysis.prompt import Prompt
+from sae_lens_qk.statistics.activations import ActivationStatistics
+from sae_lens_qk.explain.prompt import Prompt
 from sae_lens_qk.dashboard.data import Inputs, ReportLimits, Words, report_data
 from sae_lens_qk.dictionary import BilinearQKDictionary
 

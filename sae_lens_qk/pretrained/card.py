@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import UndefinedError
 
 from sae_lens_qk.config import BilinearQKConfig
-from sae_lens_qk.models import hub_name
+from sae_lens_qk.host.models import hub_name
 from sae_lens_qk.pretrained.registry import headline_figures
 
 _TEMPLATE = Path(__file__).parent / "card.md.j2"

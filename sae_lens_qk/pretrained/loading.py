@@ -9,7 +9,7 @@ from sae_lens.saes.sae import SAE
 from torch import Tensor
 
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.models import shipped_folder
+from sae_lens_qk.host.models import shipped_folder
 from sae_lens_qk.pretrained.checksums import CONFIG, Verify, check_verify, verify_folder
 from sae_lens_qk.pretrained.hub import HubFolder, Token, cache_folder_of, check_folder_name, fetched
 from sae_lens_qk.pretrained.registry import Entry, registry

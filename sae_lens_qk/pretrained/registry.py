@@ -13,7 +13,7 @@ import pandas as pd
 import yaml
 
 from sae_lens_qk.config import BilinearQKRunnerConfig
-from sae_lens_qk.models import shipped_folder
+from sae_lens_qk.host.models import shipped_folder
 from sae_lens_qk.pretrained.checksums import CONFIG, METRICS
 
 Status = Literal["shipped", "published", "unpublished"]

@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lens_qk import kernels
+from sae_lens_qk.scoring import kernels
 from sae_lens_qk.attention import AttentionSpec, attention_scores, pattern_from_scores, rotate
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.feature_map import SparseFeatureMap
-from sae_lens_qk.host import QKWeights
-from sae_lens_qk.pair_scores import ActiveEntries, Decoders, active_entries
+from sae_lens_qk.weights import QKWeights
+from sae_lens_qk.scoring.entries import ActiveEntries, active_entries
+from sae_lens_qk.scoring.pairs import Decoders
 
 logger = logging.getLogger("sae_lens_qk")
 

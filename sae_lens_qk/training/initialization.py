@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_lens_qk.attention import AttentionSpec, rotate
-from sae_lens_qk.host import QKWeights
+from sae_lens_qk.weights import QKWeights
 
 Side = Literal["query", "key"]
 

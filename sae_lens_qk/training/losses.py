@@ -8,8 +8,8 @@ from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor
 
 from sae_lens_qk.attention import AttentionSpec, attention_scores, log_pattern, pattern_kl
-from sae_lens_qk.host import OVWeights
-from sae_lens_qk.kernels import softmax_kl
+from sae_lens_qk.weights import OVWeights
+from sae_lens_qk.scoring.kernels import softmax_kl
 from sae_lens_qk.training.transcode import transcode
 
 

@@ -20,8 +20,9 @@ from sae_lens_qk.attention import attention_scores
 from sae_lens_qk.config import MASK_ARCHITECTURE, BilinearQKConfig, MaskTrainingConfig
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.feature_map import SparseFeatureMap
-from sae_lens_qk.host import OVWeights, QKWeights
-from sae_lens_qk.pair_scores import PairScorer, constant_scores
+from sae_lens_qk.weights import OVWeights, QKWeights
+from sae_lens_qk.scoring.scorer import PairScorer
+from sae_lens_qk.scoring.pairs import constant_scores
 from sae_lens_qk.training.losses import Moved, TruePattern
 from sae_lens_qk.training.transcode import Transcoded, strengths, transcode
 from sae_lens_qk.training.transcoders import NonFiniteLossError, batch_cutoff, strength_threshold

@@ -18,20 +18,13 @@ from torch import Tensor
 
 from sae_lens_qk.config import BilinearQKRunnerConfig, MaskTrainingConfig, QKFields
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.host import (
-    Model,
-    attention_spec,
-    hook_names,
-    layer_inputs,
-    model_mode,
-    ov_weights,
-    prove_once,
-    qk_weights,
-)
-from sae_lens_qk.models import load_model
-from sae_lens_qk.patching import check_model
+from sae_lens_qk.host.support import Model, model_mode
+from sae_lens_qk.host.layer import attention_spec, hook_names, layer_inputs, ov_weights, qk_weights
+from sae_lens_qk.host.proof import prove_once
+from sae_lens_qk.host.models import load_model
+from sae_lens_qk.host.proof import check_model
 from sae_lens_qk.text import load_text
-from sae_lens_qk.training.cache import InputCache, fill_cache
+from sae_lens_qk.inputs import InputCache, fill_cache
 from sae_lens_qk.training.candidates import PairTable, firing_rates, rank_pairs
 from sae_lens_qk.training.mask import MaskTrainingSAE
 from sae_lens_qk.training.transcoders import TranscodersTrainingSAE

@@ -18,14 +18,9 @@ from sae_lens_qk.attention import AttentionSpec
 from sae_lens_qk.config import TRANSCODERS_ARCHITECTURE, BilinearQKConfig, TranscodersTrainingConfig
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.feature_map import pack_indices
-from sae_lens_qk.host import QKWeights
+from sae_lens_qk.weights import QKWeights
 from sae_lens_qk.training.initialization import Side, from_data, from_scores
-from sae_lens_qk.training.losses import (
-    dead_feature_loss,
-    pattern_losses,
-    relative_mse,
-    sqrt_penalty,
-)
+from sae_lens_qk.training.losses import dead_feature_loss, pattern_losses, relative_mse, sqrt_penalty
 from sae_lens_qk.training.transcode import Transcoded, strengths, transcode
 
 _SILENCE = 1e-3  # weight of the loss that keeps query features silent at position 0: any small one does under Adam

@@ -24,9 +24,11 @@ from torch import Tensor
 from sae_lens_qk.attention import AttentionSpec, rotate
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.feature_map import SparseFeatureMap
-from sae_lens_qk.host import Model, QKWeights, layer_inputs
-from sae_lens_qk.models import cache_folder
-from sae_lens_qk.pair_scores import with_constant
+from sae_lens_qk.host.support import Model
+from sae_lens_qk.weights import QKWeights
+from sae_lens_qk.host.layer import layer_inputs
+from sae_lens_qk.host.models import cache_folder
+from sae_lens_qk.scoring.entries import with_constant
 from sae_lens_qk.stored_form import digest
 from sae_lens_qk.text import token_rows
 

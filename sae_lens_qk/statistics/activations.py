@@ -25,11 +25,12 @@ from safetensors.numpy import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_qk.analysis.activation_sums import EncodedRow, FeatureSums, RowAdder, Sums
+from sae_lens_qk.statistics.sums import EncodedRow, FeatureSums, RowAdder, Sums
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.host import Model, layer_inputs
+from sae_lens_qk.host.support import Model
+from sae_lens_qk.host.layer import layer_inputs
 from sae_lens_qk.stored_form import digest
-from sae_lens_qk.training.cache import InputCache
+from sae_lens_qk.inputs import InputCache
 
 logger = logging.getLogger("sae_lens_qk")
 

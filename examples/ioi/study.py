@@ -21,23 +21,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lens_qk.analysis.causal import Directions, ScoreTerms, control_removals
-from sae_lens_qk.analysis.check import named_removals
+from sae_lens_qk.explain.removals import Directions, control_removals
+from sae_lens_qk.explain.terms import ScoreTerms
+from sae_lens_qk.explain.check import named_removals
 from sae_lens_qk.analysis.ioi_prompts import IOIPrompts, Name, Order, Twin, ioi_prompts
 from sae_lens_qk.analysis.ioi_scan import HeadScan, scan_heads
-from sae_lens_qk.analysis.prompt import Prompt
+from sae_lens_qk.explain.prompt import Prompt
 from sae_lens_qk.attention import attention_scores, pattern_from_scores
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.host import (
-    Hooks,
-    LayerReplay,
-    Model,
-    hook_names,
-    input_completion,
-    layer_inputs,
-    qk_weights,
-)
-from sae_lens_qk.patching import PatchSource, check_model, pattern_hooks
+from sae_lens_qk.host.support import Hooks, Model
+from sae_lens_qk.host.layer import LayerReplay, hook_names, input_completion, layer_inputs, qk_weights
+from sae_lens_qk.patching import PatchSource
+from sae_lens_qk.host.proof import check_model
+from sae_lens_qk.host.layer import pattern_hooks
 
 MEASURES = ("attention_io", "attention_s1", "attention_s2", "logit_difference")
 """Pattern of a head from END to each name, and logit(IO) - logit(S) after END."""

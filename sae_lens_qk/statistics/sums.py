@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lens_qk.analysis import activation_kernels
+from sae_lens_qk.statistics import kernels as activation_kernels
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.pair_scores import ActiveEntries, active_entries, pair_kernel
+from sae_lens_qk.scoring.entries import ActiveEntries, active_entries
+from sae_lens_qk.scoring.pairs import pair_kernel
 
 TABLE_BYTES = 1 << 28
 """Of m M by pair and offset that are held at once."""

@@ -20,18 +20,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_qk.analysis.ioi_prompts import IOIPrompts
-from sae_lens_qk.host import (
-    HostMismatchError,
-    Model,
-    attention_input,
-    hook_names,
-    logit_directions,
-    n_layers,
-    ov_weights,
-    residual_names,
-    run_recording,
-    unembedded,
-)
+from sae_lens_qk.host.proof import HostMismatchError
+from sae_lens_qk.host.support import Model, n_layers
+from sae_lens_qk.host.residual import attention_input, logit_directions, residual_names, unembedded
+from sae_lens_qk.host.layer import hook_names, ov_weights, run_recording
 
 COPIED_RANK = 5
 """A head copies a name whose logit is among this many highest."""

@@ -20,11 +20,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lens_qk.analysis.activations import ActivationStatistics, Batch
-from sae_lens_qk.analysis.causal import ALWAYS_ON
+from sae_lens_qk.statistics.activations import ActivationStatistics, Batch
+from sae_lens_qk.statistics.activations import ALWAYS_ON
 from sae_lens_qk.attention import attention_scores, pattern_from_scores
 from sae_lens_qk.dictionary import BilinearQKDictionary, Source
-from sae_lens_qk.host import QKWeights
+from sae_lens_qk.weights import QKWeights
 
 _PAIR = ["query_feature", "key_feature"]
 

@@ -12,19 +12,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lens_qk.analysis.causal import Directions, Errors, ScoreRow, ScoreTerms
-from sae_lens_qk.analysis.show import html_pattern
+from sae_lens_qk.explain.removals import Directions, ScoreRow
+from sae_lens_qk.explain.terms import Errors, ScoreTerms
+from sae_lens_qk.tables import html_pattern
 from sae_lens_qk.dictionary import BilinearQKDictionary, Source
-from sae_lens_qk.host import (
-    Model,
-    QKWeights,
-    check_attention_call,
-    hook_names,
-    input_completion,
-    qk_weights,
-    run_recording,
-)
-from sae_lens_qk.patching import check_model
+from sae_lens_qk.host.support import Model
+from sae_lens_qk.weights import QKWeights
+from sae_lens_qk.host.layer import check_attention_call, hook_names, input_completion, qk_weights, run_recording
+from sae_lens_qk.host.proof import check_model
 
 _READABLE = 48
 """Tokens of a prompt whose patterns can be read as grids."""

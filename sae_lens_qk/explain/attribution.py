@@ -28,13 +28,14 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from torch import Tensor
 
-from sae_lens_qk.analysis.causal import Directions, ScoreTerms, pattern_effect
-from sae_lens_qk.analysis.check import Check, check
-from sae_lens_qk.analysis.prompt import Prompt, ScorePlace
-from sae_lens_qk.analysis.show import html_table, named_features, rich_table
+from sae_lens_qk.explain.removals import Directions
+from sae_lens_qk.explain.terms import ScoreTerms, pattern_effect
+from sae_lens_qk.explain.check import Check, check
+from sae_lens_qk.explain.prompt import Prompt, ScorePlace
+from sae_lens_qk.tables import html_table, named_features, rich_table
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.feature_map import as_pairs
-from sae_lens_qk.host import Model
+from sae_lens_qk.host.support import Model
 
 Form = Literal["full", "kept"]
 Sign = Literal["both", "supporting", "inhibiting"]
@@ -293,7 +294,7 @@ class Attribution:
     ) -> Check:
         """Is this the reason? Features leave the model's own x and W_Q and W_K say what remains.
 
-        Args and Returns: see `sae_lens_qk.analysis.check.check`.
+        Args and Returns: see `sae_lens_qk.explain.check.check`.
         """
         return check(self.prompt, self.place, self.terms, k, directions, n_controls, seed)
 

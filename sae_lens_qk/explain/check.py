@@ -24,22 +24,11 @@ from jaxtyping import Bool, Float
 from rich.console import Group, RenderableType
 from torch import Tensor
 
-from sae_lens_qk.analysis.causal import (
-    CONTROLS,
-    SIDES,
-    Change,
-    Directions,
-    Place,
-    ScoreTerms,
-    Side,
-    best_first,
-    best_pairs,
-    control_removals,
-    pattern_effect,
-    top_features,
-)
-from sae_lens_qk.analysis.prompt import Prompt, ScorePlace
-from sae_lens_qk.analysis.show import html_table, rich_table
+from sae_lens_qk.explain.removals import CONTROLS, Change, Directions, Place, best_first, best_pairs, control_removals, top_features
+from sae_lens_qk.attention import SIDES, Side
+from sae_lens_qk.explain.terms import ScoreTerms, pattern_effect
+from sae_lens_qk.explain.prompt import Prompt, ScorePlace
+from sae_lens_qk.tables import html_table, rich_table
 
 _BEATEN = 0.95
 """Share of random controls that an explanation has to beat."""

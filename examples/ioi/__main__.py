@@ -17,19 +17,12 @@ import torch
 from matplotlib.figure import Figure
 
 import sae_lens_qk as qk
-from sae_lens_qk.analysis.activations import ActivationStatistics, Side, collect_activations
-from sae_lens_qk.analysis.causal import ALWAYS_ON, CONTROLS, Directions
-from sae_lens_qk.analysis.ioi import (
-    MEASURES,
-    IOIResult,
-    Name,
-    name_pairs,
-    removal_summary,
-    study_ioi,
-    twin_summary,
-)
+from sae_lens_qk.statistics.activations import ActivationStatistics, Side, collect_activations
+from sae_lens_qk.statistics.activations import ALWAYS_ON
+from sae_lens_qk.explain.removals import CONTROLS, Directions
+from sae_lens_qk.analysis.ioi import MEASURES, IOIResult, Name, name_pairs, removal_summary, study_ioi, twin_summary
 from sae_lens_qk.analysis.ioi_prompts import TEMPLATES, Order, ioi_prompts
-from sae_lens_qk.host import layer_inputs
+from sae_lens_qk.host.layer import layer_inputs
 from sae_lens_qk.text import token_rows
 
 TARGETS: dict[int, Name] = {3: "s2", 0: "io", 7: "io"}

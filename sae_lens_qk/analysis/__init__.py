@@ -1,1 +1,0 @@
-"""What a dictionary says about single attention weights, and whether it is so."""

@@ -1,0 +1,64 @@
+"""Decoders of both sides and what a pair of features adds to a score."""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_lens_qk.attention import AttentionSpec
+
+_CHUNK = 1 << 16  # pairs whose decoder rows are gathered at once
+
+
+class Decoders(NamedTuple):
+    """Both decoders with the constant feature as their last row."""
+
+    query: Float[Tensor, "d_query_1 head d_head"]
+    key: Float[Tensor, "d_key_1 kv_head d_head"]
+
+    def to(self, *args: Any) -> "Decoders":
+        return Decoders(self.query.to(*args), self.key.to(*args))
+
+
+def pair_kernel(
+    indices: Int[Tensor, "pair 3"],
+    decoders: Decoders,
+    spec: AttentionSpec,
+    offsets: Int[Tensor, " offset"],
+) -> Float[Tensor, "pair _"]:
+    """M[a, b, h](offset) = scale * <R_offset W_dec_q[a, h], W_dec_k[b, g(h)]>: [pair, offset], or [pair, 1] without rotary.
+
+    With (q1, q2), (k1, k2) the halves of the rotating dimensions and theta the inverse frequencies,
+
+        <R_d q, k> = sum_f (q1 k1 + q2 k2)_f cos(theta_f d) + (q1 k2 - q2 k1)_f sin(theta_f d) + <q, k> of the rest.
+    """
+    dtype = torch.promote_types(decoders.query.dtype, torch.float32)
+    cos, sin = spec.cos_sin(offsets, dtype)
+    made = []
+    for chunk in indices.split(_CHUNK):
+        query, key, head = chunk.unbind(dim=1)
+        q = decoders.query[query, head].to(dtype) * spec.scale
+        k = decoders.key[key, head // spec.heads_per_kv].to(dtype)
+        values = (q[:, spec.rotary_dim :] * k[:, spec.rotary_dim :]).sum(dim=1, keepdim=True)
+        if spec.rotary_dim:
+            q1, q2 = q[:, : spec.rotary_dim].chunk(2, dim=1)
+            k1, k2 = k[:, : spec.rotary_dim].chunk(2, dim=1)
+            values = values + (q1 * k1 + q2 * k2) @ cos.T + (q1 * k2 - q2 * k1) @ sin.T
+        made.append(values)
+    return torch.cat(made)
+
+
+def constant_scores(
+    decoders: Decoders, spec: AttentionSpec, n_pos: int
+) -> Float[Tensor, "head pos_q pos_k"]:
+    """The constant x constant term, scale * <R_i b_q[h], R_j b_k[g(h)]>, at allowed keys; zero at future keys."""
+    positions = torch.arange(n_pos, device=decoders.query.device)
+    heads = positions.new_tensor(range(spec.n_heads))
+    constant = torch.stack(
+        [heads * 0 + len(decoders.query) - 1, heads * 0 + len(decoders.key) - 1, heads], dim=1
+    )
+    kernel = pair_kernel(constant, decoders, spec, positions)
+    offsets = (positions[:, None] - positions).clamp(min=0)
+    scores = kernel.expand(-1, n_pos)[:, offsets]
+    return scores * spec.allowed_mask(n_pos, scores.device)

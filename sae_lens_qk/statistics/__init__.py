@@ -1,0 +1,1 @@
+"""What a dictionary does over text: activations, kept pairs, heads."""
