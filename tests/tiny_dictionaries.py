@@ -1,4 +1,4 @@
-"""Random dictionaries for the tiny models, and scores of feature pairs written out by hand in float64."""
+"""Random dictionaries for the tiny models, and scores of pairs written out by hand in float64."""
 
 import numpy as np
 import torch
@@ -6,11 +6,13 @@ from torch import Tensor
 
 import sae_lens_qk as qk
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.host.support import Model, model_mode
-from sae_lens_qk.host.layer import attention_spec, hook_names, input_completion, qk_weights, run_recording
+from sae_lens_qk.host.layer import AttentionLayer, run_recording
+from sae_lens_qk.host.support import Model
 
 LAYER = 1
-D_QUERY, D_KEY, N_PAIRS = 29, 31, 200
+D_QUERY = 29
+D_KEY = 31
+N_PAIRS = 200
 N_DEAD = 5
 """The last features of each side never fire."""
 
@@ -20,31 +22,28 @@ Triple = tuple[int, int, int]
 def empty_dictionary(
     model: Model, d_query: int, d_key: int, half_architecture: str, layer: int = LAYER, **changes
 ) -> BilinearQKDictionary:
-    """Weights as SAELens initialises them; spec, fingerprint and hook read off the model; no feature map."""
-    spec = attention_spec(model, layer)
+    """Weights as SAELens initialises them, config read off the model, no feature map."""
+    attention = AttentionLayer(model, layer)
     values = {
-        "d_in": spec.d_model,
+        "d_in": attention.spec.d_model,
         "d_query": d_query,
         "d_key": d_key,
         "half_architecture": half_architecture,
-        "attention": spec.to_dict(),
+        "attention": attention.spec.to_dict(),
         "model_name": "tiny",
-        "model_mode": model_mode(model),
+        "model_mode": attention.mode,
         "layer": layer,
-        "hook_name": hook_names(model, layer).input,
-        "fingerprint": list(qk_weights(model, layer).fingerprint()),
+        "hook_name": attention.names.input,
+        "fingerprint": list(attention.qk_weights.fingerprint()),
     }
-    return (
-        BilinearQKDictionary(qk.BilinearQKConfig(**{**values, **changes}))
-        .requires_grad_(False)
-        .eval()
-    )
+    dictionary = BilinearQKDictionary(qk.BilinearQKConfig(**{**values, **changes}))
+    return dictionary.requires_grad_(False).eval()
 
 
 def tiny_dictionary(
     model: Model, n_pairs: int = N_PAIRS, seed: int = 0, **changes
 ) -> BilinearQKDictionary:
-    """Random transcoders of which a third of the features fire, and a random map with pairs of every kind."""
+    """Random transcoders of which a third of the features fire, and a random map of `n_pairs`."""
     d = empty_dictionary(model, D_QUERY, D_KEY, "jumprelu_transcoder", **changes)
     generator = torch.Generator().manual_seed(seed)
     for half in (d.query, d.key):
@@ -62,37 +61,39 @@ def tiny_dictionary(
 def _random_map(
     d: BilinearQKDictionary, n_pairs: int, generator: torch.Generator
 ) -> qk.SparseFeatureMap:
-    """A tenth of the pairs each with the query and with the key constant."""
-    n_heads, n_constant = d.spec.n_heads, n_pairs // 10
+    """Pairs of every kind, a tenth each with the query and with the key constant."""
+    n_constant = n_pairs // 10
     pairs = torch.cartesian_prod(
-        torch.arange(D_QUERY + 1), torch.arange(D_KEY + 1), torch.arange(n_heads)
+        torch.arange(D_QUERY + 1), torch.arange(D_KEY + 1), torch.arange(d.spec.n_heads)
     )
     pairs = pairs[torch.randperm(len(pairs), generator=generator)]
-    constant_query, constant_key = pairs[:, 0] == D_QUERY, pairs[:, 1] == D_KEY
-    chosen = torch.cat(
-        [
-            pairs[~constant_query & ~constant_key][: n_pairs - 2 * n_constant],
-            pairs[constant_query & ~constant_key][:n_constant],
-            pairs[~constant_query & constant_key][:n_constant],
-        ]
-    )
-    chosen = chosen[torch.randperm(n_pairs, generator=generator)]
-    return qk.SparseFeatureMap(
-        chosen, torch.rand(n_pairs, generator=generator), D_QUERY, D_KEY, n_heads
-    )
+    constant_query = pairs[:, 0] == D_QUERY
+    constant_key = pairs[:, 1] == D_KEY
+    feature_pairs = pairs[~constant_query & ~constant_key][: n_pairs - 2 * n_constant]
+    query_constant_pairs = pairs[constant_query & ~constant_key][:n_constant]
+    key_constant_pairs = pairs[~constant_query & constant_key][:n_constant]
+    indices = torch.cat([feature_pairs, query_constant_pairs, key_constant_pairs])
+    indices = indices[torch.randperm(n_pairs, generator=generator)]
+    weights = torch.rand(n_pairs, generator=generator)
+    return qk.SparseFeatureMap(indices, weights, D_QUERY, D_KEY, d.spec.n_heads)
 
 
-def kept_pairs(d: BilinearQKDictionary) -> dict[Triple, float]:
+def pair_weights(d: BilinearQKDictionary) -> dict[Triple, float]:
     """Weights by pair, in random order: the first few are of every kind."""
     order = torch.randperm(len(d.feature_map), generator=torch.Generator().manual_seed(0))
     triples = [tuple(row) for row in d.feature_map.indices[order].tolist()]
-    return dict(zip(triples, d.feature_map.weights[order].double().tolist(), strict=True))
+    weights = d.feature_map.weights[order].double().tolist()
+    return dict(zip(triples, weights, strict=True))
 
 
 def exact_dictionary(model: Model, layer: int = LAYER) -> BilinearQKDictionary:
-    """Transcoders that reproduce the true queries and keys: features are the positive and negative parts of x."""
-    weights = qk_weights(model, layer)
-    d_model = attention_spec(model, layer).d_model
+    """Transcoders that reproduce the true queries and keys.
+
+    Their features are the positive and the negative part of each coordinate of x.
+    """
+    attention = AttentionLayer(model, layer)
+    weights = attention.qk_weights
+    d_model = attention.spec.d_model
     d = empty_dictionary(model, 2 * d_model, 2 * d_model, "transcoder", layer)
     both_signs = torch.cat([torch.eye(d_model), -torch.eye(d_model)], dim=1)
     for half, W, b in ((d.query, weights.W_Q, weights.b_Q), (d.key, weights.W_K, weights.b_K)):
@@ -104,50 +105,71 @@ def exact_dictionary(model: Model, layer: int = LAYER) -> BilinearQKDictionary:
 
 
 def pair_term(
-    d: BilinearQKDictionary, acts: tuple[np.ndarray, np.ndarray], pair: Triple
+    d: BilinearQKDictionary, query_acts: np.ndarray, key_acts: np.ndarray, pair: Triple
 ) -> np.ndarray:
-    """c[row, i, j] = query_act[i] key_act[j] M(i - j) of one pair at allowed keys, else 0, float64 [batch, pos, pos].
+    """c[row, i, j] = query_act[i] key_act[j] M(i - j) of one pair, float64 [batch, pos, pos].
 
-    Rotations are complex multiplications here: <R_i q, R_j k> = Re sum_f z_q conj(z_k) e^(i theta (i - j)) + the rest.
+    Zero at future keys. Rotations are complex multiplications here:
+    <R_i q, R_j k> = Re sum_f z_q conj(z_k) e^(i theta (i - j)) + the rest.
+
+    Args:
+        query_acts, key_acts: [batch, pos, d].
     """
-    spec, (a, b, head) = d.spec, pair
+    spec = d.spec
+    query_feature, key_feature, head = pair
     kv_head = head // (spec.n_heads // spec.n_kv_heads)
-    q = _decoder_row(d.query, a).reshape(spec.n_heads, spec.d_head)[head]
-    k = _decoder_row(d.key, b).reshape(spec.n_kv_heads, spec.d_head)[kv_head]
-    query_acts, key_acts = _acts_of(acts[0], a), _acts_of(acts[1], b)
+    q = _decoder_row(d.query, query_feature).reshape(spec.n_heads, spec.d_head)[head]
+    k = _decoder_row(d.key, key_feature).reshape(spec.n_kv_heads, spec.d_head)[kv_head]
+    query_act = _activation(query_acts, query_feature)  # [batch, pos]
+    key_act = _activation(key_acts, key_feature)
     theta = np.array(spec.rotary_inv_freq)
-    n, n_pos = len(theta), query_acts.shape[1]
-    z = (q[:n] + 1j * q[n : 2 * n]) * (k[:n] - 1j * k[n : 2 * n])
-    rest = float(q[2 * n :] @ k[2 * n :])
-    term = np.zeros((len(query_acts), n_pos, n_pos))
+    n_freq = len(theta)
+    z_q = q[:n_freq] + 1j * q[n_freq : 2 * n_freq]
+    z_k = k[:n_freq] + 1j * k[n_freq : 2 * n_freq]
+    unrotated = float(q[2 * n_freq :] @ k[2 * n_freq :])
+    n_rows, n_pos = query_act.shape
+    term = np.zeros((n_rows, n_pos, n_pos))
     for offset in range(n_pos):
-        M = spec.scale * (float((z * np.exp(1j * theta * offset)).sum().real) + rest)
+        rotated = float((z_q * z_k.conj() * np.exp(1j * theta * offset)).sum().real)
+        M = spec.scale * (rotated + unrotated)
         for j in range(n_pos - offset):
-            term[:, j + offset, j] = query_acts[:, j + offset] * key_acts[:, j] * M
+            term[:, j + offset, j] = query_act[:, j + offset] * key_act[:, j] * M
     return term
 
 
-def _acts_of(acts: np.ndarray, feature: int) -> np.ndarray:
-    return np.ones(acts.shape[:2]) if feature == acts.shape[2] else acts[..., feature]
+def _activation(acts: np.ndarray, feature: int) -> np.ndarray:
+    """[batch, pos]; the constant feature has activation 1."""
+    d_features = acts.shape[2]
+    if feature == d_features:
+        return np.ones(acts.shape[:2])
+    return acts[..., feature]
 
 
 def _decoder_row(half, feature: int) -> np.ndarray:
-    return (half.b_dec if feature == len(half.W_dec) else half.W_dec[feature]).double().numpy()
+    row = half.b_dec if feature == len(half.W_dec) else half.W_dec[feature]
+    return row.double().numpy()
 
 
 def scores_by_hand(
     d: BilinearQKDictionary, x: Tensor, weights: dict[Triple, float], include_constant: bool = True
 ) -> Tensor:
-    """Sum of weight * term over pairs, and constant x constant, float64 [batch, head, pos_q, pos_k]; 0 at future keys."""
-    scores = np.zeros((len(x), d.spec.n_heads, x.shape[1], x.shape[1]))
-    acts = d.encode_query(x).double().numpy(), d.encode_key(x).double().numpy()
+    """Sum of weight * term over pairs, and constant x constant; 0 at future keys.
+
+    Returns:
+        float64 [batch, head, pos_q, pos_k].
+    """
+    n_rows, n_pos = x.shape[:2]
+    n_heads = d.spec.n_heads
+    query_acts = d.encode_query(x).double().numpy()
+    key_acts = d.encode_key(x).double().numpy()
+    weights = dict(weights)
     if include_constant:
-        weights = {
-            **weights,
-            **{(d.cfg.d_query, d.cfg.d_key, head): 1.0 for head in range(d.spec.n_heads)},
-        }
+        for head in range(n_heads):
+            weights[d.cfg.d_query, d.cfg.d_key, head] = 1.0
+    scores = np.zeros((n_rows, n_heads, n_pos, n_pos))
     for pair, weight in weights.items():
-        scores[:, pair[2]] += weight * pair_term(d, acts, pair)
+        head = pair[2]
+        scores[:, head] += weight * pair_term(d, query_acts, key_acts, pair)
     return torch.from_numpy(scores)
 
 
@@ -167,7 +189,8 @@ def observe(
 
 
 def inputs_and_scores(model: Model, tokens: Tensor, layer: int = LAYER) -> tuple[Tensor, Tensor]:
-    """The tensor that W_Q and W_K multiply, and the model's own (masked) scores, at its own hooks."""
-    names = hook_names(model, layer)
-    _, seen = observe(model, tokens, names=(names.input, names.scores))
-    return input_completion(model, layer)(seen[names.input]), seen[names.scores]
+    """The tensor that W_Q and W_K multiply, and the model's own (masked) scores, at its hooks."""
+    attention = AttentionLayer(model, layer)
+    names = attention.names
+    _, values = observe(model, tokens, names=(names.input, names.scores))
+    return attention.complete(values[names.input]), values[names.scores]

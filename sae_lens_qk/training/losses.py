@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae_lens_qk.attention import AttentionSpec, attention_scores, log_pattern, pattern_kl
 from sae_lens_qk.weights import OVWeights
-from sae_lens_qk.scoring.kernels import softmax_kl
+from sae_lens_qk.training.kernels import softmax_kl
 from sae_lens_qk.training.transcode import transcode
 
 

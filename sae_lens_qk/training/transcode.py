@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor
 
-from sae_lens_qk.scoring import kernels
+from sae_lens_qk.training import kernels
 
 _FEW, _SPARSE = (
     1 << 14,
