@@ -247,10 +247,38 @@ class Attribution:
         return _sums(self.to_frame(form or self.form), "kind")
 
     def to_dict(self, n: int = 10, form: Form | None = None) -> dict[str, Any]:
-        """Plain JSON values; `qk_tracing_results` has the field names and shapes of Neuronpedia's graphs.
+        """All that the terminal, notebooks and the page show, as plain JSON values (no NaN: None).
+
+        Every float is unrounded; features are integers, d_query / d_key stand for the constants.
+
+            model, layer             of the dictionary
+            head, query_pos, key_pos the place of the score, positions from the start
+            title                    one line: layer, head, both tokens with positions, attention
+            tokens                   the words of the prompt, [pos]
+            score                    the model's own, scaled
+            attention                the model's own P[i,j]
+            rebuilt                  P[i,j] of the dictionary alone, from `source`
+            source                   "transcoders" or "feature_map": what the tables count
+            d_query, d_key           feature numbers of the constants
+            parts                    [{kind, n_terms, contribution, pattern_effect}]; sums to score
+            supporting, inhibiting   n each, strongest first: [{kind, query_feature, key_feature,
+                                     weight, contribution, pattern_effect, attention_drop}]
+            marginals                {"query": [...], "key": [...]}, n each, strongest first:
+                                     [{feature, n_terms, contribution, pattern_effect}];
+                                     feature None: errors and what the mask takes away
+            check                    None, or {"verdict": str, "holds": bool or None, "table":
+                                     [{ranking, side, k, n_features, predicted, score_drop,
+                                     attention_drop, other, matched, rescaled, beaten, holds}]}
+            nodes                    [{node_id, feature_type, layer, feature, ctx_idx, token,
+                                     activation}], the features that qk_tracing_results names
+            qk_tracing_results       names and shapes of Neuronpedia's graphs:
+                                     pair_wise_contributors [[query node, key node, contribution]],
+                                     top_q_marginal_contributors [[node, contribution]],
+                                     top_k_marginal_contributors likewise
 
         Args:
-            n: strongest entries of each list, by size of the pattern effect; the values are contributions.
+            n: entries of each list.
+            source: default: "feature_map" where there is one.
         """
         cfg, (_, i, j) = self.prompt.dictionary.cfg, self.place
         listed = self._of_features(form).head(n)
