@@ -3,38 +3,41 @@
 Importing this package registers its architectures with SAELens.
 """
 
-from sae_lens_qk.statistics.activations import collect_activations
-from sae_lens_qk.explain.attribution import attribute
-from sae_lens_qk.explain.prompt import Prompt
-from sae_lens_qk.attention import AttentionSpec
-from sae_lens_qk.config import BilinearQKConfig, BilinearQKRunnerConfig, CardConfig, MaskStepConfig, MaskTrainingConfig, TranscodersTrainingConfig
-from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.evals import evaluate
-from sae_lens_qk.feature_map import SparseFeatureMap
-from sae_lens_qk.host.proof import check_host
-from sae_lens_qk.host.models import load_model
-from sae_lens_qk.pretrained.registry import pretrained_dictionaries
-from sae_lens_qk.evals import rounding_loss
-from sae_lens_qk.training.runner import BilinearQKTrainingRunner
+# WHILE THE HOUSE IS REBUILT: lazy, so that one broken module does not block the others.
+import importlib
 
-__all__ = [
-    "AttentionSpec",
-    "BilinearQKConfig",
-    "BilinearQKDictionary",
-    "BilinearQKRunnerConfig",
-    "BilinearQKTrainingRunner",
-    "CardConfig",
-    "MaskStepConfig",
-    "MaskTrainingConfig",
-    "Prompt",
-    "SparseFeatureMap",
-    "TranscodersTrainingConfig",
-    "attribute",
-    "check_host",
-    "collect_activations",
-    "evaluate",
-    "load_model",
-    "pretrained_dictionaries",
-    "rounding_loss",
-]
+_PLACES = {
+    "AttentionSpec": "attention",
+    "BilinearQKConfig": "config",
+    "BilinearQKRunnerConfig": "config",
+    "CardConfig": "config",
+    "MaskStepConfig": "config",
+    "MaskTrainingConfig": "config",
+    "TranscodersTrainingConfig": "config",
+    "SparseFeatureMap": "feature_map",
+    "Features": "feature_map",
+    "AttentionLayer": "host.layer",
+    "check_host": "host.proof",
+    "load_model": "host.models",
+    "pretrained_dictionaries": "pretrained.registry",
+    "BilinearQKDictionary": "dictionary",
+    "evaluate": "evals",
+    "rounding_loss": "evals",
+    "BilinearQKTrainingRunner": "training.runner",
+    "collect_activations": "statistics.activations",
+    "attribute": "explain.attribution",
+    "Attribution": "explain.attribution",
+    "RecordedPrompt": "explain.prompt",
+    "report": "dashboard.report",
+    "token_rows": "text",
+    "text_sample": "text",
+}
+
+
+def __getattr__(name: str):
+    if name in _PLACES:
+        return getattr(importlib.import_module(f"sae_lens_qk.{_PLACES[name]}"), name)
+    raise AttributeError(name)
+
+
 __version__ = "0.1.0"

@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.pretrained.card import dictionary_card
 from sae_lens_qk.pretrained.checksums import CARD, METRICS, RUNNER_CONFIG, write_sums
 
 
 def documents(
-    dictionary: BilinearQKDictionary, name: str, source: str = ""
+    dictionary: Any, name: str, source: str = ""
 ) -> dict[str, str | None]:
     """What lies beside the weights, by file name: figures, run settings (None: not known), model card.
 
@@ -69,7 +68,7 @@ class Halves(NamedTuple):
     key: Path
 
 
-def export_transcoders(dictionary: BilinearQKDictionary, path: str | Path) -> Halves:
+def export_transcoders(dictionary: Any, path: str | Path) -> Halves:
     """Write both halves as stock SAELens folders, `<path>/query` and `<path>/key`, for people without this package.
 
     `SAE.load_from_disk` reads them. On a `SAETransformerBridge`, `add_sae` attaches query and key together: they name

@@ -8,7 +8,6 @@ from typing import Any
 from sae_lens.saes.sae import SAE
 from torch import Tensor
 
-from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.host.models import shipped_folder
 from sae_lens_qk.pretrained.checksums import CONFIG, Verify, check_verify, verify_folder
 from sae_lens_qk.pretrained.hub import HubFolder, Token, cache_folder_of, check_folder_name, fetched
@@ -16,7 +15,7 @@ from sae_lens_qk.pretrained.registry import Entry, registry
 
 
 def from_pretrained_with_cfg_and_sparsity(
-    dictionary_class: type[BilinearQKDictionary],
+    dictionary_class: Any,
     release: str,
     sae_id: str | None = None,
     device: str = "cpu",
@@ -29,7 +28,7 @@ def from_pretrained_with_cfg_and_sparsity(
     token: Token = None,
     cache_dir: str | Path | None = None,
     verify: Verify = True,
-) -> tuple[BilinearQKDictionary, dict[str, Any], Tensor | None]:
+) -> tuple[Any, dict[str, Any], Tensor | None]:
     """Load a dictionary; the parameters of `SAE.from_pretrained` in its order, then ours.
 
     Args:

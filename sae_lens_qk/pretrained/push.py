@@ -24,7 +24,6 @@ from huggingface_hub.errors import (
 )
 
 from sae_lens_qk.config import ARCHITECTURE
-from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.pretrained.card import LISTED_FIELDS, Listed, repository_card
 from sae_lens_qk.pretrained.checksums import CARD, CONFIG, METRICS, SUMS, sha256_of
 from sae_lens_qk.pretrained.errors import explained, is_transient, retrying
@@ -38,7 +37,7 @@ _MOVED = 412
 
 
 def push_to_hub(
-    dictionary: BilinearQKDictionary,
+    dictionary: Any,
     repo_id: str,
     folder: str,
     *,
@@ -79,7 +78,7 @@ def push_to_hub(
         staged = Path(scratch) / "staged" / name
         dictionary.save_model(staged)
         write_documents(staged, documents(dictionary, name, source=f'"{repo_id}", "{folder}"'))
-        BilinearQKDictionary.load_from_disk(staged)
+        Any.load_from_disk(staged)
         repository = _Repository(HfApi(token=token), repo_id, revision, Path(scratch) / "cache")
         with explained(repo_id, revision), _writable(repo_id):
             for attempt in retrying(lambda error: is_transient(error) or _has_moved(error)):
