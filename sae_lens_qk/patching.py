@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -39,7 +39,7 @@ class Patchable:
         self,
         model: Model,
         source: PatchSource = "feature_map",
-        heads: Iterable[int] | None = None,
+        heads: Iterable[SupportsIndex] | None = None,
         ablate_pairs: Pairs | None = None,
         scale_pairs: Mapping[tuple[int, int, int], float] | None = None,
         keep_pairs: Pairs | None = None,

@@ -7,7 +7,7 @@ hooks that replace the pattern are made here. `proof.py` shows that the reading 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from operator import index as whole_number
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -68,7 +68,7 @@ class AttentionLayer:
         ValueError: the model has no such layer.
     """
 
-    def __init__(self, model: Model, index: int):
+    def __init__(self, model: Model, index: SupportsIndex):
         self.mode = model_mode(model)
         self.model = model
         self.index = whole_number(index)
@@ -215,7 +215,7 @@ class AttentionLayer:
         check_attention_call(x, scores)
         return LayerRecord(x, scores, values[self.names.pattern])
 
-    def pattern_hooks(self, pattern_fn: PatternFn, heads: Iterable[int] | None = None) -> Hooks:
+    def pattern_hooks(self, pattern_fn: PatternFn, heads: Iterable[SupportsIndex] | None = None) -> Hooks:
         """Hooks that overwrite the layer's pattern with `pattern_fn(x, scores)`.
 
         Args:

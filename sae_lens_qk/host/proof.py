@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 from weakref import WeakKeyDictionary
 
 import torch
@@ -48,7 +48,9 @@ class HostReport(NamedTuple):
 
 
 @torch.no_grad()
-def check_host(model: Model, layer: int, tokens: Tensor | None = None) -> HostReport:
+def check_host(
+    model: Model, layer: SupportsIndex, tokens: Tensor | None = None
+) -> HostReport:
     """Prove that this package computes what the model computes.
 
     q, k, scores and pattern are rebuilt from the weights. Models in reduced precision are proven on
