@@ -1,7 +1,11 @@
-"""Tables of an explanation, for the terminal (rich) and for notebooks (HTML); token text is escaped."""
+"""Tables and the numbers in them: for terminals (rich), notebooks (HTML) and Markdown.
+
+The one place for both. Text of a model's tokens is escaped; what is missing is a dash.
+"""
 
 import html
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -13,62 +17,153 @@ from torch import Tensor
 
 from sae_lens_qk.config import BilinearQKConfig
 
-_BARS = ["#d6604d", "#4393c3"]
-"""Colours of negative and positive bars."""
+NONE = "-"
+
+_BAR_COLOURS = ["#d6604d", "#4393c3"]
+"""Of negative and positive bars."""
 _CELL = "width:13px;height:13px;padding:0;border:1px solid rgba(128,128,128,.25)"
 
 
+# Numbers
+
+
+def fixed(value: float | None, digits: int = 4) -> str:
+    """So many decimals; a dash for None and NaN."""
+    return NONE if pd.isna(value) else f"{value:.{digits}f}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share in percent; a dash for None and NaN."""
+    return NONE if pd.isna(value) else f"{value:.{digits}%}"
+
+
+def interval(
+    value: Mapping[str, float] | Sequence[float] | None,
+    number: Callable[[float | None], str] = fixed,
+) -> str:
+    """A value with the ends of its interval in brackets.
+
+    Args:
+        value: (value, low, high), or a mapping with these names; None: a dash.
+        number: `fixed` or `percent`.
+    """
+    if value is None:
+        return NONE
+    if isinstance(value, Mapping):
+        value = [value[name] for name in ("value", "low", "high")]
+    middle, low, high = map(number, value)
+    return f"{middle} ({low}, {high})"
+
+
+def significant(value: float, digits: int = 4) -> float | int | None:
+    """So many significant digits, for JSON: integers without a point, None for infinity and NaN."""
+    if not math.isfinite(value):
+        return None
+    rounded = float(f"{value:.{digits}g}")
+    # beyond a million a float is shorter: 1e+09
+    return int(rounded) if rounded.is_integer() and abs(rounded) < 1e6 else rounded
+
+
+# Frames
+
+
 def named_features(frame: pd.DataFrame, cfg: BilinearQKConfig) -> pd.DataFrame:
-    """The frame with features as people read them: numbers, "constant", or a dash where there is none."""
+    """The frame with features as people read them: numbers, "constant", or a dash for none."""
     named = frame.copy()
     for column, constant in (("query_feature", cfg.d_query), ("key_feature", cfg.d_key)):
         if column in named:
-            named[column] = [_name(feature, constant) for feature in named[column]]
+            named[column] = [_feature_name(feature, constant) for feature in named[column]]
     return named
 
 
-def _name(feature: Any, constant: int) -> str:
-    return "-" if pd.isna(feature) else "constant" if feature == constant else str(feature)
+def _feature_name(feature: Any, constant: int) -> str:
+    if pd.isna(feature):
+        return NONE
+    return "constant" if feature == constant else str(feature)
+
+
+# Terminals
 
 
 def rich_table(frame: pd.DataFrame, title: str) -> Table:
-    """A frame as a table: numbers to the right with three decimals and a sign, dashes where nothing is."""
-    table = Table(title=Text(title), box=SIMPLE, show_edge=False, title_justify="left")
-    for column in frame:
-        numeric = pd.api.types.is_numeric_dtype(frame[column])
-        table.add_column(str(column).replace("_", " "), justify="right" if numeric else "left")
-    for row in frame.itertuples(index=False):
-        table.add_row(*(Text(_cell(value)) for value in row))
-    return table
+    """A frame as a table: numbers to the right, floats with a sign and three decimals."""
+    header = [str(column).replace("_", " ") for column in frame]
+    is_number = [pd.api.types.is_numeric_dtype(frame[column]) for column in frame]
+    texts = [name for name, number in zip(header, is_number, strict=True) if not number]
+    rows = ([_cell(value) for value in row] for row in frame.itertuples(index=False))
+    style = dict(box=SIMPLE, show_edge=False, title_justify="left")
+    return cell_table(header, rows, texts, title=Text(title), **style)
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return "-" if pd.isna(value) else f"{value:+.3f}"
-    return "-" if pd.isna(value) else str(value)
+    if pd.isna(value):
+        return NONE
+    return f"{value:+.3f}" if isinstance(value, float) else str(value)
+
+
+def cell_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    text_columns: Collection[str],
+    unbroken: Collection[str] = (),
+    **options: Any,
+) -> Table:
+    """Finished cells as a rich table, without markup in them.
+
+    Args:
+        text_columns: names of the columns set to the left; the others are numbers.
+        unbroken: names of the columns whose cells are not wrapped.
+        **options: of `rich.table.Table`.
+    """
+    table = Table(**options)
+    for name in header:
+        justify = "left" if name in text_columns else "right"
+        table.add_column(name, justify=justify, no_wrap=name in unbroken)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+# Markdown
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Finished cells as the lines of a Markdown table: the first column left, numbers right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]
+
+
+# Notebooks
 
 
 def html_table(frame: pd.DataFrame, caption: str, bars: str | None = None) -> str:
-    """A frame as an HTML table for notebooks, one column with bars around zero."""
+    """A frame as an HTML table for notebooks.
+
+    Args:
+        bars: name of a column that gets bars around zero.
+    """
     styled = frame.style.hide(axis="index").set_caption(html.escape(caption))
     if bars:
-        styled.bar(subset=[bars], align=0, color=_BARS)
-    styled.format(precision=3, escape="html", na_rep="-")
+        styled.bar(subset=[bars], align=0, color=_BAR_COLOURS)
+    styled.format(precision=3, escape="html", na_rep=NONE)
     return styled.to_html()
 
 
 def html_pattern(pattern: Float[Tensor, "pos_q pos_k"], words: Sequence[str], caption: str) -> str:
-    """One head's pattern as a small grid for notebooks: the darker, the more attention; pointing at a cell names it."""
+    """One head's pattern as a small grid for notebooks: the darker, the more attention.
+
+    Pointing at a cell names it.
+    """
     rows = []
-    for i, row in enumerate(pattern.tolist()):
+    for i, weights in enumerate(pattern.tolist()):
         cells = []
-        for j, weight in enumerate(row[: i + 1]):
+        for j, weight in enumerate(weights[: i + 1]):
             title = html.escape(f"{words[i]!r} ({i}) to {words[j]!r} ({j}): {weight:.3f}")
-            cells.append(
-                f'<td title="{title}" style="background:rgba(33,102,172,{weight:.3f});{_CELL}"></td>'
-            )
-        rows.append(
-            f'<tr><th style="font-weight:normal;padding:0 4px">{html.escape(words[i])}</th>{"".join(cells)}</tr>'
-        )
-    table = f'<table style="border-collapse:collapse;font-size:11px"><caption>{html.escape(caption)}</caption>'
-    return f'<div style="display:inline-block;margin:4px 12px 4px 0">{table}{"".join(rows)}</table></div>'
+            colour = f"rgba(33,102,172,{weight:.3f})"
+            cells.append(f'<td title="{title}" style="background:{colour};{_CELL}"></td>')
+        word = html.escape(words[i])
+        heading = f'<th style="font-weight:normal;padding:0 4px">{word}</th>'
+        rows.append(f"<tr>{heading}{''.join(cells)}</tr>")
+    opening = '<table style="border-collapse:collapse;font-size:11px">'
+    table = f"{opening}<caption>{html.escape(caption)}</caption>{''.join(rows)}</table>"
+    return f'<div style="display:inline-block;margin:4px 12px 4px 0">{table}</div>'

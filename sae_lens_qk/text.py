@@ -1,4 +1,4 @@
-"""Text for training and evaluation: Hub datasets, local files, and the sample that comes with the package."""
+"""Text for training and evaluation: Hub datasets, local files, and the package's own sample."""
 
 import os
 from pathlib import Path
@@ -11,10 +11,17 @@ from torch import Tensor
 
 from sae_lens_qk.host.support import Model
 
+_TOKEN_COLUMNS = ("tokens", "input_ids")
+"""Columns that SAELens's store takes for token ids."""
+
 
 def load_text(path: str, text_column: str, streaming: bool = False) -> Dataset | IterableDataset:
-    """A dataset by Hub name, or from a local .parquet file or folder; environment variables in the path are expanded.
+    """A dataset of one column: token ids, or texts in `text`.
 
+    Args:
+        path: name on the Hub, or a local .parquet file or folder; environment variables in it are
+            expanded.
+        text_column: the column to read, unless there is one with token ids.
     Raises:
         ValueError: no path, an unset variable in it, or no such column.
     """
@@ -32,21 +39,24 @@ def load_text(path: str, text_column: str, streaming: bool = False) -> Dataset |
         dataset = load_dataset(expanded, split="train", streaming=streaming)
     assert isinstance(dataset, Dataset | IterableDataset)
     columns = dataset.column_names or []
-    wanted = next((name for name in ("tokens", "input_ids", text_column) if name in columns), None)
-    if wanted is None:
+    for column in (*_TOKEN_COLUMNS, text_column):
+        if column in columns:
+            break
+    else:
         raise ValueError(
             f"{expanded} has the columns {columns[:5]}, not {text_column!r}: set text_column."
         )
-    dataset = dataset.select_columns([wanted])
-    return dataset.rename_column(wanted, "text") if wanted == text_column != "text" else dataset
+    dataset = dataset.select_columns([column])
+    return dataset.rename_column(column, "text") if column == text_column != "text" else dataset
 
 
 def text_sample() -> Dataset:
-    """About 200k tokens of text drawn from the embedded model itself, one document a row, column `text`.
+    """About 200k tokens of text sampled from the embedded model itself, a document per row.
 
-    Made by `examples/sample_text.py`; lets demo and tests run without any other text.
+    Column `text`. Made by `examples/sample_text.py`; lets demo and tests run without other text.
     """
-    return Dataset.from_parquet(str(Path(__file__).parent / "data" / "smollm2_sample.parquet"))  # type: ignore[return-value]
+    path = Path(__file__).parent / "data" / "smollm2_sample.parquet"
+    return Dataset.from_parquet(str(path))  # type: ignore[return-value]
 
 
 def token_rows(
@@ -63,6 +73,7 @@ def token_rows(
         ValueError: the text gives fewer than two rows.
     """
     dataset = load_text(dataset_path, text_column) if dataset_path else text_sample()
+    # the store is asked for tokens alone: what concerns activations is never used
     store = ActivationsStore(
         model=model,  # type: ignore[arg-type]  # a bridge serves as well
         dataset=dataset,
@@ -80,12 +91,13 @@ def token_rows(
         device=torch.device("cpu"),
         dtype="float32",
     )
-    rows = []
+    rows: list[Tensor] = []
     while len(rows) < n_rows:
         try:
-            rows.append(store.get_batch_tokens(batch_size=1, raise_at_epoch_end=True)[0])
+            batch = store.get_batch_tokens(batch_size=1, raise_at_epoch_end=True)
         except (StopIteration, RuntimeError):
             break
+        rows.append(batch[0])
     if len(rows) < 2:
         raise ValueError(
             f"the text gives {len(rows)} rows of {context_size} tokens, evaluation needs at least 2"

@@ -1,0 +1,132 @@
+"""The metrics of `evals` as equations, of patterns, predictions and scores; their intervals."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_lens_qk.attention import AttentionSpec
+
+_POSITIONS = 64  # whose predictions over the vocabulary are compared at a time
+
+
+class Interval(NamedTuple):
+    """A metric with its 95 % bootstrap interval over rows."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap_interval(
+    values: Float[np.ndarray, " row"],
+    weights: Float[np.ndarray, " row"] | None = None,
+    n_draws: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """sum(values) / sum(weights) over rows, with its 2.5 and 97.5 percentiles over resampled rows.
+
+    With the same seed and number of rows the same rows are drawn: intervals are paired.
+
+    Args:
+        values: one number per independent row; of a ratio the numerators, such as sums over the
+            cases of a text.
+        weights: denominators, such as numbers of cases; default: 1 each, which makes the mean.
+        n_draws: resampled sets of rows.
+        seed: of the draws.
+    """
+    n_rows = len(values)
+    if weights is None:
+        weights = np.ones(n_rows)
+    draws = np.random.default_rng(seed).integers(0, n_rows, (n_draws, n_rows))
+    ratios = values[draws].sum(axis=1) / weights[draws].sum(axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return Interval(float(values.sum() / weights.sum()), float(low), float(high))
+
+
+def uniform_pattern(
+    spec: AttentionSpec, n_pos: int, device: torch.device
+) -> Float[Tensor, "pos_q pos_k"]:
+    """The baseline: equal weights for the allowed keys, and for the sink where there is one."""
+    allowed = spec.allowed_mask(n_pos, device)
+    n_choices = allowed.sum(dim=-1, keepdim=True) + bool(spec.sinks)
+    return allowed / n_choices
+
+
+def pattern_metrics(
+    log_true: Float[Tensor, "row head pos_q pos_k"],
+    log_pattern: Float[Tensor, "row head pos_q pos_k"] | None,
+    spec: AttentionSpec,
+) -> dict[str, Tensor]:
+    """pattern_tv [row]; of a pattern other than zero (None) pattern_kl [row, head] and
+    argmax_agreement [row]. Position 0, whose pattern is trivial, is left out.
+    """
+    true = log_true.exp()
+    pattern = torch.zeros_like(true) if log_pattern is None else log_pattern.exp()
+    distance = 0.5 * (true - pattern).abs().sum(dim=-1)  # [row, head, pos_q]
+    metrics = {"pattern_tv": distance[..., 1:].mean(dim=(1, 2))}
+    if log_pattern is not None:
+        same_key = true.argmax(dim=-1) == pattern.argmax(dim=-1)
+        metrics["pattern_kl"] = spec.kl(log_true, log_pattern)[..., 1:].mean(dim=2)
+        metrics["argmax_agreement"] = same_key[..., 1:].double().mean(dim=(1, 2))
+    return metrics
+
+
+def next_token_loss(
+    log_probs: Float[Tensor, "row pos vocab"], tokens: Int[Tensor, "row pos"]
+) -> Float[Tensor, " row"]:
+    """Mean cross-entropy of each row, nats."""
+    next_tokens = tokens[:, 1:, None]
+    return -log_probs[:, :-1].gather(2, next_tokens).squeeze(2).mean(dim=1)
+
+
+def prediction_metrics(
+    logits: Float[Tensor, "row pos vocab"],
+    clean_log_probs: Float[Tensor, "row pos vocab"],
+    tokens: Int[Tensor, "row pos"],
+) -> dict[str, Float[Tensor, " row"]]:
+    """ce_loss of patched logits, and logit_kl = KL(clean || patched), by row."""
+    flat_logits = logits.flatten(0, 1)
+    flat_clean = clean_log_probs.flatten(0, 1)
+    next_tokens = tokens.roll(-1, dims=1).flatten()  # of the last position no token is known
+    next_log_probs, divergences = [], []
+    # a few positions at a time stay in the processor's cache
+    for start in range(0, len(next_tokens), _POSITIONS):
+        chunk = slice(start, start + _POSITIONS)
+        patched = flat_logits[chunk].float().log_softmax(dim=-1)
+        clean = flat_clean[chunk]
+        next_log_probs.append(patched.gather(1, next_tokens[chunk, None]))
+        divergences.append((clean.exp() * (clean - patched)).sum(dim=-1))
+    log_probs = torch.cat(next_log_probs).view(tokens.shape)
+    divergence = torch.cat(divergences).view(tokens.shape)
+    return {"ce_loss": -log_probs[:, :-1].mean(dim=1), "logit_kl": divergence.mean(dim=1)}
+
+
+def explained_sums(
+    scores: Float[Tensor, "batch head pos_q pos_k"],
+    feature_scores: Float[Tensor, "batch head pos_q pos_k"],
+    pattern: Float[Tensor, "batch head pos_q pos_k"],
+    spec: AttentionSpec,
+) -> Float[Tensor, "6 head"]:
+    """Sums that `explained_shares` is made of, to be added over batches.
+
+    s^2, f^2, then weighted by the pattern and by equal weights: (s~ - f~)^2 and s~^2.
+    """
+    allowed = spec.allowed_mask(scores.shape[-1], scores.device)
+    s = scores.masked_fill(~allowed, 0.0).double()
+    f = feature_scores.masked_fill(~allowed, 0.0).double()
+    equal_weights = (allowed / allowed.sum(dim=-1, keepdim=True)).double()
+    terms = [s.square(), f.square()]
+    for P in (pattern.double(), equal_weights):
+        s_centred = s - (P * s).sum(dim=-1, keepdim=True)
+        f_centred = f - (P * f).sum(dim=-1, keepdim=True)
+        terms += [P * (s_centred - f_centred).square(), P * s_centred.square()]
+    return torch.stack([term.sum(dim=(0, 2, 3)) for term in terms])
+
+
+def explained_shares(sums: Float[Tensor, "6 head"]) -> tuple[Tensor, Tensor, Tensor]:
+    """`score_explained`, its unweighted version and `norm_share` of each head; see `evals`."""
+    s2, f2, error, variance, error_equal, variance_equal = sums
+    return 1 - error / variance, 1 - error_equal / variance_equal, f2 / s2
