@@ -1,0 +1,1 @@
+"""One dictionary, or several of a layer, on text they were not trained on."""
