@@ -151,7 +151,7 @@ def _eval_mode(dictionaries: Iterable[BilinearQKDictionary]) -> Iterator[None]:
 
 
 def _mean_pattern(
-    layer: AttentionLayer, batches: Sequence[Int[Tensor, "row pos"]]
+    layer: AttentionLayer, batches: Sequence[Tensor]
 ) -> Float[Tensor, "head pos_q pos_k"]:
     total = torch.zeros(())
     for rows in batches:

@@ -1,10 +1,11 @@
-"""Every figure of `evaluate` against a loop over hooks and float64 sums written here."""
+"""Every metric of `evaluate` against a loop over hooks and float64 sums written here."""
 
+import io
 import json
 import math
 import re
-from io import StringIO
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -14,22 +15,28 @@ from tiny_dictionaries import (
     LAYER,
     exact_dictionary,
     inputs_and_scores,
-    kept_pairs,
     observe,
+    pair_weights,
     pattern_by_hand,
     scores_by_hand,
     tiny_dictionary,
 )
 from tiny_models import tiny_model, tiny_tokens
+from torch import Tensor
 
 import sae_lens_qk as qk
-from sae_lens_qk.attention import attention_scores
+from sae_lens_qk.attention import AttentionSpec
+from sae_lens_qk.evals import compare, rounding_loss
+from sae_lens_qk.host.layer import AttentionLayer
 from sae_lens_qk.host.proof import FingerprintError
-from sae_lens_qk.host.layer import qk_weights
+from sae_lens_qk.metrics import bootstrap_interval, explained_sums, uniform_pattern
+from sae_lens_qk.results import Evaluation
 
 PATTERN = f"blocks.{LAYER}.attn.hook_pattern"
-N_ROWS, N_POS = 7, 13
-SOURCES, BASELINES = ("transcoders", "feature_map"), ("zero", "mean", "uniform", "shuffled")
+N_ROWS = 7
+N_POS = 13
+SOURCES = ("transcoders", "feature_map")
+BASELINES = ("zero", "mean", "uniform", "shuffled")
 
 
 @pytest.fixture(scope="module", params=["gpt2_bridge", "llama_bridge"])
@@ -38,7 +45,7 @@ def model(request):
 
 
 @pytest.fixture(scope="module")
-def rows():
+def rows() -> Tensor:
     return tiny_tokens(N_ROWS, N_POS)
 
 
@@ -48,71 +55,83 @@ def dictionary(model):
 
 
 @pytest.fixture(scope="module")
-def result(dictionary, model, rows) -> qk.evals.Evaluation:
+def x(model, rows) -> Tensor:
+    return inputs_and_scores(model, rows)[0]
+
+
+@pytest.fixture(scope="module")
+def result(dictionary, model, rows) -> Evaluation:
     return qk.evaluate(dictionary, model, rows, batch_size=N_ROWS)
 
 
 @pytest.fixture(scope="module")
-def patterns(dictionary, model, rows) -> dict[str, torch.Tensor]:
+def patterns(dictionary, model, rows, x) -> dict[str, Tensor]:
     """The true pattern, and what each source puts in its place, in float64."""
-    _, seen = observe(model, rows, names=(PATTERN,))
-    true = seen[PATTERN].double()
-    x, _ = inputs_and_scores(model, rows)
-    made = {"clean": true, "zero": torch.zeros_like(true), "mean": torch.zeros_like(true)}
-    made["uniform"], made["shuffled"] = torch.zeros_like(true), torch.zeros_like(true)
+    _, values = observe(model, rows, names=(PATTERN,))
+    true = values[PATTERN].double()
+    mean = torch.zeros_like(true)
+    shuffled = torch.zeros_like(true)
+    uniform = torch.zeros_like(true)
     for row in range(N_ROWS):
-        made["mean"] += true[row] / N_ROWS
-        made["shuffled"][row] = true[row - 1]
+        mean += true[row] / N_ROWS
+        shuffled[row] = true[row - 1]
     for i in range(N_POS):
-        made["uniform"][:, :, i, : i + 1] = 1 / (i + 1)
-    made["transcoders"] = pattern_by_hand(
-        attention_scores(*dictionary.queries_keys(x), dictionary.spec).double()
-    )
-    made["feature_map"] = pattern_by_hand(scores_by_hand(dictionary, x, kept_pairs(dictionary)))
-    return made
+        uniform[:, :, i, : i + 1] = 1 / (i + 1)
+    return {
+        "clean": true,
+        "zero": torch.zeros_like(true),
+        "mean": mean,
+        "uniform": uniform,
+        "shuffled": shuffled,
+        "transcoders": pattern_by_hand(dictionary.scores(x, "transcoders").double()),
+        "feature_map": pattern_by_hand(scores_by_hand(dictionary, x, pair_weights(dictionary))),
+    }
 
 
 @pytest.fixture(scope="module")
 def losses(model, rows, patterns) -> dict[str, tuple[float, float]]:
-    """Cross-entropy, and KL(clean || patched) of the logits, by running the model once per source and row."""
+    """Cross-entropy, and KL(clean || patched) of the logits: one run per source and row."""
 
-    def log_probs(pattern, row):
+    def log_probs(pattern: Tensor, row: int) -> Tensor:
         hooks = [(PATTERN, lambda value, hook: pattern[row : row + 1].float())]
-        return observe(model, rows[row : row + 1], hooks)[0].double().log_softmax(dim=-1)[0]
+        logits, _ = observe(model, rows[row : row + 1], hooks)
+        return logits.double().log_softmax(dim=-1)[0]
 
     clean = [log_probs(patterns["clean"], row) for row in range(N_ROWS)]
-    figures = {}
+    losses = {}
     for name, pattern in patterns.items():
-        ce, kl = 0.0, 0.0
+        ce = 0.0
+        kl = 0.0
         for row in range(N_ROWS):
             patched = log_probs(pattern, row)
-            ce -= (
-                sum(float(patched[i, rows[row, i + 1]]) for i in range(N_POS - 1))
-                / (N_POS - 1)
-                / N_ROWS
-            )
-            kl += float((clean[row].exp() * (clean[row] - patched)).sum()) / N_POS / N_ROWS
-        figures[name] = ce, kl
-    return figures
+            for i in range(N_POS - 1):
+                ce -= float(patched[i, rows[row, i + 1]]) / (N_POS - 1) / N_ROWS
+            difference = clean[row] - patched
+            kl += float((clean[row].exp() * difference).sum()) / N_POS / N_ROWS
+        losses[name] = (ce, kl)
+    return losses
 
 
-def kl_by_head(true, other) -> list[float]:
-    """sum over keys of P log(P / P'), mean over rows and the queries after the first, in plain loops."""
-    figures = []
-    for head in range(true.shape[1]):
+def kl_of_row(true: list[float], other: list[float]) -> float:
+    """sum over keys of P log(P / P')."""
+    return sum(p * math.log(p / o) for p, o in zip(true, other, strict=True))
+
+
+def kl_per_head(true: Tensor, other: Tensor) -> list[float]:
+    """Mean over rows and the queries after the first, in plain loops."""
+    n_rows, n_heads, n_pos, _ = true.shape
+    means = []
+    for head in range(n_heads):
         total = 0.0
-        for row in range(len(true)):
-            for i in range(1, N_POS):
-                total += sum(
-                    p * math.log(p / o)
-                    for p, o in zip(
-                        true[row, head, i, : i + 1].tolist(),
-                        other[row, head, i, : i + 1].tolist(),
-                        strict=True,
-                    )
-                )
-        figures.append(total / (len(true) * (N_POS - 1)))
-    return figures
+        for row in range(n_rows):
+            for i in range(1, n_pos):
+                true_row = true[row, head, i, : i + 1].tolist()
+                total += kl_of_row(true_row, other[row, head, i, : i + 1].tolist())
+        means.append(total / (n_rows * (n_pos - 1)))
+    return means
+
+
+# Patterns and predictions
 
 
 def test_sizes_and_clean_loss(result, losses):
@@ -123,38 +142,42 @@ def test_sizes_and_clean_loss(result, losses):
 
 @pytest.mark.parametrize("name", [*SOURCES, *BASELINES])
 def test_loss_and_logits(result, losses, name):
-    figures = result.sources[name]
+    metrics = result.sources[name]
     ce, kl = losses[name]
-    assert figures.ce_loss == pytest.approx(ce, rel=1e-5)
-    assert figures.logit_kl == pytest.approx(kl, rel=1e-3, abs=1e-6)
+    clean_ce, _ = losses["clean"]
     zero_ce, zero_kl = losses["zero"]
-    assert figures.ce_recovered.value == pytest.approx(
-        (zero_ce - ce) / (zero_ce - losses["clean"][0]), abs=1e-3
-    )
-    assert figures.logit_kl_recovered.value == pytest.approx(1 - kl / zero_kl, abs=1e-3)
+    ce_recovered = (zero_ce - ce) / (zero_ce - clean_ce)
+    assert metrics.ce_loss == pytest.approx(ce, rel=1e-5)
+    assert metrics.logit_kl == pytest.approx(kl, rel=1e-3, abs=1e-6)
+    assert metrics.ce_recovered.value == pytest.approx(ce_recovered, abs=1e-3)
+    assert metrics.logit_kl_recovered.value == pytest.approx(1 - kl / zero_kl, abs=1e-3)
     assert kl > 1e-3  # the source does something
 
 
 @pytest.mark.parametrize("name", [*SOURCES, "mean", "uniform", "shuffled"])
-def test_pattern_figures_leave_position_0_out(result, patterns, name):
-    figures, true, made = result.sources[name], patterns["clean"], patterns[name]
-    expected = kl_by_head(true, made)
-    assert figures.pattern_kl_per_head == pytest.approx(expected, rel=1e-3)
-    assert figures.pattern_kl is not None
-    assert figures.pattern_kl.value == pytest.approx(sum(expected) / len(expected), rel=1e-3)
-    assert figures.pattern_kl.value > 0.01
+def test_pattern_metrics_leave_position_0_out(result, patterns, name):
+    metrics = result.sources[name]
+    true = patterns["clean"]
+    other = patterns[name]
+    expected = kl_per_head(true, other)
+    assert metrics.pattern_kl_per_head == pytest.approx(expected, rel=1e-3)
+    assert metrics.pattern_kl.value == pytest.approx(sum(expected) / len(expected), rel=1e-3)
+    assert metrics.pattern_kl.value > 0.01
 
-    distance, same = 0.0, 0
+    distance = 0.0
+    n_agreements = 0
+    n_cells = 0
     for row in range(N_ROWS):
         for head in range(true.shape[1]):
             for i in range(1, N_POS):
-                P, other = true[row, head, i].tolist(), made[row, head, i].tolist()
-                distance += sum(abs(p - o) for p, o in zip(P, other, strict=True)) / 2
-                same += P.index(max(P)) == other.index(max(other))
-    n = N_ROWS * true.shape[1] * (N_POS - 1)
-    assert figures.pattern_tv == pytest.approx(distance / n, rel=1e-4)
+                P = true[row, head, i].tolist()
+                Q = other[row, head, i].tolist()
+                distance += sum(abs(p - q) for p, q in zip(P, Q, strict=True)) / 2
+                n_agreements += P.index(max(P)) == Q.index(max(Q))
+                n_cells += 1
+    assert metrics.pattern_tv == pytest.approx(distance / n_cells, rel=1e-4)
     if name != "uniform":  # whose keys are all equal
-        assert figures.argmax_agreement == pytest.approx(same / n, abs=1e-9)
+        assert metrics.argmax_agreement == pytest.approx(n_agreements / n_cells, abs=1e-9)
 
 
 def test_the_zero_pattern(result):
@@ -165,266 +188,303 @@ def test_the_zero_pattern(result):
     assert zero.logit_kl_recovered == (0.0, 0.0, 0.0)
 
 
-def explained_by_hand(s, f, P) -> list[list[float]]:
+@pytest.mark.parametrize(
+    ("variant", "expected"),
+    [
+        ({}, [1 / 4, 1 / 4, 1 / 4, 1 / 4]),
+        ({"window": 3}, [0, 1 / 3, 1 / 3, 1 / 3]),
+        ({"sinks": (0.0,)}, [1 / 5, 1 / 5, 1 / 5, 1 / 5]),
+    ],
+)
+def test_the_uniform_pattern_of_other_attention(variant, expected):
+    spec = AttentionSpec(1, 1, d_head=2, d_model=3, scale=1.0, **variant)
+    last_row = uniform_pattern(spec, 4, torch.device("cpu"))[-1]
+    assert last_row.tolist() == pytest.approx(expected)
+
+
+# Scores
+
+
+def explained_by_hand(s: Tensor, f: Tensor, P: Tensor) -> list[list[float]]:
     """Per head: 1 - sum P (s~ - f~)^2 / sum P s~^2, the same unweighted, and sum f^2 / sum s^2."""
-    weighted, unweighted, share = [], [], []
-    for head in range(s.shape[1]):
-        sums = torch.zeros(6, dtype=torch.float64)
-        for row in range(len(s)):
-            for i in range(s.shape[2]):
-                true, made = s[row, head, i, : i + 1].double(), f[row, head, i, : i + 1].double()
-                for k, p in enumerate(
-                    (
-                        P[row, head, i, : i + 1],
-                        torch.full((i + 1,), 1 / (i + 1), dtype=torch.float64),
-                    )
-                ):
-                    s_centred, f_centred = true - (p * true).sum(), made - (p * made).sum()
-                    sums[2 * k] += (p * (s_centred - f_centred) ** 2).sum()
-                    sums[2 * k + 1] += (p * s_centred**2).sum()
-                sums[4] += (made**2).sum()
-                sums[5] += (true**2).sum()
-        weighted.append(float(1 - sums[0] / sums[1]))
-        unweighted.append(float(1 - sums[2] / sums[3]))
-        share.append(float(sums[4] / sums[5]))
-    return [weighted, unweighted, share]
+    n_rows, n_heads, n_pos, _ = s.shape
+    weighted, unweighted, norm_share = [], [], []
+    for head in range(n_heads):
+        error = [0.0, 0.0]  # weighted by P, and equally
+        variance = [0.0, 0.0]
+        f_square = 0.0
+        s_square = 0.0
+        for row in range(n_rows):
+            for i in range(n_pos):
+                s_row = s[row, head, i, : i + 1].double()
+                f_row = f[row, head, i, : i + 1].double()
+                f_square += float(f_row.square().sum())
+                s_square += float(s_row.square().sum())
+                equal_weights = torch.full((i + 1,), 1 / (i + 1), dtype=torch.float64)
+                for kind, p in enumerate((P[row, head, i, : i + 1], equal_weights)):
+                    s_centred = s_row - (p * s_row).sum()
+                    f_centred = f_row - (p * f_row).sum()
+                    error[kind] += float((p * (s_centred - f_centred) ** 2).sum())
+                    variance[kind] += float((p * s_centred**2).sum())
+        weighted.append(1 - error[0] / variance[0])
+        unweighted.append(1 - error[1] / variance[1])
+        norm_share.append(f_square / s_square)
+    return [weighted, unweighted, norm_share]
+
+
+def all_feature_pairs(d: qk.BilinearQKDictionary) -> dict[tuple[int, int, int], float]:
+    heads = range(d.spec.n_heads)
+    return {(a, b, h): 1.0 for a in range(D_QUERY) for b in range(D_KEY) for h in heads}
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_score_explained(dictionary, model, rows, result, patterns, source):
-    n_rows, figures = N_ROWS, result.sources[source]
-    features = {
-        pair: m
-        for pair, m in kept_pairs(dictionary).items()
-        if pair[0] < D_QUERY and pair[1] < D_KEY
-    }
-    assert len(features) < len(kept_pairs(dictionary))
-    if source == "transcoders":  # every pair, of fewer rows
-        heads = range(dictionary.spec.n_heads)
-        features = {(a, b, h): 1.0 for a in range(D_QUERY) for b in range(D_KEY) for h in heads}
+    if source == "feature_map":
+        n_rows = N_ROWS
+        metrics = result.sources[source]
+        pairs = pair_weights(dictionary)
+        features = {pair: m for pair, m in pairs.items() if pair[0] < D_QUERY and pair[1] < D_KEY}
+        assert len(features) < len(pairs)
+    else:  # every pair, of fewer rows
         n_rows = 3
-        figures = qk.evaluate(dictionary, model, rows[:n_rows], baselines=()).sources[source]
+        metrics = qk.evaluate(dictionary, model, rows[:n_rows], baselines=()).sources[source]
+        features = all_feature_pairs(dictionary)
     x, scores = inputs_and_scores(model, rows[:n_rows])
     f = scores_by_hand(dictionary, x, features, include_constant=False)
     expected = explained_by_hand(scores, f, patterns["clean"])
-    found = (figures.score_explained, figures.score_explained_unweighted, figures.norm_share)
-    for made, by_hand in zip(found, expected, strict=True):
-        assert made == pytest.approx(by_hand, rel=1e-4, abs=1e-5)
+    assert metrics.score_explained == pytest.approx(expected[0], rel=1e-4, abs=1e-5)
+    assert metrics.score_explained_unweighted == pytest.approx(expected[1], rel=1e-4, abs=1e-5)
+    assert metrics.norm_share == pytest.approx(expected[2], rel=1e-4, abs=1e-5)
     assert result.sources["mean"].score_explained is None
+
+
+def test_sums_over_allowed_keys_alone():
+    """Of a window of two keys, with every other score absurd."""
+    spec = AttentionSpec(1, 1, d_head=2, d_model=3, scale=1.0, window=2)
+    scores = torch.full((1, 1, 3, 3), 1e6)
+    scores[0, 0, [0, 1, 1, 2, 2], [0, 0, 1, 1, 2]] = torch.tensor([1.0, 2.0, 4.0, 3.0, 1.0])
+    pattern = torch.zeros(1, 1, 3, 3)
+    sums = explained_sums(scores, torch.zeros_like(scores), pattern, spec)
+    centred = 2 * (1.0**2) / 2 + 2 * (1.0**2) / 2  # rows (2, 4) and (3, 1), each key half
+    assert sums[:, 0].tolist() == pytest.approx([31.0, 0.0, 0.0, 0.0, centred, centred])
 
 
 def test_a_dictionary_of_the_true_queries_and_keys_is_perfect(model, rows):
     d = exact_dictionary(model)
     result = qk.evaluate(d, model, rows)
-    figures = result.sources["transcoders"]
+    metrics = result.sources["transcoders"]
     assert list(result.sources) == ["transcoders", *BASELINES]
     assert result.feature_map is None
-    assert figures.pattern_kl is not None
-    assert abs(figures.pattern_kl.value) < 1e-8
-    assert figures.pattern_tv < 1e-5
-    assert figures.argmax_agreement == 1.0
-    assert figures.ce_loss == pytest.approx(result.ce_clean, abs=1e-6)
-    assert abs(figures.logit_kl) < 1e-6
-    assert figures.ce_recovered == pytest.approx((1.0, 1.0, 1.0), abs=1e-4)
-    assert figures.logit_kl_recovered == pytest.approx((1.0, 1.0, 1.0), abs=1e-4)
+    assert abs(metrics.pattern_kl.value) < 1e-8
+    assert metrics.pattern_tv < 1e-5
+    assert metrics.argmax_agreement == 1.0
+    assert metrics.ce_loss == pytest.approx(result.ce_clean, abs=1e-6)
+    assert abs(metrics.logit_kl) < 1e-6
+    assert metrics.ce_recovered == pytest.approx((1.0, 1.0, 1.0), abs=1e-4)
+    assert metrics.logit_kl_recovered == pytest.approx((1.0, 1.0, 1.0), abs=1e-4)
 
     x, scores = inputs_and_scores(model, rows)
-    weights = qk_weights(model, LAYER)
-    queries, keys = weights.queries(x) - weights.b_Q, weights.keys(x) - weights.b_K
-    features = attention_scores(queries, keys, d.spec)
-    _, seen = observe(model, rows, names=(PATTERN,))
-    expected = explained_by_hand(scores, features, seen[PATTERN].double())
-    assert figures.score_explained == pytest.approx(expected[0], abs=1e-5)
-    assert figures.score_explained_unweighted == pytest.approx(expected[1], abs=1e-5)
-    assert figures.norm_share == pytest.approx(expected[2], rel=1e-5)
-    without_biases = not (weights.b_Q.any() or weights.b_K.any())
-    assert (max(figures.score_explained) > 0.99999) == without_biases
-    assert (result.features.l0_query, result.features.l0_key) == pytest.approx(
-        (d.cfg.d_in, d.cfg.d_in)
-    )
+    weights = AttentionLayer(model, LAYER).qk_weights
+    queries = weights.queries(x) - weights.b_Q
+    keys = weights.keys(x) - weights.b_K
+    _, values = observe(model, rows, names=(PATTERN,))
+    expected = explained_by_hand(scores, d.spec.scores(queries, keys), values[PATTERN].double())
+    assert metrics.score_explained == pytest.approx(expected[0], abs=1e-5)
+    assert metrics.score_explained_unweighted == pytest.approx(expected[1], abs=1e-5)
+    assert metrics.norm_share == pytest.approx(expected[2], rel=1e-5)
+    has_biases = bool(weights.b_Q.any() or weights.b_K.any())
+    assert (max(metrics.score_explained) > 0.99999) == (not has_biases)
+    assert result.features.l0_query == pytest.approx(d.cfg.d_in)
+    assert result.features.l0_key == pytest.approx(d.cfg.d_in)
+
+
+# Intervals
 
 
 def test_intervals_hold_their_values(result):
-    for name, figures in result.sources.items():
-        for field in ("pattern_kl", "ce_recovered", "logit_kl_recovered"):
-            interval = getattr(figures, field)
-            if name == "zero":
-                continue
-            assert interval.low < interval.value < interval.high, (name, field)
+    for name, metrics in result.sources.items():
+        if name == "zero":
+            continue
+        for interval in (metrics.pattern_kl, metrics.ce_recovered, metrics.logit_kl_recovered):
+            assert interval.low < interval.value < interval.high, name
 
 
 def test_intervals_are_those_of_resampled_rows(dictionary, model, rows):
-    equal = rows[:1].expand(6, -1)  # resampling changes nothing
-    figures = qk.evaluate(dictionary, model, equal, baselines=()).sources["transcoders"]
-    for interval in (figures.pattern_kl, figures.ce_recovered, figures.logit_kl_recovered):
+    equal_rows = rows[:1].expand(6, -1)  # resampling changes nothing
+    metrics = qk.evaluate(dictionary, model, equal_rows, baselines=()).sources["transcoders"]
+    for interval in (metrics.pattern_kl, metrics.ce_recovered, metrics.logit_kl_recovered):
         assert interval.high - interval.low < 1e-5
-    a, b = (
-        qk.evaluate(dictionary, model, rows, baselines=(), seed=seed).sources["transcoders"]
-        for seed in (0, 0)
-    )
-    other = qk.evaluate(dictionary, model, rows, baselines=(), seed=1).sources["transcoders"]
-    assert a == b
-    assert a.pattern_kl != other.pattern_kl
-    assert a.pattern_kl.value == other.pattern_kl.value
 
 
-def test_features(dictionary, model, rows, result):
-    x, _ = inputs_and_scores(model, rows)
-    for side, acts in (("query", dictionary.encode_query(x)), ("key", dictionary.encode_key(x))):
-        counts = [
-            sum(value > 0 for value in acts[..., feature].flatten().tolist())
-            for feature in range(acts.shape[2])
-        ]
-        found = {
-            name.removesuffix(f"_{side}"): value
-            for name, value in result.features._asdict().items()
-        }
-        assert found["l0"] == pytest.approx(sum(counts) / (N_ROWS * N_POS), rel=1e-6)
-        assert found["live"] == sum(count > 0 for count in counts)
-        assert found["max_density"] == pytest.approx(max(counts) / (N_ROWS * N_POS), rel=1e-6)
-        assert 0 < found["live"] < len(counts)
+def test_intervals_depend_on_the_seed_alone(dictionary, model, rows):
+    def transcoders(seed):
+        result = qk.evaluate(dictionary, model, rows, baselines=(), seed=seed)
+        return result.sources["transcoders"]
+
+    assert transcoders(seed=0) == transcoders(seed=0)
+    one = transcoders(seed=0).pattern_kl
+    other = transcoders(seed=1).pattern_kl
+    assert one != other
+    assert one.value == other.value
 
 
-def test_feature_map(dictionary, model, rows, result):
-    x, _ = inputs_and_scores(model, rows)
-    fires = {
-        "query": torch.cat(
-            [dictionary.encode_query(x) > 0, torch.ones(N_ROWS, N_POS, 1, dtype=torch.bool)], dim=2
-        ),
-        "key": torch.cat(
-            [dictionary.encode_key(x) > 0, torch.ones(N_ROWS, N_POS, 1, dtype=torch.bool)], dim=2
-        ),
-    }
-    live_query, live_key = (
-        {f for f in range(acts.shape[2] - 1) if acts[..., f].any()}
-        for acts in (fires["query"], fires["key"])
-    )
-    pairs, n_heads = list(kept_pairs(dictionary)), dictionary.spec.n_heads
-    between = [(a, b, h) for a, b, h in pairs if a != D_QUERY and b != D_KEY]
-    both_live = [(a, b, h) for a, b, h in between if a in live_query and b in live_key]
-    active = 0
+@pytest.mark.parametrize("is_ratio", [False, True], ids=["mean", "ratio"])
+def test_bootstrap_by_hand(is_ratio):
+    generator = np.random.default_rng(3)
+    values = generator.normal(size=11)
+    weights = generator.integers(1, 5, 11) if is_ratio else None
+    interval = bootstrap_interval(values, weights, n_draws=500, seed=7)
+    counts = weights if is_ratio else np.ones(11)
+    ratios = []
+    for draw in np.random.default_rng(7).integers(0, 11, (500, 11)):
+        total = sum(values[row] for row in draw)
+        ratios.append(total / sum(counts[row] for row in draw))
+    assert interval.value == pytest.approx(sum(values) / sum(counts))
+    assert interval.low == pytest.approx(np.quantile(ratios, 0.025))
+    assert interval.high == pytest.approx(np.quantile(ratios, 0.975))
+
+
+# Features and pairs
+
+
+@pytest.mark.parametrize("side", ["query", "key"])
+def test_features(dictionary, x, result, side):
+    acts = getattr(dictionary.features(x), side)
+    counts = []
+    for feature in range(acts.shape[2]):
+        counts.append(sum(value > 0 for value in acts[..., feature].flatten().tolist()))
+    n_tokens = N_ROWS * N_POS
+    n_live = sum(count > 0 for count in counts)
+    metrics = result.features._asdict()
+    assert metrics[f"l0_{side}"] == pytest.approx(sum(counts) / n_tokens, rel=1e-6)
+    assert metrics[f"live_{side}"] == n_live
+    assert metrics[f"max_density_{side}"] == pytest.approx(max(counts) / n_tokens, rel=1e-6)
+    assert 0 < n_live < len(counts)
+    assert getattr(result.by_row, f"fired_{side}").tolist() == counts
+
+
+def test_feature_map(dictionary, x, result):
+    always = torch.ones(N_ROWS, N_POS, 1, dtype=torch.bool)  # the constant
+    query_fires = torch.cat([dictionary.encode_query(x) > 0, always], dim=2)
+    key_fires = torch.cat([dictionary.encode_key(x) > 0, always], dim=2)
+    live_query = {a for a in range(D_QUERY) if query_fires[..., a].any()}
+    live_key = {b for b in range(D_KEY) if key_fires[..., b].any()}
+    n_heads = dictionary.spec.n_heads
+    pairs = list(pair_weights(dictionary))
+    feature_pairs = [pair for pair in pairs if pair[0] != D_QUERY and pair[1] != D_KEY]
+    live_pairs = [pair for pair in feature_pairs if pair[0] in live_query and pair[1] in live_key]
+    n_active = 0
     for a, b, _ in pairs:
         for i in range(N_POS):
-            active += int((fires["query"][:, i, a, None] & fires["key"][:, : i + 1, b]).sum())
-    found = result.feature_map
-    assert found is not None
-    assert (found.n_pairs, found.n_pairs_without_constants) == (len(pairs), len(between))
-    assert 0 < len(both_live) < len(between) < len(pairs)
-    assert found.sparsity_of_all == pytest.approx(1 - len(between) / (D_QUERY * D_KEY * n_heads))
-    assert found.sparsity_of_live == pytest.approx(
-        1 - len(both_live) / (len(live_query) * len(live_key) * n_heads)
-    )
-    assert found.pairs_per_head == [sum(h == head for _, _, h in pairs) for head in range(n_heads)]
-    assert found.active_pairs == pytest.approx(active / (N_ROWS * N_POS * (N_POS + 1) / 2))
+            both_fire = query_fires[:, i, a, None] & key_fires[:, : i + 1, b]
+            n_active += int(both_fire.sum())
+    n_positions = N_ROWS * N_POS * (N_POS + 1) / 2
+    n_live_entries = len(live_query) * len(live_key) * n_heads
+    metrics = result.feature_map
+    assert metrics.n_pairs == len(pairs)
+    assert metrics.n_pairs_without_constants == len(feature_pairs)
+    assert 0 < len(live_pairs) < len(feature_pairs) < len(pairs)
+    density = len(feature_pairs) / (D_QUERY * D_KEY * n_heads)
+    assert metrics.sparsity_of_all == pytest.approx(1 - density)
+    assert metrics.sparsity_of_live == pytest.approx(1 - len(live_pairs) / n_live_entries)
+    assert metrics.pairs_per_head == [
+        sum(h == head for _, _, h in pairs) for head in range(n_heads)
+    ]
+    assert metrics.active_pairs == pytest.approx(n_active / n_positions)
 
 
-def test_figures_by_row(dictionary, model, rows, patterns, result):
-    made, alone = (
-        result.by_row,
-        qk.evaluate(dictionary, model, rows[2:5], baselines=("uniform",)).by_row,
-    )
-    for name in (*SOURCES, "zero", "uniform"):
-        figures = ("pattern_tv", "ce_loss", "logit_kl") + ("pattern_kl", "argmax_agreement") * (
-            name != "zero"
-        )
-        assert set(made.sources[name]) == set(figures)
-        for figure in figures:
-            found = made.sources[name][figure]
-            assert found.shape == (N_ROWS, *[dictionary.spec.n_heads] * (figure == "pattern_kl"))
-            assert alone.sources[name][figure] == pytest.approx(found[2:5], rel=1e-3, abs=1e-6)
-    true, other = patterns["clean"][3:4], patterns["transcoders"][3:4]
-    assert made.sources["transcoders"]["pattern_kl"][3] == pytest.approx(
-        kl_by_head(true, other), rel=1e-3
-    )
-    x, _ = inputs_and_scores(model, rows)
-    for fired, acts in (
-        (made.fired_query, dictionary.encode_query(x)),
-        (made.fired_key, dictionary.encode_key(x)),
-    ):
-        assert fired.tolist() == (acts > 0).sum(dim=(0, 1)).tolist()
+# Rows, batches, hosts
+
+
+def test_metrics_by_row(dictionary, model, rows, patterns, result):
+    tables = result.by_row.sources
+    few_rows = qk.evaluate(dictionary, model, rows[2:5], baselines=("uniform",))
+    for source in (*SOURCES, "zero", "uniform"):
+        names = {"pattern_tv", "ce_loss", "logit_kl"}
+        if source != "zero":
+            names |= {"pattern_kl", "argmax_agreement"}
+        assert set(tables[source]) == names
+        for name, values in tables[source].items():
+            has_heads = name == "pattern_kl"
+            assert values.shape == ((N_ROWS, dictionary.spec.n_heads) if has_heads else (N_ROWS,))
+            few = few_rows.by_row.sources[source][name]
+            assert few == pytest.approx(values[2:5], rel=1e-3, abs=1e-6)
+    expected = kl_per_head(patterns["clean"][3:4], patterns["transcoders"][3:4])
+    assert tables["transcoders"]["pattern_kl"][3] == pytest.approx(expected, rel=1e-3)
+
+
+def flat(value, path: str = "") -> dict[str, float]:
+    """Numbers of nested JSON by path."""
+    if value is None:
+        return {}
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        return {path: value}
+    leaves: dict[str, float] = {}
+    for key, item in items:
+        leaves |= flat(item, f"{path}/{key}")
+    return leaves
 
 
 def test_batches_do_not_matter(dictionary, model, rows, result):
-    in_batches = qk.evaluate(dictionary, model, rows, batch_size=3).to_dict()  # of 4 and 3 rows
-    at_once = result.to_dict()
-    for figures in (in_batches, at_once):
-        figures["sources"].pop("shuffled")
-    assert _flat(in_batches) == pytest.approx(_flat(at_once), rel=1e-3, abs=1e-5)
+    batched = qk.evaluate(dictionary, model, rows, batch_size=3).to_dict()  # of 4 and 3 rows
+    whole = result.to_dict()
+    del batched["sources"]["shuffled"]
+    del whole["sources"]["shuffled"]
+    assert flat(batched) == pytest.approx(flat(whole), rel=1e-3, abs=1e-5)
 
 
-def _flat(value, path="") -> dict[str, float]:
-    if isinstance(value, dict):
-        return {
-            name: leaf
-            for key, item in value.items()
-            for name, leaf in _flat(item, f"{path}/{key}").items()
-        }
-    if isinstance(value, list | tuple):
-        return {
-            name: leaf
-            for i, item in enumerate(value)
-            for name, leaf in _flat(item, f"{path}/{i}").items()
-        }
-    return {} if value is None else {path: value}
-
-
-def test_the_same_figures_on_the_other_host(rows):
+def test_the_same_metrics_on_the_other_host(rows):
     d = tiny_dictionary(tiny_model("llama"))
-    one, other = (
-        qk.evaluate(d, tiny_model("llama", mode), rows).to_dict() for mode in ("bridge", "hooked")
-    )
-    assert _flat(one) == pytest.approx(_flat(other), rel=1e-2, abs=1e-4)
+    bridge = qk.evaluate(d, tiny_model("llama", "bridge"), rows).to_dict()
+    hooked = qk.evaluate(d, tiny_model("llama", "hooked"), rows).to_dict()
+    assert flat(bridge) == pytest.approx(flat(hooked), rel=1e-2, abs=1e-4)
 
 
 def test_result_is_json(result):
-    text = json.dumps(result.to_dict(), allow_nan=False)
-    read = json.loads(text)
-    assert set(read) == {"n_tokens", "n_rows", "ce_clean", "sources", "features", "feature_map"}
-    assert (
-        read["sources"]["transcoders"]["pattern_kl"]
-        == result.sources["transcoders"].pattern_kl._asdict()
-    )
-    assert read["sources"]["zero"]["pattern_kl"] is None
-    assert read["feature_map"]["pairs_per_head"] == result.feature_map.pairs_per_head
-    assert len(_flat(read)) > 80
+    values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert set(values) == {"n_tokens", "n_rows", "ce_clean", "sources", "features", "feature_map"}
+    transcoders = values["sources"]["transcoders"]
+    assert transcoders["pattern_kl"] == result.sources["transcoders"].pattern_kl._asdict()
+    assert values["sources"]["zero"]["pattern_kl"] is None
+    assert values["feature_map"]["pairs_per_head"] == result.feature_map.pairs_per_head
+    assert len(flat(values)) > 80
+
+
+def printed(value) -> str:
+    console = Console(file=io.StringIO(), width=132)
+    console.print(value)
+    return console.file.getvalue()
 
 
 def test_result_prints_as_a_table(result):
-    def printed(shown) -> str:
-        console = Console(file=StringIO(), width=132)
-        console.print(shown)
-        return console.file.getvalue()
-
     text = printed(result)
-    assert (
-        f"{N_ROWS * N_POS} tokens in {N_ROWS} rows, clean loss {result.ce_clean:.4f} nats" in text
-    )
+    n_tokens = N_ROWS * N_POS
+    assert f"{n_tokens} tokens in {N_ROWS} rows, clean loss {result.ce_clean:.4f} nats" in text
     lines = {line.split()[1]: line for line in text.splitlines() if line.startswith("│")}
     assert list(lines) == list(result.sources)
-    for name, figures in result.sources.items():
-        interval = figures.ce_recovered
-        recovered = f"{interval.value:.1%} ({interval.low:.1%}, {interval.high:.1%})"
-        for piece in (
-            f"{figures.pattern_tv:.4f}",
-            f"{figures.ce_loss:.4f}",
-            f"{figures.logit_kl:.4f}",
-            recovered,
-        ):
-            assert piece in lines[name]
-        assert (f"{figures.pattern_kl.value:.4f}" if figures.pattern_kl else " - ") in lines[name]
-    assert (
-        f"live {result.features.live_query} / {result.features.live_key} in {N_ROWS * N_POS} tokens"
-        in text
-    )
+    for name, metrics in result.sources.items():
+        value, low, high = metrics.ce_recovered
+        kl = f"{metrics.pattern_kl.value:.4f}" if metrics.pattern_kl else " - "
+        assert kl in lines[name]
+        assert f"{metrics.pattern_tv:.4f}" in lines[name]
+        assert f"{metrics.ce_loss:.4f}" in lines[name]
+        assert f"{metrics.logit_kl:.4f}" in lines[name]
+        assert f"{value:.1%} ({low:.1%}, {high:.1%})" in lines[name]
+    features = result.features
+    assert f"live {features.live_query} / {features.live_key} in {n_tokens} tokens" in text
     assert f"feature map: {result.feature_map.n_pairs} pairs" in text
     assert "feature map:" not in printed(result._replace(feature_map=None))
 
 
-def test_chosen_baselines_and_state(dictionary, model, rows):
-    clean = observe(model, rows)[0]
+def test_baselines_as_asked_and_no_trace(dictionary, model, rows):
+    clean, _ = observe(model, rows)
     dictionary.train()
     try:
-        result = qk.evaluate(dictionary, model, rows, baselines=("uniform",))
+        result = qk.evaluate(dictionary, model, rows, baselines=["uniform"])
         assert dictionary.training
     finally:
         dictionary.eval()
@@ -433,15 +493,15 @@ def test_chosen_baselines_and_state(dictionary, model, rows):
 
 
 @pytest.mark.parametrize(
-    ("options", "n_rows", "got"),
+    ("options", "n_rows", "message"),
     [
         ({"baselines": ("random",)}, 3, "random"),
-        ({"batch_size": 1}, 3, "1 and"),
+        ({"batch_size": 1}, 3, r", 1 and"),
         ({}, 1, r"\[1, 13\]"),
     ],
 )
-def test_wrong_arguments_are_refused(dictionary, model, rows, options, n_rows, got):
-    with pytest.raises(ValueError, match=rf"evaluate needs tokens \[row >= 2, pos\].*got .*{got}"):
+def test_wrong_arguments_are_refused(dictionary, model, rows, options, n_rows, message):
+    with pytest.raises(ValueError, match=rf"evaluate needs.*got .*{message}"):
         qk.evaluate(dictionary, model, rows[:n_rows], **options)
 
 
@@ -451,12 +511,79 @@ def test_another_model_is_refused(dictionary, rows):
 
 
 def test_compared_dictionaries_are_of_one_layer(dictionary, model, rows, result):
-    alike = qk.evals.compare({"a": dictionary, "b": dictionary}, model, rows, batch_size=N_ROWS)
-    assert [found.to_dict() for found in alike.values()] == [result.to_dict()] * 2
+    same = compare({"a": dictionary, "b": dictionary}, model, rows, batch_size=N_ROWS)
+    assert [one.to_dict() for one in same.values()] == [result.to_dict()] * 2
     other = tiny_dictionary(model)
     other.cfg.layer = LAYER - 1
-    for chosen, said in (({"a": dictionary, "b": other}, [LAYER - 1, LAYER]), ({}, [])):
-        with pytest.raises(
-            ValueError, match=rf"dictionaries of one layer, got those of {re.escape(str(said))}"
-        ):
-            qk.evals.compare(chosen, model, rows)
+    for dictionaries, layers in (({"a": dictionary, "b": other}, [0, 1]), ({}, [])):
+        with pytest.raises(ValueError, match=rf"one layer, got.*{re.escape(str(layers))}"):
+            compare(dictionaries, model, rows)
+
+
+# In fewer bits
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def n_header_bytes(file) -> int:
+    """Of a safetensors file: eight bytes that say how long the JSON after them is."""
+    return 8 + int.from_bytes(file.read_bytes()[:8], "little")
+
+
+def test_rounding_loss_is_what_saving_and_loading_costs(dictionary, x, tmp_path):
+    table = rounding_loss(dictionary, x)
+    assert table.index.names == ["dtype", "source"]
+    assert list(table.index) == [(dtype, source) for dtype in DTYPES for source in SOURCES]
+    assert list(table.columns) == ["megabytes", "pattern_error", "pattern_kl"]
+    for dtype in DTYPES:
+        folder = tmp_path / dtype
+        dictionary.save_model(folder / "whole")
+        load = qk.BilinearQKDictionary.load_from_disk
+        load(folder / "whole", dtype=dtype).save_model(folder)
+        weights = folder / "sae_weights.safetensors"
+        n_bytes = weights.stat().st_size - n_header_bytes(weights)
+        loaded = load(folder, dtype="float32")
+        for source in SOURCES:
+            row = table.loc[(dtype, source)]
+            true = pattern_by_hand(dictionary.scores(x, source).double())
+            rounded = pattern_by_hand(loaded.scores(x, source).detach().double())
+            per_head = kl_per_head(true, rounded)
+            error = float((true - rounded).abs().max())
+            assert row["pattern_error"] == pytest.approx(error, abs=2e-7)
+            expected = sum(per_head) / len(per_head)
+            assert row["pattern_kl"] == pytest.approx(expected, abs=1e-11, rel=1e-3)
+            assert round(row["megabytes"] * 1e6) == n_bytes
+
+
+def test_fewer_bits_cost_more_and_none_cost_nothing(dictionary, x):
+    table = rounding_loss(dictionary, x)
+    costs = table[["pattern_error", "pattern_kl"]]
+    assert (costs.loc["float32"] == 0).all(axis=None)
+    assert (costs.loc["float16"] > 0).all(axis=None)
+    # bfloat16 has three bits of the mantissa fewer
+    assert (costs.loc["bfloat16"] > 5 * costs.loc["float16"]).all(axis=None)
+    sizes = table["megabytes"].unstack()
+    assert (sizes["transcoders"] == sizes["feature_map"]).all(), "one file, both sources"
+    megabytes = sizes["transcoders"]
+    indices = len(dictionary.feature_map) * 12 / 1e6  # four bytes per number in every dtype
+    expected = (megabytes["float32"] - indices) / 2
+    assert megabytes["float16"] - indices == pytest.approx(expected, abs=1e-12)
+
+
+def test_rounding_loss_without_a_map_knows_one_source(model, x):
+    table = rounding_loss(tiny_dictionary(model, n_pairs=0), x)
+    assert list(table.index) == [(dtype, "transcoders") for dtype in DTYPES]
+
+
+def test_rounding_loss_leaves_the_dictionary_alone(model, x):
+    d = tiny_dictionary(model)
+    d.metrics = {"n_tokens": 7}
+    state_before = {name: tensor.clone() for name, tensor in d.state_dict().items()}
+    cfg_before = d.cfg.to_dict()
+    rounding_loss(d, x)
+    assert set(d.state_dict()) == set(state_before)
+    for name, tensor in d.state_dict().items():
+        assert torch.equal(tensor, state_before[name]), name
+    assert d.cfg.to_dict() == cfg_before
+    assert d.dtype == torch.float32
+    assert d.metrics == {"n_tokens": 7}
