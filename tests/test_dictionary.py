@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from comparing import assert_near
 from oracles import loop_kernel
 from random_dictionaries import (
     D_KEY,
@@ -77,7 +78,7 @@ def test_features_are_those_of_the_two_halves(dictionary):
     for half, acts in zip((dictionary.query, dictionary.key), features, strict=True):
         hidden = x @ half.W_enc + half.b_enc
         expected = hidden * (hidden > half.threshold)
-        torch.testing.assert_close(acts, expected, rtol=0, atol=1e-6)
+        assert_near(acts, expected, 1e-6)
         assert 0.01 < (acts > 0).float().mean() < 0.5
         assert (acts >= 0).all()
     assert torch.equal(dictionary.encode_query(x), features.query)
@@ -91,7 +92,7 @@ def test_decode_gives_queries_then_keys(dictionary):
     queries = features.query @ dictionary.query.W_dec + dictionary.query.b_dec
     keys = features.key @ dictionary.key.W_dec + dictionary.key.b_dec
     decoded = dictionary.decode(dictionary.encode(x))
-    torch.testing.assert_close(decoded, torch.cat([queries, keys], dim=-1), rtol=0, atol=1e-6)
+    assert_near(decoded, torch.cat([queries, keys], dim=-1), 1e-6)
     assert torch.equal(dictionary(x), decoded)
     by_head = dictionary.reconstruct(x)
     assert torch.equal(by_head.queries.flatten(2), decoded[..., :60])
@@ -105,7 +106,7 @@ def test_scores_are_those_of_the_reconstruction(dictionary):
     x = random_x()
     queries, keys = dictionary(x).split([60, 30], dim=-1)
     expected = SPEC.scores(queries.unflatten(-1, (6, 10)), keys.unflatten(-1, (3, 10)))
-    torch.testing.assert_close(dictionary.scores(x), expected, rtol=0, atol=1e-6)
+    assert_near(dictionary.scores(x), expected, 1e-6)
     assert torch.equal(dictionary.pattern(x), SPEC.pattern(dictionary.scores(x)))
 
 
@@ -121,7 +122,7 @@ def test_encoded_features_serve_as_well_as_x(dictionary, source):
 def test_patterns_sum_to_one(dictionary, source):
     pattern = dictionary.pattern(random_x(), source)
     assert pattern.shape == (2, 6, 11, 11)
-    torch.testing.assert_close(pattern.sum(dim=-1), torch.ones(2, 6, 11), rtol=0, atol=1e-5)
+    assert_near(pattern.sum(dim=-1), torch.ones(2, 6, 11))
 
 
 def test_a_map_of_all_pairs_gives_the_transcoders_pattern(dictionary):
@@ -130,7 +131,7 @@ def test_a_map_of_all_pairs_gives_the_transcoders_pattern(dictionary):
     d.set_feature_map(qk.SparseFeatureMap.all_pairs(29, 31, 6))
     assert d.cfg.n_pairs == (30 * 32 - 1) * 6
     pattern = d.pattern(x, "transcoders")
-    torch.testing.assert_close(d.pattern(x, "feature_map"), pattern, rtol=0, atol=1e-5)
+    assert_near(d.pattern(x, "feature_map"), pattern)
     assert (dictionary.pattern(x, "feature_map") - dictionary.pattern(x)).abs().max() > 0.05
 
 
@@ -146,7 +147,7 @@ def test_hooks_on_the_halves_act_on_both_sources(dictionary, side, source):
         pattern = dictionary.pattern(x, source)
     assert (pattern - SPEC.pattern(before)).abs().max() > 0.01
     expected = scores_with_silent_side(dictionary, x, side, source)
-    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
+    assert_near(scores, expected)
     assert torch.equal(dictionary.scores(x, source), before), "the hook stayed behind"
 
 
@@ -174,8 +175,8 @@ def test_nan_inputs_give_nan(dictionary, source):
     x[1, 5] = torch.nan
     pattern = dictionary.pattern(x, source)
     assert pattern[1, :, 5:, :].isnan().any(dim=-1).all()
-    torch.testing.assert_close(pattern[0], clean[0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(pattern[1, :, :5], clean[1, :, :5], rtol=0, atol=1e-6)
+    assert_near(pattern[0], clean[0], 1e-6)
+    assert_near(pattern[1, :, :5], clean[1, :, :5], 1e-6)
 
 
 # Casts and moves
@@ -222,9 +223,9 @@ def test_folding_decoder_norms_leaves_the_pattern(half):
     assert norms.std() > 0.01
     d.fold_W_dec_norm()
     for source, pattern in patterns.items():
-        torch.testing.assert_close(d.pattern(x, source), pattern, rtol=0, atol=1e-5)
-    torch.testing.assert_close(d.get_W_dec_norm(), torch.ones(D_QUERY + D_KEY), rtol=0, atol=1e-5)
-    torch.testing.assert_close(d.encode(x), acts * norms, rtol=0, atol=1e-5)
+        assert_near(d.pattern(x, source), pattern)
+    assert_near(d.get_W_dec_norm(), torch.ones(D_QUERY + D_KEY))
+    assert_near(d.encode(x), acts * norms)
 
 
 # What is refused
@@ -311,7 +312,7 @@ def test_the_halves_can_be_attached_as_the_refusal_says(kind):
     model.add_sae(d.key)
     _, values = run_recording(model, tiny_tokens(2, 7), (names.input, names.pattern))
     expected = d.pattern(values[names.input])
-    torch.testing.assert_close(values[names.pattern], expected, rtol=0, atol=1e-5)
+    assert_near(values[names.pattern], expected)
 
 
 @pytest.mark.parametrize(
@@ -463,7 +464,7 @@ def test_pair_kernel_is_what_a_unit_of_both_activations_adds(dictionary):
     difference = scores(1, 1) - scores(1, 0) - scores(0, 1) + scores(0, 0)
     pairs = [(query_feature, key_feature, head) for head in range(6)]
     kernel = dictionary.pair_kernel(pairs, [i - j])[:, 0]
-    torch.testing.assert_close(difference[:, i, j], kernel, rtol=0, atol=1e-5)
+    assert_near(difference[:, i, j], kernel)
     assert kernel[4].abs() > 1e-3
     difference[:, i, j] = 0
     assert difference.abs().max() < 1e-5

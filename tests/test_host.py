@@ -7,6 +7,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from comparing import assert_near
 from tiny_dictionaries import empty_dictionary
 from tiny_models import KINDS, MODES, tiny_hf_model, tiny_model, tiny_tokens
 from torch import nn
@@ -178,7 +179,7 @@ def test_weights_are_those_of_the_hugging_face_layer(mode):
     ]
     for vectors, projection in projections:
         expected = projection(x).detach()
-        torch.testing.assert_close(vectors.flatten(2), expected, rtol=0, atol=1e-5)
+        assert_near(vectors.flatten(2), expected)
     assert not qk_weights.W_Q.requires_grad
     assert qk_weights.to(torch.float64).b_K.dtype == torch.float64
 
@@ -190,8 +191,8 @@ def test_fused_projections_with_biases_are_split_by_head():
     # [batch, pos, head, (q, k, v), d_head]
     fused = attn.query_key_value(x).detach().unflatten(-1, (3, 3, 16))
     assert weights.b_Q.abs().max() > 0.05
-    torch.testing.assert_close(weights.queries(x), fused[..., 0, :], rtol=0, atol=1e-5)
-    torch.testing.assert_close(weights.keys(x), fused[..., 1, :], rtol=0, atol=1e-5)
+    assert_near(weights.queries(x), fused[..., 0, :])
+    assert_near(weights.keys(x), fused[..., 1, :])
 
 
 def test_attention_output_is_the_models_own(any_model, tokens):
@@ -202,7 +203,7 @@ def test_attention_output_is_the_models_own(any_model, tokens):
     _, values = run_recording(any_model, tokens, [name])
     record = layer.record(tokens)
     output = weights.outputs(record.pattern, weights.values(record.x)) + weights.b_O
-    torch.testing.assert_close(output, values[name], rtol=0, atol=1e-4)
+    assert_near(output, values[name], 1e-4)
 
 
 def test_layer_input_is_what_the_weights_multiply(any_model, tokens):
@@ -216,7 +217,7 @@ def test_layer_input_is_what_the_weights_multiply(any_model, tokens):
     for i in range(tokens.shape[1]):
         expected = scores[:, :, i, : i + 1].softmax(dim=-1)
         row = record.pattern[:, :, i, : i + 1].double()
-        torch.testing.assert_close(row, expected, rtol=0, atol=1e-5)
+        assert_near(row, expected)
     other_x = AttentionLayer(any_model, 0).inputs(tokens)
     assert (other_x - record.x).abs().max() > 0.1
 
@@ -276,10 +277,10 @@ def test_replay_from_a_layer_equals_the_whole_pass(any_model, index, tokens):
         logits, record = replay.record(batch)
         assert replay.exact
         assert record.pattern.shape[0] == len(batch)
-        torch.testing.assert_close(replay.run([]), logits, rtol=0, atol=1e-5)
+        assert_near(replay.run([]), logits)
         expected = any_model.run_with_hooks(batch, fwd_hooks=uniform, prepend_bos=False)
         assert (expected - logits).abs().max() > 1e-3
-        torch.testing.assert_close(replay.run(uniform), expected, rtol=0, atol=1e-5)
+        assert_near(replay.run(uniform), expected)
 
 
 def test_replay_falls_back_to_whole_passes(llama_bridge, tokens):
@@ -288,7 +289,7 @@ def test_replay_falls_back_to_whole_passes(llama_bridge, tokens):
     logits, _ = replay.record(tokens)
     passes = []
     counter = ("blocks.0.hook_in", lambda value, hook: passes.append(hook.name))
-    torch.testing.assert_close(replay.run([counter]), logits, rtol=0, atol=1e-5)
+    assert_near(replay.run([counter]), logits)
     assert len(passes) == 1, "the layer below did not run again"
 
 

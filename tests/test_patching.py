@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from comparing import assert_near
 from tiny_dictionaries import (
     D_KEY,
     D_QUERY,
@@ -91,7 +92,7 @@ def test_patched_equals_a_hand_written_patch(any_model, dictionary, tokens, sour
     with dictionary.patched(any_model, source=source) as model:
         assert model is any_model
         patched = any_model(tokens)
-    torch.testing.assert_close(patched, expected, rtol=0, atol=1e-5)
+    assert_near(patched, expected)
     assert largest(patched - clean) > 0.01
 
     hooks = dictionary.fwd_hooks(any_model, source)
@@ -115,7 +116,7 @@ def test_only_the_named_heads_are_replaced(llama_bridge, llama_dictionary, token
     patched = pattern_of(llama_bridge, tokens, hooks)
     rebuilt = llama_dictionary.pattern(x, source)
     assert torch.equal(patched[:, [1, 3]], own[:, [1, 3]])
-    torch.testing.assert_close(patched[:, [0, 2]], rebuilt[:, [0, 2]], rtol=0, atol=1e-6)
+    assert_near(patched[:, [0, 2]], rebuilt[:, [0, 2]], 1e-6)
     for head in (0, 2):
         assert largest((patched - own)[:, head]) > 0.01
 
@@ -226,7 +227,7 @@ def test_edited_pairs_against_a_loop(any_model, dictionary, tokens, source):
         expected = pattern_by_hand(scores + terms)
         assert largest(expected - unedited) > 0.01
         pattern = pattern_of(any_model, tokens, d.fwd_hooks(any_model, source, **edit))
-        torch.testing.assert_close(pattern.double(), expected, rtol=0, atol=1e-5)
+        assert_near(pattern.double(), expected)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -239,7 +240,7 @@ def test_kept_pairs_against_a_loop(any_model, dictionary, tokens, source, n_kept
     expected = pattern_by_hand(scores_by_hand(dictionary, x, weights))
     hooks = dictionary.fwd_hooks(any_model, source, keep_pairs=pairs)
     pattern = pattern_of(any_model, tokens, hooks)
-    torch.testing.assert_close(pattern.double(), expected, rtol=0, atol=1e-5)
+    assert_near(pattern.double(), expected)
 
 
 @pytest.mark.parametrize("source", [*SOURCES, "model"])
@@ -264,7 +265,7 @@ def test_edits_act_on_the_named_heads_only(llama_bridge, llama_dictionary, token
     own = pattern_of(llama_bridge, tokens)
     hooks = llama_dictionary.fwd_hooks(llama_bridge, "model", ablate_pairs=pairs)
     edited = pattern_of(llama_bridge, tokens, hooks)
-    torch.testing.assert_close(edited[:, [0, 1, 3]], own[:, [0, 1, 3]], rtol=0, atol=1e-6)
+    assert_near(edited[:, [0, 1, 3]], own[:, [0, 1, 3]], 1e-6)
     assert largest((edited - own)[:, 2]) > 0.01
 
 
@@ -392,7 +393,7 @@ def test_a_dictionary_serves_every_host_of_the_same_weights(kind, tokens):
     d = tiny_dictionary(bridge)
     bridge_logits = logits_of(bridge, tokens, d.fwd_hooks(bridge))
     hooked_logits = logits_of(hooked, tokens, d.fwd_hooks(hooked))
-    torch.testing.assert_close(bridge_logits, hooked_logits, rtol=0, atol=1e-4)
+    assert_near(bridge_logits, hooked_logits, 1e-4)
 
 
 GENERATION = {
@@ -432,4 +433,4 @@ def test_padded_input_is_refused(any_model, dictionary, tokens, padded):
     with dictionary.patched(any_model):
         patched = any_model(tokens)
         unpadded = any_model(tokens, attention_mask=everything)
-    torch.testing.assert_close(unpadded, patched, rtol=0, atol=1e-5)
+    assert_near(unpadded, patched)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import assert_near
 from random_dictionaries import (
     D_KEY,
     D_QUERY,
@@ -105,7 +106,7 @@ def test_loading_in_another_dtype_keeps_the_map(dictionary, folder, dtype, toler
     assert torch.equal(feature_map.indices, dictionary.feature_map.indices)
     assert feature_map.indices.amax(dim=0)[:2].tolist() == [D_QUERY, D_KEY]
     weights = dictionary.feature_map.weights
-    torch.testing.assert_close(feature_map.weights.float(), weights, rtol=0, atol=2**-8)
+    assert_near(feature_map.weights.float(), weights, 2**-8)
     assert loaded.encode(random_x()).dtype == dtype
     for source in SOURCES:
         difference = loaded.pattern(random_x(), source) - dictionary.pattern(random_x(), source)
