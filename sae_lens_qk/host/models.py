@@ -38,7 +38,7 @@ def cache_folder() -> Path:
 
 def shipped_folder() -> Path:
     """What comes with the package: `_shipped` in an installed wheel, `pretrained/` in a checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     installed = package / "_shipped"
     return installed if installed.is_dir() else package.parent / "pretrained"
 
