@@ -1,31 +1,40 @@
-"""One sequence as an attention layer sees it: the model's own scores and pattern, and the features of a dictionary."""
+"""One sequence as an attention layer sees it: the model's own scores, a dictionary's features."""
 
 import html
 import itertools
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.explain.removals import Directions, ScoreRow
-from sae_lens_qk.explain.terms import Errors, ScoreTerms
-from sae_lens_qk.tables import html_pattern
-from sae_lens_qk.dictionary import BilinearQKDictionary, Source
+from sae_lens_qk.explain.renamed import warn_renamed
+from sae_lens_qk.explain.strongest import strongest_pairs
+from sae_lens_qk.explain.terms import AttentionRow, Errors, HeadTerms, ScoreTerms
+from sae_lens_qk.feature_map import Features
+from sae_lens_qk.host.layer import AttentionLayer
+from sae_lens_qk.host.proof import proven_layer
 from sae_lens_qk.host.support import Model
+from sae_lens_qk.patching import Source
+from sae_lens_qk.tables import html_pattern
 from sae_lens_qk.weights import QKWeights
-from sae_lens_qk.host.layer import check_attention_call, hook_names, input_completion, qk_weights, run_recording
-from sae_lens_qk.host.proof import check_model
 
 _READABLE = 48
 """Tokens of a prompt whose patterns can be read as grids."""
 
+Tokens = str | Tensor | np.ndarray | list[int]
+"""A text, or the token ids of one sequence."""
 
-class ScorePlace(NamedTuple):
+
+class ScorePosition(NamedTuple):
     """Where a score stands, positions from the start."""
 
     head: int
@@ -34,13 +43,14 @@ class ScorePlace(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Prompt:
-    """One sequence, run through a model up to a dictionary's layer.
+class RecordedPrompt:
+    """One sequence, run through a model up to a dictionary's layer; made by `record`.
 
     Attributes:
         tokens, words: [pos], and as text.
         x: [pos, d_model], the layer's input.
-        scores, pattern: [head, pos_q, pos_k], the model's own; scores are scaled, those of future keys masked.
+        scores, pattern: [head, pos_q, pos_k], the model's own; scores are scaled, and mean nothing
+            at keys that are not allowed.
         query_acts, key_acts: [pos, d_query], [pos, d_key].
     """
 
@@ -54,191 +64,279 @@ class Prompt:
     query_acts: Float[Tensor, "pos d_query"]
     key_acts: Float[Tensor, "pos d_key"]
 
-    def __repr__(self) -> str:
-        return f"Prompt({''.join(self.words)!r}, {len(self.words)} tokens, layer {self.dictionary.cfg.layer})"
-
     @classmethod
     @torch.no_grad()
-    def of(cls, dictionary: BilinearQKDictionary, model: Model, tokens: str | Tensor) -> "Prompt":
-        """Run the model.
+    def record(
+        cls, dictionary: BilinearQKDictionary, model: Model, tokens: Tokens
+    ) -> "RecordedPrompt":
+        """Run the model up to the dictionary's layer.
 
         Args:
-            tokens: [pos] or [1, pos], a full sequence from position 0; or a text, before which the model's BOS is put.
+            tokens: ids [pos] or [1, pos] of a full sequence from position 0, as a list, array or
+                tensor; or a text, before which the model's BOS is put.
         Raises:
-            ValueError: several sequences.
-            FingerprintError, UnsupportedModelError: the model is not the dictionary's, or does what is not computed here.
+            ValueError: several sequences, no token, or ids that are not those of the model.
+            FingerprintError, UnsupportedModelError: the model is not the dictionary's, or does
+                what is not computed here.
         """
-        check_model(dictionary, model)
-        listed = (
-            model.to_tokens(tokens)
-            if isinstance(tokens, str)
-            else tokens.reshape(-1, tokens.shape[-1])
-        )
-        if len(listed) != 1:
-            raise ValueError(
-                f"A prompt is one sequence, tokens [pos] or [1, pos], got shape {list(listed.shape)}."
-            )
-        layer, dtype = dictionary.cfg.layer, dictionary.dtype
-        names = hook_names(model, layer)
-        _, seen = run_recording(
-            model, listed, [names.input, names.scores, names.pattern], stop_at_layer=layer + 1
-        )
-        x = input_completion(model, layer)(seen[names.input])
-        check_attention_call(x, seen[names.scores])
-        x, scores, pattern = (
-            t[0].float().to(dictionary.device) for t in (x, seen[names.scores], seen[names.pattern])
-        )
-        query_acts, key_acts = (
-            dictionary.encode_query(x.to(dtype)).float(),
-            dictionary.encode_key(x.to(dtype)).float(),
-        )
-        words = [str(word) for word in model.to_str_tokens(listed[0])]
+        layer = proven_layer(dictionary.cfg, model)
+        token_row = _token_row(model, tokens)
+        record = layer.record(token_row[None])
+        x = record.x.float().to(dictionary.device)
+        features = dictionary.features(x.to(dictionary.dtype))
         return cls(
-            dictionary, model, listed[0].cpu(), words, x, scores, pattern, query_acts, key_acts
+            dictionary=dictionary,
+            model=model,
+            tokens=token_row.cpu(),
+            words=[str(word) for word in model.to_str_tokens(token_row)],
+            x=x[0],
+            scores=record.scores[0].float().to(dictionary.device),
+            pattern=record.pattern[0].float().to(dictionary.device),
+            query_acts=features.query[0].float(),
+            key_acts=features.key[0].float(),
         )
 
-    @torch.no_grad()
-    def made(self, source: Source = "feature_map") -> Float[Tensor, "head pos_q pos_k"]:
-        """The pattern rebuilt from features."""
-        return self.dictionary.pattern(self.x[None].to(self.dictionary.dtype), source)[0]
+    @classmethod
+    def of(cls, dictionary: BilinearQKDictionary, model: Model, tokens: Tokens) -> "RecordedPrompt":
+        """Old name of `record`, which goes with the next release."""
+        warn_renamed("Prompt.of", "RecordedPrompt.record")
+        return cls.record(dictionary, model, tokens)
 
-    @cached_property
-    def weights(self) -> QKWeights:
-        """The layer's W_Q and W_K."""
-        return qk_weights(self.model, self.dictionary.cfg.layer).to(self.x.device, torch.float32)
+    def require(self, dictionary: BilinearQKDictionary, model: Model | None = None) -> None:
+        """Refuse a prompt that was recorded with another dictionary, or another model if given.
 
-    @cached_property
-    def directions(self) -> Directions:
-        """Where features lie in x, for removals: fitted on the text that comes with the package, on first use."""
-        return Directions.from_own_text(self.dictionary, self.model)
+        Raises:
+            ValueError: it was.
+        """
+        same_model = model is None or model is self.model
+        if dictionary is not self.dictionary or not same_model:
+            other = "model" if dictionary is self.dictionary else "dictionary"
+            raise ValueError(
+                f"{self!r} was recorded with another {other}: "
+                "record it with this one, RecordedPrompt.record(d, model, tokens)."
+            )
 
-    @cached_property
-    @torch.no_grad()
-    def _missed(
-        self,
-    ) -> tuple[Float[Tensor, "pos head d_head"], Float[Tensor, "pos kv_head d_head"]]:
-        """q - q_hat and k - k_hat."""
-        d = self.dictionary
-        q_hat, k_hat = (
-            d.query.decode(self.query_acts.to(d.dtype)),
-            d.key.decode(self.key_acts.to(d.dtype)),
-        )
-        return self.weights.queries(self.x) - d.spec.split_queries(q_hat), self.weights.keys(
-            self.x
-        ) - d.spec.split_keys(k_hat)
+    def __repr__(self) -> str:
+        text = "".join(self.words)
+        layer = self.dictionary.cfg.layer
+        return f"RecordedPrompt({text!r}, {len(self.words)} tokens, layer {layer})"
 
     def _repr_html_(self) -> str:
         """Every head's pattern, the model's and rebuilt; of long prompts the tokens alone."""
         if len(self.words) > _READABLE:
-            return html.escape(" ".join(f"{at}:{word!r}" for at, word in enumerate(self.words)))
-        made = self.made("feature_map" if self.dictionary.has_feature_map else "transcoders")
+            return html.escape(" ".join(f"{pos}:{word!r}" for pos, word in enumerate(self.words)))
+        rebuilt = self.rebuilt_pattern()
         grids = []
-        for head, patterns in enumerate(zip(self.pattern, made, strict=True)):
-            for name, pattern in zip(("model", "rebuilt"), patterns, strict=True):
-                grids.append(html_pattern(pattern, self.words, f"head {head}, {name}"))
+        for head in range(len(self.pattern)):
+            grids.append(html_pattern(self.pattern[head], self.words, f"head {head}, model"))
+            grids.append(html_pattern(rebuilt[head], self.words, f"head {head}, rebuilt"))
         return "".join(grids)
 
+    # What the dictionary makes of it
+
+    @property
+    def source(self) -> Source:
+        """What explanations count unless told otherwise: the feature map where there is one."""
+        return "feature_map" if self.dictionary.has_feature_map else "transcoders"
+
+    @property
+    def features(self) -> Features:
+        """The features as a batch of one, in the dictionary's precision."""
+        dtype = self.dictionary.dtype
+        return Features(self.query_acts[None].to(dtype), self.key_acts[None].to(dtype))
+
+    @torch.no_grad()
+    def rebuilt_pattern(self, source: Source | None = None) -> Float[Tensor, "head pos_q pos_k"]:
+        """The pattern rebuilt from features; computed once.
+
+        Args:
+            source: None: the feature map where there is one.
+        """
+        source = source or self.source
+        if source not in self._patterns:
+            self._patterns[source] = self.dictionary.pattern(self.features, source)[0]
+        return self._patterns[source]
+
+    def made(self, source: Source = "feature_map") -> Float[Tensor, "head pos_q pos_k"]:
+        """Old name of `rebuilt_pattern`, which goes with the next release."""
+        warn_renamed("RecordedPrompt.made", "RecordedPrompt.rebuilt_pattern")
+        return self.rebuilt_pattern(source)
+
+    @cached_property
+    def _patterns(self) -> dict[Source, Tensor]:
+        return {}
+
+    @cached_property
+    def weights(self) -> QKWeights:
+        """The layer's W_Q and W_K."""
+        layer = AttentionLayer(self.model, self.dictionary.cfg.layer)
+        return layer.qk_weights.to(self.x.device, torch.float32)
+
+    @cached_property
+    def directions(self) -> Directions:
+        """Where features lie in x, for removals: fitted on the package's own text on first use."""
+        return Directions.from_own_text(self.dictionary, self.model)
+
+    @cached_property
+    @torch.no_grad()
+    def _errors(self) -> tuple[Float[Tensor, "pos head d_head"], Float[Tensor, "pos kv d_head"]]:
+        """q - q_hat and k - k_hat of all heads."""
+        reconstruction = self.dictionary.reconstruct(self.features)
+        query_errors = self.weights.queries(self.x) - reconstruction.queries[0]
+        key_errors = self.weights.keys(self.x) - reconstruction.keys[0]
+        return query_errors, key_errors
+
+    # Rows of scores
+
+    def head_terms(self, head: int) -> HeadTerms:
+        """All terms of one head, the errors included, row by row."""
+        query_errors, key_errors = self._errors
+        kv_head = head // self.dictionary.spec.heads_per_kv
+        errors = Errors(query_errors[:, head], key_errors[:, kv_head])
+        features = Features(self.query_acts[None], self.key_acts[None])
+        return HeadTerms(self.dictionary, features, head, errors=errors)
+
     def terms(self, head: int, query_pos: int) -> ScoreTerms:
-        """All terms of one row of the model's scores, the errors included; they add up to it."""
-        queries, keys = self._missed
-        upto, kv_head = slice(query_pos + 1), head // self.dictionary.spec.heads_per_kv
-        errors = Errors(queries[query_pos, head], keys[upto, kv_head])
-        return ScoreTerms.of(
-            self.dictionary, self.query_acts[query_pos], self.key_acts[upto], head, errors=errors
-        )
+        """All terms of one row of the model's scores, errors included; they add up to it."""
+        return self.head_terms(head).row(query_pos)
+
+    def row(self, head: int, query_pos: int) -> AttentionRow:
+        """One row of the model's own scores, with its own pattern."""
+        keys = slice(query_pos + 1)
+        scores = self.scores[head, query_pos, keys]
+        pattern = self.pattern[head, query_pos, keys]
+        return AttentionRow(self.dictionary.spec, head, query_pos, scores, pattern)
 
     def score_row(self, head: int, query_pos: int) -> ScoreRow:
         """One row of scores, to be measured again after edits of x."""
         return ScoreRow(self.weights, self.dictionary.spec, self.x[: query_pos + 1], head)
 
-    def place(self, head: int, query_pos: int, key_pos: int) -> ScorePlace:
+    # Positions
+
+    def position(self, head: int, query_pos: int, key_pos: int) -> ScorePosition:
         """The same place with positions counted from the start.
 
         Raises:
-            ValueError: no such head or position, or a key after its query.
+            ValueError: no such head or position, or a key that the query may not attend to.
         """
-        n_heads, n_pos = self.scores.shape[:2]
+        head = operator.index(head)
+        n_heads = len(self.scores)
         if not 0 <= head < n_heads:
             raise ValueError(f"head must lie in [0, {n_heads - 1}], got {head}.")
-        for name, at in (("query_pos", query_pos), ("key_pos", key_pos)):
-            if not -n_pos <= at < n_pos:
-                raise ValueError(f"{name} must lie in [{-n_pos}, {n_pos - 1}], got {at}.")
-        i, j = query_pos % n_pos, key_pos % n_pos
-        if j > i:
-            raise ValueError(f"A query attends to keys at or before it, got query {i} and key {j}.")
-        return ScorePlace(head, i, j)
+        i = self._from_start("query_pos", query_pos)
+        j = self._from_start("key_pos", key_pos)
+        if not self.is_allowed(i, j):
+            window = self.dictionary.spec.window
+            limit = "" if window is None else f", its last {window} keys alone"
+            raise ValueError(
+                f"A query attends to keys at or before it{limit}: got query {i} and key {j}."
+            )
+        return ScorePosition(head, i, j)
+
+    def is_allowed(self, query_pos: int, key_pos: int) -> bool:
+        """Whether the query may attend to the key."""
+        i = self._from_start("query_pos", query_pos)
+        return self.dictionary.spec.allowed(i, self._from_start("key_pos", key_pos))
+
+    def _from_start(self, name: str, pos: int) -> int:
+        n_pos = len(self.tokens)
+        pos = operator.index(pos)
+        if not -n_pos <= pos < n_pos:
+            raise ValueError(f"{name} must lie in [{-n_pos}, {n_pos - 1}], got {pos}.")
+        return pos % n_pos
 
     def find(self, token: int | str) -> int:
-        """Position of a token, given as its position (negative: from the end) or as its text, spaces around it aside.
+        """Position of a token, given as its position (negative: from the end) or as its text.
+
+        Spaces around the text do not count.
 
         Raises:
             ValueError: no such position, or a text that occurs never or several times.
         """
-        try:
-            return self.place(0, int(token), 0).query_pos
-        except ValueError:
-            if isinstance(token, int) or token.lstrip("-").isdigit():
-                raise
-        found = [at for at, word in enumerate(self.words) if word.strip() == token.strip()]
-        if len(found) != 1:
-            several = (
-                f"stands at {found[:5]}: give a position"
-                if found
-                else f"is not among {self.words[:20]}"
+        if not isinstance(token, str) or token.lstrip("-").isdigit():
+            return self._from_start("query_pos", int(token))
+        positions = [pos for pos, word in enumerate(self.words) if word.strip() == token.strip()]
+        if not positions:
+            raise ValueError(f"The token {token!r} is not among {self.words[:20]}.")
+        if len(positions) > 1:
+            raise ValueError(
+                f"The token {token!r} stands at {positions[:5]}: give a position instead."
             )
-            raise ValueError(f"The token {token!r} {several}.")
-        return found[0]
+        return positions[0]
+
+    # The pairs behind every attention weight
 
     @torch.no_grad()
     def strongest(
         self,
         n: int,
-        heads: Sequence[int] | None = None,
-        query_positions: Sequence[int] | None = None,
+        heads: Iterable[int] | None = None,
+        query_positions: Iterable[int] | None = None,
     ) -> pd.DataFrame:
-        """The pairs behind attention weights: of each cell the n best supporters and the n best inhibitors.
+        """The pairs behind attention weights: per cell, n supporters and n inhibitors.
 
-        Pairs of the feature map, times their weights, where there is one, else all pairs; see `attribution` for the effect.
+        Pairs of the feature map, times their weights, where there is one, else all pairs; see
+        `attribution` for the effect.
 
         Args:
-            heads, query_positions: None: all.
+            n: pairs of either sign per (head, query, key).
+            heads, query_positions: None: all; positions may count from the end.
         Returns:
-            head, query_pos, key_pos, query_feature, key_feature (d_query / d_key: the constant), contribution,
-            pattern_effect; supporters by cell, the largest effect first, then inhibitors likewise.
+            head, query_pos, key_pos, query_feature, key_feature (d_query / d_key: the constant),
+            contribution, pattern_effect; supporters by cell, the largest effect first, then
+            inhibitors likewise.
         """
-        d = self.dictionary
-        wanted = itertools.product(
-            range(d.spec.n_heads) if heads is None else heads,
-            range(len(self.tokens)) if query_positions is None else query_positions,
-        )
-        listed = pd.concat(
-            [self._row_frame(head, self.place(head, i, 0).query_pos) for head, i in wanted]
-        )
-        cells = ["head", "query_pos", "key_pos"]
-        listed = listed.sort_values([*cells, "pattern_effect"], ascending=[True, True, True, False])
-        supporting, inhibiting = (
-            listed.query("pattern_effect > 0"),
-            listed.query("pattern_effect < 0"),
-        )
-        return pd.concat(
-            [supporting.groupby(cells).head(n), inhibiting.groupby(cells).tail(n)],
-            ignore_index=True,
-        )
+        n_heads, n_pos = self.scores.shape[:2]
+        head_list = range(n_heads) if heads is None else heads
+        query_list = range(n_pos) if query_positions is None else query_positions
+        rows = sorted({self.position(head, i, i)[:2] for head in head_list for i in query_list})
+        return strongest_pairs(self._mapped_rows(rows), n)
 
-    def _row_frame(self, head: int, query_pos: int) -> pd.DataFrame:
-        """The kept terms of one row of scores; columns as `strongest`."""
-        d, upto = self.dictionary, slice(query_pos + 1)
-        kept = d.feature_map if d.has_feature_map else None
-        terms = ScoreTerms.of(d, self.query_acts[query_pos], self.key_acts[upto], head, kept)
-        effects = terms.effects(self.pattern[head, query_pos, upto])
-        a, entry = terms.terms.nonzero(as_tuple=True)
-        columns = {
-            "head": torch.full_like(a, head),
-            "query_pos": torch.full_like(a, query_pos),
-            "key_pos": terms.key_positions[entry],
-            "query_feature": terms.query_features[a],
-            "key_feature": terms.key_features[entry],
-            "contribution": terms.terms[a, entry],
-            "pattern_effect": effects[a, entry],
-        }
-        return pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
+    def _mapped_rows(
+        self, rows: Iterable[tuple[int, int]]
+    ) -> Iterator[tuple[AttentionRow, ScoreTerms]]:
+        """Rows of scores with the map's terms, every head's keys rotated once; sorted rows."""
+        feature_map = self.dictionary.feature_map if self.dictionary.has_feature_map else None
+        features = Features(self.query_acts[None], self.key_acts[None])
+        for head, head_rows in itertools.groupby(rows, key=operator.itemgetter(0)):
+            head_terms = HeadTerms(self.dictionary, features, head, feature_map)
+            for _, query_pos in head_rows:
+                yield self.row(head, query_pos), head_terms.row(query_pos)
+
+
+def integers(name: str, values: Any) -> Int[Tensor, "*shape"]:
+    """A number, or a sequence, array or tensor of numbers, as int64.
+
+    Raises:
+        ValueError: other than integers, or none of them.
+    """
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be integers, got {values!r}.") from error
+    if not tensor.numel():
+        raise ValueError(f"{name} must be at least one integer, got none.")
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {tensor.dtype}: {values!r}.")
+    return tensor.to(torch.int64)
+
+
+def _token_row(model: Model, tokens: Tokens) -> Int[Tensor, " pos"]:
+    """Token ids of one sequence, on the model's device."""
+    if isinstance(tokens, str):
+        return model.to_tokens(tokens)[0]
+    token_ids = integers("tokens", tokens)
+    if token_ids.ndim == 2 and len(token_ids) == 1:
+        token_ids = token_ids[0]
+    if token_ids.ndim != 1:
+        raise ValueError(
+            "tokens must be one sequence, [pos] or [1, pos], or a text, "
+            f"got shape {list(token_ids.shape)}."
+        )
+    largest_id = model.cfg.d_vocab - 1
+    if token_ids.min() < 0 or token_ids.max() > largest_id:
+        raise ValueError(
+            f"tokens must be ids in [0, {largest_id}], "
+            f"got {int(token_ids.min())} to {int(token_ids.max())}."
+        )
+    return token_ids.to(model.cfg.device)
