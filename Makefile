@@ -3,7 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo demo-train tutorial test test-all check bench bench-quality clean
+.PHONY: setup demo demo-train tutorial test test-matrix test-slow test-all lint check bench bench-quality clean
 
 setup: $(VENV)/.installed
 
@@ -23,17 +23,26 @@ tutorial: setup  ## run the tutorial notebook and keep its outputs in it
 	$(VENV)/bin/jupyter-nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
 		examples/tutorial.ipynb
 
-test: setup  ## the fast tests
-	$(PY) -m pytest -m "not slow"
+# Two processes; numba keeps what it compiles next to the source.
+PARALLEL := -n logical --dist loadfile
 
-test-all: setup  ## everything, with the real model; QK_CORPUS=folder adds the tests that need the corpus
-	$(PY) -m pytest
+test: setup  ## the fast tests, on one kind of model, no network
+	$(PY) -m pytest $(PARALLEL) -m "not slow and not matrix"
 
-check: setup  ## what CI runs
+test-matrix: setup  ## the same on every other kind of model and host
+	$(PY) -m pytest $(PARALLEL) -m "not slow and matrix"
+
+test-slow: setup  ## real model, browser, examples; QK_CORPUS=folder adds the tests that need the corpus
+	$(PY) -m pytest -m slow
+
+test-all: test test-matrix test-slow  ## everything
+
+lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(PY)
-	$(MAKE) test
+
+check: lint test  ## before every commit; what CI runs first
 
 bench: setup  ## every benchmark, alone on the machine: writes benchmarks/results/cpu.md and cpu.json
 	$(PY) benchmarks/bench.py

@@ -1,20 +1,26 @@
 """Fixtures over the tiny models.
 
-The models are shared by the whole session. A test that changes a model (weights, permanent hooks, attached SAEs) builds
-its own with `tiny_model`, in some 0.05 s; what it leaves behind in a shared one is an error when the fixture ends.
+The models are shared by the whole session. A test that changes a model (weights, permanent hooks,
+attached SAEs) builds its own with `tiny_model`, in some 0.05 s; what it leaves behind in a shared
+one is an error when the fixture ends.
 """
 
 # ruff: noqa: E402
 import os
+
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # read when numba is imported: tiny loops
+
 import sys
 from tempfile import TemporaryDirectory
 
 from loopback_hub import LoopbackHub
 
-# The Hub client reads its environment when it is imported. From here on this process and those it starts can reach no other
-# Hub than an empty one on 127.0.0.1, and see no token, cache or offline switch (make sets one) of the machine.
+# The Hub client reads its environment when it is imported. From here on this process and those it
+# starts can reach no other Hub than an empty one on 127.0.0.1, and see no token, cache or offline
+# switch (make sets one) of the machine.
 assert "huggingface_hub" not in sys.modules
-HUB, HF_HOME = LoopbackHub(), TemporaryDirectory(prefix="hf-home-")
+HUB = LoopbackHub()
+HF_HOME = TemporaryDirectory(prefix="hf-home-")
 HUB.start()
 for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))]:
     del os.environ[name]
@@ -55,9 +61,26 @@ torch.set_num_threads(
 
 Model = TransformerBridge | HookedTransformer
 
+FAST_KIND = "llama"
+"""Rotary embeddings and grouped keys: the kind that exercises most."""
+FAST_MODE = "bridge"
+
 _UNSUPPORTED = [(name, "bridge") for name in UNSUPPORTED] + [
     (name, "hooked") for name in UNSUPPORTED_HOOKED
 ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what goes beyond the kind and host of the fast tests."""
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        kind = params.get("kind", params.get("any_bridge", FAST_KIND))
+        mode = params.get("mode", FAST_MODE)
+        kind, mode = params.get("any_model", (kind, mode))
+        is_other_kind = kind in KINDS and kind != FAST_KIND
+        is_other_mode = mode in MODES and mode != FAST_MODE
+        if is_other_kind or is_other_mode:
+            item.add_marker("matrix")
 
 
 def pytest_unconfigure() -> None:
@@ -67,7 +90,10 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture
 def hub() -> Iterator[LoopbackHub]:
-    """The Hub of the session, empty, with `owner` (token hf_owner; writes in org too) and `stranger` (hf_stranger)."""
+    """The Hub of the session, empty, with two users.
+
+    `owner` (token hf_owner) writes in org too; `stranger` has the token hf_stranger.
+    """
     HUB.reset()
     HUB.add_user("hf_owner", "owner", orgs=["org"])
     HUB.add_user("hf_stranger", "stranger")
@@ -86,7 +112,7 @@ def hub_cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The client's waits between its attempts, up to 23 s for one request, in seconds: noted here instead of slept."""
+    """The client's waits between its attempts in seconds, noted here instead of slept."""
     waits: list[float] = []
     for module in ("utils._http", "file_download"):
         monkeypatch.setattr(f"huggingface_hub.{module}.time", SimpleNamespace(sleep=waits.append))

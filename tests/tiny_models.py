@@ -1,7 +1,8 @@
-"""Random tiny models, a tokenizer and texts for the tests: deterministic by seed, built in memory, no network.
+"""Random tiny models, a tokenizer and texts for the tests: by seed, in memory, no network.
 
-The sizes of a kind differ from each other, so that a swapped axis fails; every parameter is random, norm gains and
-biases included, and scores reach a few units, so that a forgotten bias, gain or scale shows.
+The sizes of a kind differ from each other, so that a swapped axis fails; every parameter is random,
+norm gains and biases included, and scores reach a few units, so that a forgotten bias, gain or scale
+shows.
 """
 
 import random
@@ -87,7 +88,8 @@ def tiny_model(
 
     Args:
         kind: one of `KINDS`.
-        mode: one of `MODES`, as `model_mode` names them. Modes of equal kind and seed compute the same function.
+        mode: one of `MODES`, as `model_mode` names them. Modes of equal kind and seed compute the
+            same function.
         seed: of the weights.
     """
     hf_model = tiny_hf_model(kind, seed)
@@ -127,9 +129,10 @@ def tiny_unsupported(
 
 
 def save_tiny_model(kind: str, folder: Path | str, seed: int = 0) -> Path:
-    """Write config.json, safetensors and tokenizer of a tiny model; `load_model(str(folder))` reads them.
+    """Write config.json, safetensors and tokenizer of a tiny model, as `load_model` reads them.
 
-    The folder's path must not contain "llama" or "gemma": HookedTransformer takes these names for architectures.
+    The folder's path must not contain "llama" or "gemma": HookedTransformer takes these names for
+    architectures.
     """
     folder = Path(folder)
     tiny_hf_model(kind, seed).save_pretrained(folder)
@@ -138,7 +141,7 @@ def save_tiny_model(kind: str, folder: Path | str, seed: int = 0) -> Path:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per ASCII character, so that any English prompt is tokenised; prepends <bos> as Llama's does."""
+    """One token per ASCII character, for any English prompt; prepends <bos> as Llama's does."""
     tokens = [*_SPECIAL_TOKENS.values(), *_CHARACTERS]
     tokenizer = Tokenizer(
         models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>")
@@ -151,7 +154,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         **_SPECIAL_TOKENS,
-        add_bos_token=True,  # so that transformer_lens does not reload the tokenizer from name_or_path
+        add_bos_token=True,  # or transformer_lens reloads the tokenizer from name_or_path
         name_or_path="tiny",
         clean_up_tokenization_spaces=False,
     )
