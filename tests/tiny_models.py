@@ -1,8 +1,8 @@
 """Random tiny models, a tokenizer and texts for the tests: by seed, in memory, no network.
 
-The sizes of a kind differ from each other, so that a swapped axis fails; every parameter is random,
-norm gains and biases included, and scores reach a few units, so that a forgotten bias, gain or scale
-shows.
+The sizes of a kind differ from each other, so that a swapped axis fails; every parameter is
+random, norm gains and biases included, and scores reach a few units, so that a forgotten bias, gain
+or scale shows.
 """
 
 import random

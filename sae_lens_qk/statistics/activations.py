@@ -38,6 +38,9 @@ Side = Literal["query", "key"]
 Batch = tuple[Tensor, Tensor]
 """Tokens [batch, pos], and x [batch, pos, d_model]: the layer's input."""
 
+ALWAYS_ON = 0.9
+"""A feature that fires on a larger share of tokens stands for the mean."""
+
 _STATE, _FEATURES, _PAIRS = "activations.safetensors", "features.parquet", "pairs.parquet"
 _ROWS_AT_ONCE = 64
 
