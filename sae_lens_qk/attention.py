@@ -233,6 +233,10 @@ class AttentionSpec:
             return np.zeros_like(positions)
         return np.maximum(positions - self.window + 1, 0)
 
+    def n_offsets(self, n_pos: int) -> int:
+        """Number of offsets i - j = 0, 1, ... at which a key may be attended to."""
+        return n_pos if self.window is None else min(n_pos, self.window)
+
     def n_allowed(self, n_pos: int) -> int:
         """Number of (query, allowed key) in a sequence."""
         return int((np.arange(n_pos) - self.first_keys(n_pos) + 1).sum())

@@ -12,18 +12,24 @@ Filling resumes where it stopped: tokens are drawn again without a forward pass 
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_lens_qk.host.layer import AttentionLayer
+
 logger = logging.getLogger("sae_lens_qk")
+
+Batch = tuple[Tensor, Tensor]
+"""Tokens [batch, pos], and x [batch, pos, d_model]: the layer's input."""
 
 _INPUTS, _TOKENS, _INFO = "inputs.f16", "tokens.i32", "cache.json"
 
@@ -166,3 +172,44 @@ def _take_rows(store: ActivationsStore, n_rows: int) -> list[Tensor]:
     except StopIteration:
         logger.info("dataset exhausted")
     return rows
+
+
+@dataclass(frozen=True)
+class RowBatches:
+    """Batches (tokens, x) computed when asked for.
+
+    Args:
+        tokens: of all rows.
+        inputs: gives the layer's input of a slice of them.
+    """
+
+    tokens: Int[np.ndarray, "row pos"]
+    inputs: Callable[[slice], Float[Tensor, "batch pos d_model"]]
+    batch_size: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.tokens), self.batch_size):
+            rows = slice(start, min(start + self.batch_size, len(self.tokens)))
+            yield torch.from_numpy(np.array(self.tokens[rows])), self.inputs(rows)
+
+
+def cache_batches(cache: InputCache, n_rows: int | None = None, batch_size: int = 8) -> RowBatches:
+    """The first n rows of a cache of layer inputs; default: all.
+
+    Raises:
+        ValueError: the cache has fewer.
+    """
+    if n_rows is not None and not 0 < n_rows <= cache.n_rows:
+        raise ValueError(
+            f"n_rows must be 1 to {cache.n_rows}, the rows of the cache, got {n_rows}."
+        )
+    return RowBatches(cache.tokens[:n_rows], cache.rows, batch_size)
+
+
+def model_batches(
+    layer: AttentionLayer, tokens: Int[Tensor, "row pos"], batch_size: int = 8
+) -> RowBatches:
+    """Rows of tokens with the input of a layer; the model runs up to it, a batch at a time."""
+    return RowBatches(
+        tokens.cpu().numpy().astype(np.int32), lambda rows: layer.inputs(tokens[rows]), batch_size
+    )

@@ -1,47 +1,43 @@
-"""What features and kept pairs fire on: densities, strengths, strongest contexts, co-occurrence, in one pass over data.
+"""What features and kept pairs fire on: rates, strengths, contexts, co-occurrence, in one pass.
 
-The term of a kept pair in the scores of its head at query i and key j <= i is
+The term of a kept pair in the scores of its head at query i and allowed key j is
 
     term[i,j] = m query_acts[i,a] key_acts[j,b] M[a,b,h](i-j)
 
-The constant feature (index d_query, d_key) fires with activation 1 at every position; pairs with it are pairs like others.
+The constant feature (index d_query, d_key) fires with activation 1 at every position; pairs with it
+are pairs like others.
 """
 
 import json
-import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from operator import index as whole_number
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_qk.statistics.sums import EncodedRow, FeatureSums, RowAdder, Sums
+from sae_lens_qk.attention import SIDES, AttentionSpec, Side
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.host.support import Model
-from sae_lens_qk.host.layer import layer_inputs
+from sae_lens_qk.inputs import Batch, RowBatches
+from sae_lens_qk.statistics.sums import EncodedRow, FeatureSums, PairSums, RowAdder, Sums
 from sae_lens_qk.stored_form import digest
-from sae_lens_qk.inputs import InputCache
-
-logger = logging.getLogger("sae_lens_qk")
-
-Side = Literal["query", "key"]
-Batch = tuple[Tensor, Tensor]
-"""Tokens [batch, pos], and x [batch, pos, d_model]: the layer's input."""
 
 ALWAYS_ON = 0.9
 """A feature that fires on a larger share of tokens stands for the mean."""
 
-_STATE, _FEATURES, _PAIRS = "activations.safetensors", "features.parquet", "pairs.parquet"
+_STATE = "activations.safetensors"
+_FEATURES = "features.parquet"
+_PAIRS = "pairs.parquet"
 _ROWS_AT_ONCE = 64
 
 
@@ -61,10 +57,10 @@ class PairContext(NamedTuple):
 
 @dataclass(eq=False, repr=False)
 class ActivationStatistics:
-    """What `collect_activations` found; contexts point into `tokens`.
+    """What `collect_activations` returns; contexts point into `tokens`.
 
     Attributes:
-        tokens: int32 [row, pos], every row seen.
+        tokens: int32 [row, pos], every row of text.
         indices: [pair, 3], those of `d.feature_map`: a pair's number is its row there.
         sums: what all else is derived from.
         identity: of which dictionary, with how many contexts.
@@ -84,126 +80,145 @@ class ActivationStatistics:
         """Features of both sides.
 
         Returns:
-            side ("query" or "key"), feature, density (share of tokens on which it fires), mean (activation where it
-            fires) and max; NaN where it never fires.
+            side ("query" or "key"), feature, density (share of tokens on which it fires), mean
+            (activation where it fires) and max; NaN where it never fires.
         """
-        frames = []
-        for side, sums in (("query", self.sums.query), ("key", self.sums.key)):
-            fired = sums.count > 0
-            frame = pd.DataFrame(
-                {
-                    "side": side,
-                    "feature": np.arange(len(fired)),
-                    "density": sums.count / self.n_tokens,
-                }
-            )
-            frame["mean"] = np.where(fired, sums.total / np.maximum(sums.count, 1), np.nan)
-            frame["max"] = np.where(fired, sums.top_value[:, 0], np.nan)
-            frames.append(frame)
-        return pd.concat(frames, ignore_index=True)
+        return pd.concat([self._feature_frame(side) for side in SIDES], ignore_index=True)
+
+    def _feature_frame(self, side: Side) -> pd.DataFrame:
+        sums = self._feature_sums(side)
+        frame = pd.DataFrame({"side": side, "feature": np.arange(len(sums.count))})
+        frame["density"] = sums.count / self.n_tokens
+        frame["mean"] = _mean_where_firing(sums)
+        frame["max"] = np.where(sums.count > 0, sums.top_value[:, 0], np.nan)
+        return frame
 
     @cached_property
     def pairs(self) -> pd.DataFrame:
         """Kept pairs, in the order of `d.feature_map.indices`.
 
         Returns:
-            query_feature, key_feature, head, co_occurrence (share of (query, allowed key) positions where both features
-            fire), mean (term where both fire), max, min; NaN where they never do.
+            query_feature, key_feature, head, co_occurrence (share of (query, allowed key) positions
+            where both features fire), mean (term where both fire), max, min; NaN where they never
+            do.
         """
-        sums, (n_rows, n_pos) = self.sums.pairs, self.tokens.shape
-        fired = sums.count > 0
+        sums = self.sums.pairs
+        n_rows, n_pos = self.tokens.shape
+        spec = AttentionSpec.from_dict(self.identity["attention"])
+        fires = sums.count > 0
         frame = pd.DataFrame(self.indices, columns=["query_feature", "key_feature", "head"])
-        frame["co_occurrence"] = sums.count / (n_rows * n_pos * (n_pos + 1) // 2)
-        frame["mean"] = np.where(fired, sums.total / np.maximum(sums.count, 1), np.nan)
-        frame["max"], frame["min"] = (
-            np.where(fired, extreme, np.nan) for extreme in (sums.highest, sums.lowest)
-        )
+        frame["co_occurrence"] = sums.count / (n_rows * spec.n_allowed(n_pos))
+        frame["mean"] = _mean_where_firing(sums)
+        frame["max"] = np.where(fires, sums.highest, np.nan)
+        frame["min"] = np.where(fires, sums.lowest, np.nan)
         return frame
 
-    def feature_contexts(self, side: Side, feature: int) -> list[FeatureContext]:
-        """Where a feature is strongest, at most one context a row, strongest first; of equals the earlier."""
-        sums = self._side(side, feature)
-        found = zip(sums.top_place[feature].tolist(), sums.top_value[feature].tolist(), strict=True)
-        return [FeatureContext(row, pos, value) for (row, pos), value in found if row >= 0]
+    def feature_contexts(self, side: Side, feature: SupportsIndex) -> list[FeatureContext]:
+        """Where a feature is strongest, at most once per row, strongest first; of equals the earlier.
 
-    def pair_contexts(self, pair_number: int) -> list[PairContext]:
-        """Where a pair's term is largest in magnitude, at most one context a row, largest first; of equals the earlier.
+        Raises:
+            ValueError: no such feature.
+        """
+        sums, number = self._feature(side, feature)
+        contexts = []
+        for (row, pos), value in zip(sums.top_position[number], sums.top_value[number], strict=True):
+            if row >= 0:
+                contexts.append(FeatureContext(int(row), int(pos), float(value)))
+        return contexts
+
+    def pair_contexts(self, pair_number: SupportsIndex) -> list[PairContext]:
+        """Where a pair's term is largest in magnitude, at most once per row, largest first.
 
         Args:
             pair_number: row of the pair in `pairs` and in `d.feature_map.indices`.
+        Raises:
+            ValueError: no such pair.
         """
         sums = self.sums.pairs
-        if not 0 <= pair_number < len(sums.count):
+        number = whole_number(pair_number)
+        if not 0 <= number < len(sums.count):
             raise ValueError(
-                f"Pairs have numbers 0 to {len(sums.count) - 1}, their rows in `pairs`; got {pair_number}."
+                f"Pairs have numbers 0 to {len(sums.count) - 1}, their rows in `pairs`; "
+                f"got {number}."
             )
-        found = zip(
-            sums.top_place[pair_number].tolist(), sums.top_value[pair_number].tolist(), strict=True
-        )
-        return [PairContext(row, i, j, value) for (row, i, j), value in found if row >= 0]
+        contexts = []
+        for (row, i, j), value in zip(
+            sums.top_position[number], sums.top_value[number], strict=True
+        ):
+            if row >= 0:
+                contexts.append(PairContext(int(row), int(i), int(j), float(value)))
+        return contexts
 
-    def feature_co_occurrence(self, side: Side, feature: int, n: int = 10) -> pd.DataFrame:
-        """The n features of the same side that fire most often together with one; of equals the first.
+    def feature_co_occurrence(
+        self, side: Side, feature: SupportsIndex, n: int = 10
+    ) -> pd.DataFrame:
+        """The n features of the same side that fire most often together with one.
 
         Returns:
-            feature, count (tokens on which both fire), share (of the tokens on which the given one fires).
+            feature, count (tokens on which both fire), share (of the tokens on which the given one
+            fires); of equals the first.
         Raises:
             ValueError: no such feature, or the dictionary is so wide that this was not counted.
         """
-        sums = self._side(side, feature)
-        if not sums.together.size:
+        sums, number = self._feature(side, feature)
+        if not sums.co_firing.size:
             raise ValueError(
-                f"Co-occurrence of {len(sums.count)} features a side was not counted, the table would be too large: drop "
-                "the dead ones first (d.compact)."
+                f"Co-occurrence of {len(sums.count)} features per side was not counted, the table "
+                "would be too large: drop the dead ones first (d.compact)."
             )
-        counts = sums.together[feature] + sums.together[:, feature]
-        best = np.argsort(-counts, kind="stable")[:n]
-        best = best[counts[best] > 0]
-        return pd.DataFrame(
-            {
-                "feature": best,
-                "count": counts[best],
-                "share": counts[best] / max(sums.count[feature], 1),
-            }
-        )
+        counts = sums.co_firing[number] + sums.co_firing[:, number]  # one of both is the upper half
+        partners = np.argsort(-counts, kind="stable")[:n]
+        partners = partners[counts[partners] > 0]
+        share = counts[partners] / max(sums.count[number], 1)
+        return pd.DataFrame({"feature": partners, "count": counts[partners], "share": share})
 
     def window(
         self, row: int, pos: int, before: int = 12, after: int = 6
     ) -> tuple[Int[np.ndarray, " token"], int]:
-        """Tokens of a row around a position, and the index of that position among them."""
+        """Tokens of a row around a position, and the index of that position among them.
+
+        Raises:
+            ValueError: no such row or position.
+        """
         n_rows, n_pos = self.tokens.shape
         if not (0 <= row < n_rows and 0 <= pos < n_pos):
             raise ValueError(
-                f"{n_rows} rows of {n_pos} tokens were seen, there is no row {row}, position {pos}."
+                f"The statistics are of {n_rows} rows of {n_pos} tokens: there is no row {row}, "
+                f"position {pos}."
             )
         first = max(0, pos - before)
         return self.tokens[row, first : pos + after + 1], pos - first
 
-    def _side(self, side: Side, feature: int) -> FeatureSums:
-        if side not in ("query", "key"):
+    def _feature_sums(self, side: Side) -> FeatureSums:
+        if side not in SIDES:
             raise ValueError(f"side must be 'query' or 'key', got {side!r}.")
-        sums = self.sums.query if side == "query" else self.sums.key
-        if not 0 <= feature < len(sums.count):
+        return self.sums.query if side == "query" else self.sums.key
+
+    def _feature(self, side: Side, feature: SupportsIndex) -> tuple[FeatureSums, int]:
+        """Sums of the side, and the feature's number, checked."""
+        sums = self._feature_sums(side)
+        number = whole_number(feature)
+        n_features = len(sums.count)
+        if not 0 <= number < n_features:
             raise ValueError(
-                f"{side} features have numbers 0 to {len(sums.count) - 1} ({len(sums.count)} is the constant, which fires "
-                f"everywhere), got {feature}."
+                f"{side} features have numbers 0 to {n_features - 1} ({n_features} is the "
+                f"constant, which fires everywhere), got {number}."
             )
-        return sums
+        return sums, number
 
     def save(self, folder: str | Path) -> None:
-        """Write everything as safetensors and, for other tools, `features` and `pairs` as parquet."""
-        self.save_state(folder)
-        self.features.to_parquet(Path(folder) / _FEATURES)
-        self.pairs.to_parquet(Path(folder) / _PAIRS)
+        """Write everything as safetensors and, for other tools, `features` and `pairs` as parquet.
 
-    def save_state(self, folder: str | Path) -> None:
-        """Write the safetensors file alone, which is what `load` reads: it is the old one or the new one at any time."""
+        The safetensors file is the old one or the new one at any time.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {"tokens": self.tokens, "indices": self.indices, **self.sums.to_arrays()}
         unfinished = folder / f"{_STATE}.unfinished"
         save_file(arrays, unfinished, metadata={"identity": json.dumps(self.identity)})
         unfinished.replace(folder / _STATE)
+        self.features.to_parquet(folder / _FEATURES)
+        self.pairs.to_parquet(folder / _PAIRS)
 
     @classmethod
     def load(cls, folder: str | Path) -> "ActivationStatistics":
@@ -222,57 +237,12 @@ class ActivationStatistics:
             with safe_open(path, framework="np") as file:
                 identity = json.loads((file.metadata() or {})["identity"])
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return cls(arrays["tokens"], arrays["indices"], Sums.from_arrays(arrays), identity)
+            sums = Sums.from_arrays(arrays)
+            return cls(arrays["tokens"], arrays["indices"], sums, identity)
         except (SafetensorError, KeyError) as error:
             raise ValueError(
                 f"{path} does not hold activation statistics, or is damaged ({error})."
             ) from error
-
-
-@dataclass(frozen=True)
-class RowBatches:
-    """Batches (tokens, x) that are made when asked for, from any row on.
-
-    Args:
-        tokens: of all rows.
-        inputs: gives the layer's input of a slice of them.
-    """
-
-    tokens: Int[np.ndarray, "row pos"]
-    inputs: Callable[[slice], Float[Tensor, "batch pos d_model"]]
-    batch_size: int
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.since(0)
-
-    def since(self, first: int) -> Iterator[Batch]:
-        """Rows from `first` on, in the batches they are always in: a model's rounding may depend on its batch."""
-        for start in range(first - first % self.batch_size, len(self.tokens), self.batch_size):
-            rows = slice(start, min(start + self.batch_size, len(self.tokens)))
-            seen = max(first - start, 0)
-            yield torch.from_numpy(np.array(self.tokens[rows]))[seen:], self.inputs(rows)[seen:]
-
-
-def cache_batches(cache: InputCache, n_rows: int | None = None, batch_size: int = 8) -> RowBatches:
-    """The first n rows of a cache of layer inputs; default: all.
-
-    Raises:
-        ValueError: the cache has fewer.
-    """
-    if n_rows is not None and not 0 < n_rows <= cache.n_rows:
-        raise ValueError(
-            f"n_rows must be 1 to {cache.n_rows}, the rows of the cache, got {n_rows}."
-        )
-    return RowBatches(cache.tokens[:n_rows], cache.rows, batch_size)
-
-
-def model_batches(
-    model: Model, layer: int, tokens: Int[Tensor, "row pos"], batch_size: int = 8
-) -> RowBatches:
-    """Rows of tokens with the input of a layer, for which the model runs up to this layer, a batch at a time."""
-    return RowBatches(
-        tokens.cpu().numpy(), lambda rows: layer_inputs(model, layer, tokens[rows]), batch_size
-    )
 
 
 @torch.no_grad()
@@ -282,115 +252,92 @@ def collect_activations(
     n_top: int = 10,
     folder: str | Path | None = None,
     progress: bool = True,
-    save_every: int = 1024,
 ) -> ActivationStatistics:
     """Statistics of all features and kept pairs in one pass over rows of text.
 
-    Neither the batch size nor the number of threads changes the result. Memory, beside the dictionary, one batch and 4
-    bytes a token: about 50 + 16 n_top bytes a pair; a table of m M, 4 n_pos bytes a pair (4 without rotary embeddings) but
-    at most 256 MiB, twice that while it is made (one that does not fit is made in parts, again for every 64 rows);
-    4 (d_query^2 + d_key^2) bytes for the co-occurrence of features, which is not counted where that exceeds 1 GiB.
+    Neither the batch size nor the number of threads changes the result. Memory, besides the
+    dictionary, one batch and 4 bytes per token: about 50 + 16 n_top bytes per pair; a table of m M,
+    4 n_pos bytes per pair (4 without rotary embeddings) but at most 256 MiB, twice that while it is
+    computed (one that does not fit is computed in parts, again for every 64 rows); 4 (d_query^2 +
+    d_key^2) bytes for the co-occurrence of features, which is not counted where that exceeds 1 GiB.
 
     Args:
-        batches: (tokens [batch, pos], x [batch, pos, d_model]) with x the layer's input, for full, unpadded sequences of
-            one length: `cache_batches`, `model_batches` or any other iterable.
-        n_top: contexts kept of each feature and pair.
-        folder: where the state is saved every `save_every` rows and at the end, as by `ActivationStatistics.save`. The
-            state of an interrupted pass is continued, with the result of an uninterrupted one. `batches` must give the rows
-            already seen again; `cache_batches` and `model_batches` do not compute them again.
+        batches: (tokens [batch, pos], x [batch, pos, d_model]) with x the layer's input, for full,
+            unpadded sequences of one length: `cache_batches`, `model_batches` or any other iterable.
+        n_top: contexts kept per feature and pair.
+        folder: where the result is saved, as by `ActivationStatistics.save`; one that lies there
+            already, of this dictionary and these rows, is read instead of running the pass again.
     Raises:
-        ValueError: no rows, rows of several lengths, features that are not finite numbers >= 0; or the folder belongs to
-            another dictionary or map, another n_top or other rows.
+        ValueError: no rows, rows of several lengths, features that are not finite numbers >= 0; or
+            the folder belongs to another dictionary or map, another n_top or other rows.
     """
-    if n_top < 1 or save_every < 1:
-        raise ValueError(f"n_top and save_every must be at least 1, got {n_top} and {save_every}.")
-    made = _state_in(folder, d, n_top)
-    adder, n_saved = RowAdder(d, made.sums), len(made.tokens)
-    rows = (EncodedRow.of(d, tokens, x) for tokens, x in _unseen_rows(batches, made.tokens))
-    n_tokens = batches.tokens.size if isinstance(batches, RowBatches) else None
-    with tqdm(
-        total=n_tokens,
-        initial=made.n_tokens,
-        desc="Activations",
-        unit="token",
-        disable=not progress,
-    ) as bar:
-        while chunk := list(islice(rows, min(_ROWS_AT_ONCE, save_every))):
-            adder.add(len(made.tokens), chunk)
-            seen = [made.tokens] if made.n_tokens else []
-            made.tokens = np.concatenate([*seen, np.stack([row.tokens for row in chunk])])
-            bar.update(made.n_tokens - bar.n)
-            if folder is not None and len(made.tokens) - n_saved >= save_every:
-                made.save_state(folder)
-                n_saved = len(made.tokens)
-    if not made.n_tokens:
-        raise ValueError("There are no rows to collect statistics from: `batches` is empty.")
-    if folder is not None:
-        made.save(folder)
-    return made
-
-
-def _state_in(
-    folder: str | Path | None, d: BilinearQKDictionary, n_top: int
-) -> ActivationStatistics:
-    """The state saved there, or an empty one."""
+    if n_top < 1:
+        raise ValueError(f"n_top must be at least 1, got {n_top}.")
     identity = _identity(d, n_top)
     if folder is not None and (Path(folder) / _STATE).exists():
-        made = ActivationStatistics.load(folder)
-        different = [name for name in identity if made.identity.get(name) != identity[name]]
-        if different:
-            raise ValueError(
-                f"{folder} holds the statistics of another pass ({', '.join(different)} differ): give another folder, or "
-                "delete this one to start anew."
-            )
-        logger.info(
-            "%s holds the statistics of %d rows: going on from there", folder, len(made.tokens)
-        )
-        return made
+        return _saved_statistics(folder, identity, batches)
     indices = d.feature_map.indices.cpu().numpy().astype(np.int32)
     sums = Sums.zeros(d.cfg.d_query, d.cfg.d_key, len(indices), n_top)
-    return ActivationStatistics(np.zeros((0, 0), np.int32), indices, sums, identity)
+    adder = RowAdder(d, sums)
+    token_rows: list[np.ndarray] = []
+    rows = (EncodedRow.encode(d, tokens, x) for tokens, x in _checked_rows(batches))
+    n_rows = len(batches.tokens) if isinstance(batches, RowBatches) else None
+    with tqdm(total=n_rows, desc="Activations", unit="row", disable=not progress) as bar:
+        while chunk := list(islice(rows, _ROWS_AT_ONCE)):
+            adder.add(len(token_rows), chunk)
+            token_rows += [row.tokens for row in chunk]
+            bar.update(len(chunk))
+    if not token_rows:
+        raise ValueError("There are no rows to collect statistics from: `batches` is empty.")
+    statistics = ActivationStatistics(np.stack(token_rows), indices, sums, identity)
+    if folder is not None:
+        statistics.save(folder)
+    return statistics
+
+
+def _mean_where_firing(sums: FeatureSums | PairSums) -> np.ndarray:
+    return np.where(sums.count > 0, sums.total / np.maximum(sums.count, 1), np.nan)
+
+
+def _saved_statistics(
+    folder: str | Path, identity: dict[str, Any], batches: Iterable[Batch]
+) -> ActivationStatistics:
+    """The statistics in a folder, if they are those of this pass."""
+    statistics = ActivationStatistics.load(folder)
+    different = [name for name in identity if statistics.identity.get(name) != identity[name]]
+    rows_known = isinstance(batches, RowBatches)
+    if not different and not (rows_known and np.array_equal(batches.tokens, statistics.tokens)):
+        different = ["rows"]
+    if different:
+        raise ValueError(
+            f"{folder} holds the statistics of another pass ({', '.join(different)} differ): give "
+            "another folder, or delete this one to start anew."
+        )
+    return statistics
 
 
 def _identity(d: BilinearQKDictionary, n_top: int) -> dict[str, Any]:
-    of_map = {name: getattr(d.feature_map, name) for name in ("indices", "weights")}
-    of_halves = {
-        name: tensor
-        for name, tensor in d.state_dict().items()
-        if not name.startswith("feature_map.")
-    }
+    """What the statistics depend on besides the rows."""
+    tensors = d.state_dict()
+    halves = {name: t for name, t in tensors.items() if not name.startswith("feature_map.")}
+    pairs = {"indices": d.feature_map.indices, "weights": d.feature_map.weights}
     return {
         "model fingerprint": list(d.cfg.fingerprint),
         "attention": d.spec.to_dict(),
-        "transcoders": digest(of_halves),
-        "feature map": digest(of_map),
+        "transcoders": digest(halves),
+        "feature map": digest(pairs),
         "n_top": n_top,
     }
 
 
-def _unseen_rows(batches: Iterable[Batch], seen: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Tokens and inputs of each row after those already seen, which must come first and be the same."""
-    at, n_pos = 0, seen.shape[1]
-    other = ValueError(
-        f"The folder belongs to a pass over other rows: its {len(seen)} must come first in `batches`, unchanged. "
-        "Give another folder, or delete this one to start anew."
-    )
-    if isinstance(batches, RowBatches) and len(seen):
-        if not np.array_equal(batches.tokens[: len(seen)], seen):
-            raise other
-        at, batches = len(seen), batches.since(len(seen))
+def _checked_rows(batches: Iterable[Batch]) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Tokens [pos] and input [pos, d_model] of each row, all of one length."""
+    n_pos = None
     for tokens, x in batches:
         n_pos = n_pos or tokens.shape[-1]
         if tokens.ndim != 2 or x.shape[:-1] != tokens.shape or tokens.shape[1] != n_pos:
             raise ValueError(
-                f"Batches are tokens [batch, pos] and x [batch, pos, d_model], here with {n_pos} positions, got "
-                f"{list(tokens.shape)} and {list(x.shape)}."
+                f"Batches are tokens [batch, pos] and x [batch, pos, d_model], here with {n_pos} "
+                f"positions, got {list(tokens.shape)} and {list(x.shape)}."
             )
-        for row_tokens, row_x in zip(tokens.cpu().numpy().astype(np.int32), x, strict=True):
-            at += 1
-            if at > len(seen):
-                yield row_tokens, row_x
-            elif not np.array_equal(row_tokens, seen[at - 1]):
-                raise other
-    if at < len(seen):
-        raise other
+        yield from zip(tokens.cpu().numpy().astype(np.int32), x, strict=True)

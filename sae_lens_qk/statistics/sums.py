@@ -4,7 +4,7 @@
 # (compiled functions take their arguments from several tuples)
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lens_qk.statistics import kernels as activation_kernels
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.scoring.entries import ActiveEntries, active_entries
 from sae_lens_qk.scoring.pairs import pair_kernel
+from sae_lens_qk.statistics import kernels
 
 TABLE_BYTES = 1 << 28
 """Of m M by pair and offset that are held at once."""
@@ -32,20 +32,25 @@ class FeatureSums(NamedTuple):
     """[d] sum of its activations."""
     top_value: np.ndarray
     """[d, n_top] strongest first."""
-    top_place: np.ndarray
+    top_position: np.ndarray
     """[d, n_top, 2] row and position, -1 where there is none."""
-    together: np.ndarray
+    co_firing: np.ndarray
     """[d, d] tokens on which a and b > a both fire; [0, 0] where that is not counted."""
 
     @classmethod
-    def zeros(cls, d: int, n_top: int, counted: bool) -> "FeatureSums":
-        top_value, top_place = _empty_lists(d, n_top, 2)
-        together = np.zeros((d * counted, d * counted), np.int32)
-        return cls(np.zeros(d, np.int64), np.zeros(d), top_value, top_place, together)
+    def zeros(cls, d: int, n_top: int, count_co_firing: bool) -> "FeatureSums":
+        d_table = d if count_co_firing else 0
+        return cls(
+            count=np.zeros(d, np.int64),
+            total=np.zeros(d),
+            top_value=np.zeros((d, n_top), np.float32),
+            top_position=np.full((d, n_top, 2), -1, np.int32),
+            co_firing=np.zeros((d_table, d_table), np.int32),
+        )
 
 
 class PairSums(NamedTuple):
-    """Over the instances of each kept pair, the (query, key <= query) where both of its features fire."""
+    """Over the instances of each kept pair: (query, allowed key) where both its features fire."""
 
     count: np.ndarray
     total: np.ndarray
@@ -53,26 +58,22 @@ class PairSums(NamedTuple):
     lowest: np.ndarray
     top_value: np.ndarray
     """[pair, n_top] largest magnitude first."""
-    top_place: np.ndarray
+    top_position: np.ndarray
     """[pair, n_top, 3] row, query and key position, -1 where there is none."""
 
     @classmethod
     def zeros(cls, n_pairs: int, n_top: int) -> "PairSums":
-        top_value, top_place = _empty_lists(n_pairs, n_top, 3)
-        highest, lowest = (
-            np.full(n_pairs, -np.inf, np.float32),
-            np.full(n_pairs, np.inf, np.float32),
-        )
         return cls(
-            np.zeros(n_pairs, np.int64), np.zeros(n_pairs), highest, lowest, top_value, top_place
+            count=np.zeros(n_pairs, np.int64),
+            total=np.zeros(n_pairs),
+            highest=np.full(n_pairs, -np.inf, np.float32),
+            lowest=np.full(n_pairs, np.inf, np.float32),
+            top_value=np.zeros((n_pairs, n_top), np.float32),
+            top_position=np.full((n_pairs, n_top, 3), -1, np.int32),
         )
 
     def part(self, pairs: slice) -> "PairSums":
         return PairSums(*(array[pairs] for array in self))
-
-
-def _empty_lists(n: int, n_top: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.zeros((n, n_top), np.float32), np.full((n, n_top, width), -1, np.int32)
 
 
 class Sums(NamedTuple):
@@ -82,25 +83,28 @@ class Sums(NamedTuple):
 
     @classmethod
     def zeros(cls, d_query: int, d_key: int, n_pairs: int, n_top: int) -> "Sums":
-        counted = 4 * (d_query**2 + d_key**2) <= CO_OCCURRENCE_BYTES
-        query, key = (FeatureSums.zeros(d, n_top, counted) for d in (d_query, d_key))
-        return cls(query, key, PairSums.zeros(n_pairs, n_top))
+        count_co_firing = 4 * (d_query**2 + d_key**2) <= CO_OCCURRENCE_BYTES
+        return cls(
+            query=FeatureSums.zeros(d_query, n_top, count_co_firing),
+            key=FeatureSums.zeros(d_key, n_top, count_co_firing),
+            pairs=PairSums.zeros(n_pairs, n_top),
+        )
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        return {
-            f"{part}.{name}": array
-            for part, sums in self._asdict().items()
-            for name, array in sums._asdict().items()
-        }
+        """Every array by `part.name`."""
+        arrays = {}
+        for part, sums in self._asdict().items():
+            for name, array in sums._asdict().items():
+                arrays[f"{part}.{name}"] = array
+        return arrays
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Sums":
         """Inverse of `to_arrays`; KeyError where one is missing."""
-
-        def part(name: str, kind: Any) -> Any:
-            return kind(*(arrays[f"{name}.{field}"] for field in kind._fields))
-
-        return cls(part("query", FeatureSums), part("key", FeatureSums), part("pairs", PairSums))
+        query = FeatureSums(*(arrays[f"query.{name}"] for name in FeatureSums._fields))
+        key = FeatureSums(*(arrays[f"key.{name}"] for name in FeatureSums._fields))
+        pairs = PairSums(*(arrays[f"pairs.{name}"] for name in PairSums._fields))
+        return cls(query, key, pairs)
 
 
 class EncodedRow(NamedTuple):
@@ -111,109 +115,126 @@ class EncodedRow(NamedTuple):
     key: ActiveEntries
 
     @classmethod
-    def of(
+    def encode(
         cls, d: BilinearQKDictionary, tokens: np.ndarray, x: Float[Tensor, "pos d_model"]
     ) -> "EncodedRow":
         """Rows are encoded one at a time: the same numbers, however they come in batches."""
-        row = x[None].to(d.device)
-        return cls(tokens, *(_entries(acts) for acts in (d.encode_query(row), d.encode_key(row))))
+        features = d.features(x[None].to(d.device))
+        return cls(tokens, _finite_entries(features.query), _finite_entries(features.key))
 
 
-def _entries(acts: Float[Tensor, "1 pos d"]) -> ActiveEntries:
+def _finite_entries(acts: Float[Tensor, "1 pos d"]) -> ActiveEntries:
     entries = active_entries(acts.float().cpu())
     if not (np.isfinite(entries.value) & (entries.value > 0)).all():
         raise ValueError(
-            "Features must be finite numbers >= 0: check the layer inputs and the dictionary's weights."
+            "Features must be finite numbers >= 0: check the layer inputs and the dictionary's "
+            "weights."
         )
     return entries
 
 
+class FeatureEntries(NamedTuple):
+    """Active entries by row and feature instead of by position."""
+
+    start: np.ndarray
+    """[row * n_features + 1]"""
+    position: np.ndarray
+    """Ascending within a feature's entries."""
+    value: np.ndarray
+
+    @classmethod
+    def sort(cls, entries: ActiveEntries, n_pos: int, n_features: int) -> "FeatureEntries":
+        n_tokens = len(entries.start) - 1
+        n_rows = n_tokens // n_pos
+        token = np.repeat(np.arange(n_tokens), np.diff(entries.start))
+        row, position = np.divmod(token, n_pos)
+        code = row * n_features + entries.feature
+        order = np.argsort(code, kind="stable")
+        counts = np.bincount(code + 1, minlength=n_rows * n_features + 1)
+        return cls(np.cumsum(counts), position[order].astype(np.int32), entries.value[order])
+
+
 class RowAdder:
-    """Adds rows to the sums of a dictionary, a chunk at a time; how they are chunked changes nothing."""
+    """Adds rows to the sums of a dictionary; how they are chunked changes nothing."""
 
     def __init__(self, d: BilinearQKDictionary, sums: Sums):
-        self.sums, self._feature_map, self._decoders, self._spec = (
-            sums,
-            d.feature_map,
-            d.decoders,
-            d.spec,
-        )
-        self._query, self._key, _ = d.feature_map.indices.cpu().numpy().T
-        is_first = (np.diff(self._query, prepend=-1) != 0) | (np.diff(self._key, prepend=-1) != 0)
+        self.sums = sums
+        self._feature_map = d.feature_map
+        self._decoders = d.decoders
+        self._spec = d.spec
+        query, key, _ = d.feature_map.indices.cpu().numpy().T
+        self._query = query
+        self._key = key
+        is_first = (np.diff(query, prepend=-1) != 0) | (np.diff(key, prepend=-1) != 0)
         self._groups = np.append(np.flatnonzero(is_first), len(is_first))
         """Boundaries of the pairs that differ in the head alone."""
-        self._held: tuple[slice, np.ndarray] | None = None
+        self._term_table: tuple[slice, np.ndarray] | None = None
 
     def add(self, first_row: int, rows: list[EncodedRow]) -> None:
         """Add rows first_row, first_row + 1, ..."""
-        n_pos, sizes = (
-            len(rows[0].tokens),
-            [len(side.count) + 1 for side in (self.sums.query, self.sums.key)],
-        )
-        queries, keys = _joined([row.query for row in rows]), _joined([row.key for row in rows])
-        for side, entries in ((self.sums.query, queries), (self.sums.key, keys)):
-            activation_kernels.add_features(*side, first_row, n_pos, *entries)
-        by_feature = _by_feature(queries, n_pos, sizes[0]), _by_feature(keys, n_pos, sizes[1])
+        n_pos = len(rows[0].tokens)
+        n_offsets = self._spec.n_offsets(n_pos)
+        queries = _concatenate([row.query for row in rows])
+        keys = _concatenate([row.key for row in rows])
+        kernels.add_features(*self.sums.query, first_row, n_pos, *queries)
+        kernels.add_features(*self.sums.key, first_row, n_pos, *keys)
+        n_queries = len(self.sums.query.count) + 1  # the constants are features here
+        n_keys = len(self.sums.key.count) + 1
+        query_entries = FeatureEntries.sort(queries, n_pos, n_queries)
+        key_entries = FeatureEntries.sort(keys, n_pos, n_keys)
         for groups in self._blocks(n_pos):
             pairs = slice(int(groups[0]), int(groups[-1]))
-            features = self._query[groups[:-1]], self._key[groups[:-1]]
-            activation_kernels.add_pairs(
+            kernels.add_pairs(
                 *self.sums.pairs.part(pairs),
                 numba.get_num_threads(),
                 first_row,
                 n_pos,
+                n_offsets,
                 self._terms(pairs, n_pos),
                 groups - pairs.start,
-                *features,
-                *sizes,
-                *by_feature[0],
-                *by_feature[1],
+                self._query[groups[:-1]],
+                self._key[groups[:-1]],
+                n_queries,
+                n_keys,
+                *query_entries,
+                *key_entries,
             )
+
+    def _n_columns(self, n_pos: int) -> int:
+        """Offsets in the table of terms: one where they do not matter."""
+        return n_pos if self._spec.rotary_dim or self._spec.window else 1
 
     def _blocks(self, n_pos: int) -> Iterator[np.ndarray]:
         """Boundaries of successive groups whose table fits; a single group always does."""
-        per_block = TABLE_BYTES // (4 * (n_pos if self._spec.rotary_dim else 1))
-        begin, last = 0, len(self._groups) - 1
+        pairs_per_block = TABLE_BYTES // (4 * self._n_columns(n_pos))
+        begin = 0
+        last = len(self._groups) - 1
         while begin < last:
-            end = (
-                int(np.searchsorted(self._groups, self._groups[begin] + per_block, side="right"))
-                - 1
-            )
+            limit = self._groups[begin] + pairs_per_block
+            end = int(np.searchsorted(self._groups, limit, side="right")) - 1
             end = max(end, begin + 1)
             yield self._groups[begin : end + 1]
             begin = end
 
     def _terms(self, pairs: slice, n_pos: int) -> np.ndarray:
-        """m M by pair and offset; a table that serves all pairs is made once."""
-        if self._held is None or self._held[0] != pairs:
-            self._held = None
-            indices, weights = (
-                self._feature_map.indices[pairs],
-                self._feature_map.weights[pairs, None],
-            )
-            table = pair_kernel(
-                indices, self._decoders, self._spec, torch.arange(n_pos, device=indices.device)
-            )
-            self._held = pairs, table.mul_(weights).float().cpu().numpy()
-        return self._held[1]
+        """m M by pair and offset; a table that serves all pairs is computed once."""
+        if self._term_table is None or self._term_table[0] != pairs:
+            self._term_table = None  # free it before the next one is there
+            indices = self._feature_map.indices[pairs]
+            weights = self._feature_map.weights[pairs, None]
+            offsets = torch.arange(self._n_columns(n_pos), device=indices.device)
+            table = pair_kernel(indices, self._decoders, self._spec, offsets)
+            table = (table * weights).expand(-1, len(offsets)).contiguous()
+            self._term_table = (pairs, table.float().cpu().numpy())
+        return self._term_table[1]
 
 
-def _joined(rows: list[ActiveEntries]) -> ActiveEntries:
-    before = np.cumsum([0, *(len(row.feature) for row in rows)])
-    starts = [row.start[:-1] + n for row, n in zip(rows, before[:-1], strict=True)]
-    features, values = ([getattr(row, name) for row in rows] for name in ("feature", "value"))
+def _concatenate(rows: list[ActiveEntries]) -> ActiveEntries:
+    """Entries of successive rows as those of one batch."""
+    n_before = np.cumsum([0, *(len(row.feature) for row in rows)])
+    starts = [row.start[:-1] + n for row, n in zip(rows, n_before[:-1], strict=True)]
     return ActiveEntries(
-        np.concatenate([*starts, before[-1:]]), np.concatenate(features), np.concatenate(values)
+        start=np.concatenate([*starts, n_before[-1:]]),
+        feature=np.concatenate([row.feature for row in rows]),
+        value=np.concatenate([row.value for row in rows]),
     )
-
-
-def _by_feature(
-    entries: ActiveEntries, n_pos: int, n_features: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Active entries by row and feature: start, positions (ascending), values."""
-    n_tokens = len(entries.start) - 1
-    row, pos = np.divmod(np.repeat(np.arange(n_tokens), np.diff(entries.start)), n_pos)
-    code = row * n_features + entries.feature
-    order = np.argsort(code, kind="stable")
-    start = np.cumsum(np.bincount(code + 1, minlength=n_tokens // n_pos * n_features + 1))
-    return start, pos[order].astype(np.int32), entries.value[order]
