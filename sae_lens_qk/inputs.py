@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_qk.host.layer import AttentionLayer
+from sae_lens_qk.host.support import Model
 
 logger = logging.getLogger("sae_lens_qk")
 
@@ -207,9 +208,9 @@ def cache_batches(cache: InputCache, n_rows: int | None = None, batch_size: int 
 
 
 def model_batches(
-    layer: AttentionLayer, tokens: Int[Tensor, "row pos"], batch_size: int = 8
+    model: Model, layer: SupportsIndex, tokens: Int[Tensor, "row pos"], batch_size: int = 8
 ) -> RowBatches:
     """Rows of tokens with the input of a layer; the model runs up to it, a batch at a time."""
-    return RowBatches(
-        tokens.cpu().numpy().astype(np.int32), lambda rows: layer.inputs(tokens[rows]), batch_size
-    )
+    attention = AttentionLayer(model, layer)
+    all_tokens = tokens.cpu().numpy().astype(np.int32)
+    return RowBatches(all_tokens, lambda rows: attention.inputs(tokens[rows]), batch_size)
