@@ -1,13 +1,14 @@
-"""A memory-mapped float16 cache of one layer's attention inputs, filled once and read by both training steps.
+"""The inputs of one layer, row by row: computed by a model, or read from a float16 cache on disk.
 
-SAELens's own activation cache cannot take a bridge and forgets its read position, so `SAETrainer` is fed from here
-when a cache folder is configured. One folder holds
+Training reads the cache, filled once and read by both steps: SAELens's own activation cache cannot
+take a bridge and forgets its read position. One folder holds
 
     inputs.f16     [n_rows, context_size, d_in]  float16, the tensor that W_Q and W_K multiply
     tokens.i32     [n_rows, context_size]        int32
     cache.json     what the rows are (model, layer, hook, data) and how many of them are written
 
-Filling resumes where it stopped: tokens are drawn again without a forward pass up to the rows already written.
+Filling resumes where it stopped: tokens are drawn again without a forward pass up to the rows
+already written.
 """
 
 import json
@@ -15,7 +16,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +26,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_qk.host.layer import AttentionLayer
-from sae_lens_qk.host.support import Model
 
 logger = logging.getLogger("sae_lens_qk")
 
-Batch = tuple[Tensor, Tensor]
-"""Tokens [batch, pos], and x [batch, pos, d_model]: the layer's input."""
+_INPUTS = "inputs.f16"
+_TOKENS = "tokens.i32"
+_INFO = "cache.json"
 
-_INPUTS, _TOKENS, _INFO = "inputs.f16", "tokens.i32", "cache.json"
+Batch = tuple[Tensor, Tensor]
+"""tokens [batch, pos] and x [batch, pos, d_model], the layer's input."""
 
 
 class InputCache:
@@ -66,12 +68,20 @@ class InputCache:
         return torch.from_numpy(np.asarray(self.inputs[index], dtype=np.float32))
 
     def batches(self, n_rows: int, *, seed: int, start_step: int = 0) -> "CachedBatches":
-        """Endless batches of `n_rows` whole rows, reshuffled every epoch; `start_step` resumes exactly."""
+        """Endless batches of `n_rows` whole rows, reshuffled every epoch.
+
+        Args:
+            seed: of the order of the rows.
+            start_step: number of the first batch; a run resumes exactly.
+        """
         return CachedBatches(self, n_rows, seed=seed, start_step=start_step)
 
 
 class CachedBatches(Iterator[Float[Tensor, "tokens d_model"]]):
-    """SAELens data provider over an `InputCache`: batch t depends only on (seed, t), so resuming is a number."""
+    """SAELens data provider over an `InputCache`.
+
+    Batch t depends only on (seed, t), so resuming is a number.
+    """
 
     def __init__(self, cache: InputCache, n_rows: int, *, seed: int, start_step: int = 0):
         if n_rows > cache.n_rows:
@@ -79,34 +89,79 @@ class CachedBatches(Iterator[Float[Tensor, "tokens d_model"]]):
                 f"A batch of {n_rows} rows was asked of a cache that holds {cache.n_rows}: "
                 "use a smaller train_batch_size_tokens or a longer dataset."
             )
-        self.cache, self.n_rows, self.seed, self.step = cache, n_rows, seed, start_step
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self.cache = cache
+        self.n_rows = n_rows
+        self.seed = seed
+        self.step = start_step
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
 
     def __next__(self) -> Float[Tensor, "tokens d_model"]:
         epoch, batch = divmod(self.step, self.cache.n_rows // self.n_rows)
         if epoch != self._epoch:
-            self._epoch, self._order = (
-                epoch,
-                np.random.default_rng((self.seed, epoch)).permutation(self.cache.n_rows),
-            )
-        index = np.sort(
-            self._order[batch * self.n_rows : (batch + 1) * self.n_rows]
-        )  # sorted: nearly sequential reads
+            generator = np.random.default_rng((self.seed, epoch))
+            self._order = generator.permutation(self.cache.n_rows)
+            self._epoch = epoch
+        rows = self._order[batch * self.n_rows : (batch + 1) * self.n_rows]
         self.step += 1
-        return self.cache.rows(index).flatten(0, 1)
+        # sorted, so that reads from disk are nearly sequential
+        return self.cache.rows(np.sort(rows)).flatten(0, 1)
+
+
+@dataclass
+class RowBatches:
+    """Batches (tokens, x) of all rows, computed when iterated over, as often as that happens.
+
+    Args:
+        tokens: of all rows.
+        inputs: gives the layer's input of a slice of the rows.
+        batch_size: rows per batch.
+    """
+
+    tokens: Int[np.ndarray, "row pos"]
+    inputs: Callable[[slice], Float[Tensor, "batch pos d_model"]]
+    batch_size: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        n_rows = len(self.tokens)
+        for start in range(0, n_rows, self.batch_size):
+            rows = slice(start, min(start + self.batch_size, n_rows))
+            yield torch.from_numpy(np.array(self.tokens[rows])), self.inputs(rows)
+
+
+def cache_batches(cache: InputCache, n_rows: int | None = None, batch_size: int = 8) -> RowBatches:
+    """The first n rows of a cache of layer inputs; default: all.
+
+    Raises:
+        ValueError: the cache has fewer.
+    """
+    if n_rows is not None and not 0 < n_rows <= cache.n_rows:
+        raise ValueError(
+            f"n_rows must be 1 to {cache.n_rows}, the rows of the cache, got {n_rows}."
+        )
+    return RowBatches(cache.tokens[:n_rows], cache.rows, batch_size)
+
+
+def model_batches(
+    layer: AttentionLayer, tokens: Int[Tensor, "row pos"], batch_size: int = 8
+) -> RowBatches:
+    """Rows of tokens with the input of a layer; the model runs up to this layer, batch by batch."""
+    return RowBatches(tokens.cpu().numpy(), lambda rows: layer.inputs(tokens[rows]), batch_size)
 
 
 @torch.no_grad()
 def fill_cache(
     store: ActivationsStore, folder: str | Path, n_rows: int, identity: dict[str, Any]
 ) -> InputCache:
-    """Fill (or go on filling) a cache up to `n_rows` rows of the store's hook; at the end of the dataset it stops.
+    """Fill (or go on filling) a cache up to `n_rows` rows; at the end of the dataset it stops.
 
     Args:
-        store: SAELens store in sequence order; its `store_batch_size_prompts` is the size of a forward pass.
+        store: SAELens store in sequence order; its `store_batch_size_prompts` is the size of a
+            forward pass.
         folder: where the cache lives or will live.
         n_rows: rows wanted; a cache that already holds as many is opened untouched.
-        identity: what the rows are; must hold `context_size` and `d_in`. Compared with an existing cache's.
+        identity: what the rows are; must hold `context_size` and `d_in`. Compared with an existing
+            cache's.
     Raises:
         ValueError: the folder caches something else, or the dataset gives not a single row.
     """
@@ -115,34 +170,23 @@ def fill_cache(
     info = {"identity": identity, "n_rows": 0, "complete": False}
     if (folder / _INFO).exists():
         info = json.loads((folder / _INFO).read_text())
-        different = [
-            key
-            for key in info["identity"] | identity
-            if info["identity"].get(key) != identity.get(key)
-        ]
-        if different:
-            was = {key: info["identity"].get(key) for key in different}
-            now = {key: identity.get(key) for key in different}
-            raise ValueError(
-                f"{folder} caches other inputs: it has {was}, this run needs {now}. Use another folder."
-            )
+        _check_identity(folder, info["identity"], identity)
     if info["n_rows"] >= n_rows or info["complete"]:
         return InputCache(folder)
 
-    with (
-        open(folder / _INPUTS, "ab") as inputs_file,
-        open(folder / _TOKENS, "ab") as tokens_file,
-        tqdm(
-            total=n_rows, initial=info["n_rows"], desc="Caching layer inputs", unit="row"
-        ) as progress,
-    ):
-        inputs_file.truncate(info["n_rows"] * identity["context_size"] * identity["d_in"] * 2)
-        tokens_file.truncate(info["n_rows"] * identity["context_size"] * 4)
-        _take_rows(store, info["n_rows"])
+    progress = tqdm(total=n_rows, initial=info["n_rows"], desc="Caching layer inputs", unit="row")
+    n_positions = info["n_rows"] * identity["context_size"]
+    inputs_file = open(folder / _INPUTS, "ab")
+    tokens_file = open(folder / _TOKENS, "ab")
+    with inputs_file, tokens_file, progress:
+        # an interrupted write may have left part of a batch behind
+        inputs_file.truncate(n_positions * identity["d_in"] * np.dtype(np.float16).itemsize)
+        tokens_file.truncate(n_positions * np.dtype(np.int32).itemsize)
+        _next_rows(store, info["n_rows"])
         while info["n_rows"] < n_rows and not info["complete"]:
-            wanted = min(store.store_batch_size_prompts, n_rows - info["n_rows"])
-            rows = _take_rows(store, wanted)
-            info["complete"] = len(rows) < wanted
+            batch_size = min(store.store_batch_size_prompts, n_rows - info["n_rows"])
+            rows = _next_rows(store, batch_size)
+            info["complete"] = len(rows) < batch_size
             if rows:
                 tokens = torch.stack(rows)
                 inputs = store.get_activations(tokens)
@@ -164,7 +208,17 @@ def fill_cache(
     return InputCache(folder)
 
 
-def _take_rows(store: ActivationsStore, n_rows: int) -> list[Tensor]:
+def _check_identity(folder: Path, cached: dict[str, Any], expected: dict[str, Any]) -> None:
+    names = [name for name in cached | expected if cached.get(name) != expected.get(name)]
+    if names:
+        was = {name: cached.get(name) for name in names}
+        now = {name: expected.get(name) for name in names}
+        raise ValueError(
+            f"{folder} caches other inputs: it has {was}, this run needs {now}. Use another folder."
+        )
+
+
+def _next_rows(store: ActivationsStore, n_rows: int) -> list[Tensor]:
     """The next rows of tokens, fewer at the end of the dataset."""
     rows: list[Tensor] = []
     try:
@@ -173,44 +227,3 @@ def _take_rows(store: ActivationsStore, n_rows: int) -> list[Tensor]:
     except StopIteration:
         logger.info("dataset exhausted")
     return rows
-
-
-@dataclass(frozen=True)
-class RowBatches:
-    """Batches (tokens, x) computed when asked for.
-
-    Args:
-        tokens: of all rows.
-        inputs: gives the layer's input of a slice of them.
-    """
-
-    tokens: Int[np.ndarray, "row pos"]
-    inputs: Callable[[slice], Float[Tensor, "batch pos d_model"]]
-    batch_size: int
-
-    def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.tokens), self.batch_size):
-            rows = slice(start, min(start + self.batch_size, len(self.tokens)))
-            yield torch.from_numpy(np.array(self.tokens[rows])), self.inputs(rows)
-
-
-def cache_batches(cache: InputCache, n_rows: int | None = None, batch_size: int = 8) -> RowBatches:
-    """The first n rows of a cache of layer inputs; default: all.
-
-    Raises:
-        ValueError: the cache has fewer.
-    """
-    if n_rows is not None and not 0 < n_rows <= cache.n_rows:
-        raise ValueError(
-            f"n_rows must be 1 to {cache.n_rows}, the rows of the cache, got {n_rows}."
-        )
-    return RowBatches(cache.tokens[:n_rows], cache.rows, batch_size)
-
-
-def model_batches(
-    model: Model, layer: SupportsIndex, tokens: Int[Tensor, "row pos"], batch_size: int = 8
-) -> RowBatches:
-    """Rows of tokens with the input of a layer; the model runs up to it, a batch at a time."""
-    attention = AttentionLayer(model, layer)
-    all_tokens = tokens.cpu().numpy().astype(np.int32)
-    return RowBatches(all_tokens, lambda rows: attention.inputs(tokens[rows]), batch_size)
