@@ -1,4 +1,4 @@
-"""What the package costs and how good its dictionaries are; every part runs as `python -m benchmarks.x`.
+"""What the package costs and how good its dictionaries are; run as `python -m benchmarks.x`.
 
 speed           time and memory, against a dense reference: `make bench`
 dictionaries    one dictionary on a whole split of the corpus, sweeps, numbers of pairs

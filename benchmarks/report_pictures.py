@@ -1,9 +1,10 @@
-"""The README's pictures: an attention weight and a feature, as a report of the shipped dictionary shows them.
+"""The README's pictures: an attention weight and a feature, as a report shows them.
 
-    python -m benchmarks.report_pictures    # writes docs/images/report-prompt.png and report-feature.png
+    python -m benchmarks.report_pictures
 
-The weight is the one that the README explains; the feature is the key feature of its strongest supporting pair, unless
-another is asked for. Needs Playwright, and a Chromium on the path or Playwright's own.
+writes docs/images/report-prompt.png and report-feature.png, of the shipped dictionary. The weight
+is the one that the README explains; the feature is the key feature of its strongest supporting
+pair, unless another is asked for. Needs Playwright, and a Chromium on the path or Playwright's own.
 """
 
 import argparse
@@ -18,9 +19,11 @@ from playwright.sync_api import Browser, sync_playwright
 
 import sae_lens_qk as qk
 from sae_lens_qk.__main__ import IOI_PROMPT
-from sae_lens_qk.__main__ import main as command
 
-HEAD, KEY = 0, " Mary"
+HEAD = 0
+KEY = " Mary"
+MEAN_FEATURE = 0
+"""Key feature that stands for the mean, shown to nobody."""
 
 
 def main() -> None:
@@ -33,30 +36,20 @@ def main() -> None:
     args = parser.parse_args()
     d = qk.BilinearQKDictionary.from_pretrained(args.dictionary)
     model = qk.load_model(d)
-    prompt = qk.Prompt.of(d, model, IOI_PROMPT)
-    a = qk.attribute(d, model, prompt, HEAD, query_pos=-1, key_pos=prompt.find(KEY))
-    pairs = a.top(sign="supporting").query(
-        "kind == 'pair' and key_feature != 0"
-    )  # 0 stands for the mean
-    views = {
-        "prompt": f"/prompt/0/{'/'.join(str(number) for number in a.place)}",
-        "feature": f"/feature/key/{pairs['key_feature'].iloc[0] if args.key_feature is None else args.key_feature}",
-    }
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as started:
+    prompt = qk.RecordedPrompt.record(d, model, IOI_PROMPT)
+    key_pos = prompt.find(KEY)
+    attribution = qk.attribute(d, model, prompt, HEAD, query_pos=-1, key_pos=key_pos)
+    feature = args.key_feature
+    if feature is None:
+        pairs = attribution.top(sign="supporting")
+        pairs = pairs[(pairs["kind"] == "pair") & (pairs["key_feature"] != MEAN_FEATURE)]
+        feature = pairs["key_feature"].iloc[0]
+    position = "/".join(map(str, attribution.position))
+    views = {"prompt": f"/prompt/0/{position}", "feature": f"/feature/key/{feature}"}
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         report = Path(folder) / "report.html"
-        if command(
-            [
-                "dashboard",
-                "--dictionary",
-                args.dictionary,
-                "--prompts",
-                IOI_PROMPT,
-                "--output",
-                str(report),
-            ]
-        ):
-            raise SystemExit("the report could not be written")
-        browser = started.chromium.launch(
+        qk.report(report, d, model, prompts=[IOI_PROMPT])
+        browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"),
             args=["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"],
         )

@@ -129,14 +129,13 @@ def firing(fired: np.ndarray, n_tokens: int) -> dict[str, Any]:
 
 def differences(ours: RowTables, other: RowTables) -> dict[str, Any]:
     """Metrics of the other dictionary minus ours, by source that both have, then metric."""
-    by_source: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     for source in ("transcoders", "feature_map"):
         if source in ours and source in other:
-            by_source[source] = {
-                metric: paired(ours[source][metric], other[source][metric])._asdict()
-                for metric in COMPARED
+            metrics[source] = {
+                name: paired(ours[source][name], other[source][name])._asdict() for name in COMPARED
             }
-    return by_source
+    return metrics
 
 
 def paired(ours: np.ndarray, other: np.ndarray, seed: int = 0) -> Interval:

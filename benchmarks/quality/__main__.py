@@ -1,11 +1,13 @@
-"""Quality of dictionaries: `make bench-quality`, which writes benchmarks/results/quality.md, quality.json and quality-*.png.
+"""Quality of dictionaries: `make bench-quality`, which writes quality.md, .json and quality-*.png.
 
-    python -m benchmarks.quality                        everything (an hour on two cores)
-    python -m benchmarks.quality --only planted         these sections, printed
-    python -m benchmarks.quality --smoke                everything at tiny sizes, printed
-    python -m benchmarks.quality --report made.json     Markdown and figures again, beside that file; several are merged
+    python -m benchmarks.quality                       everything (an hour on two cores)
+    python -m benchmarks.quality --only planted        these sections, printed
+    python -m benchmarks.quality --smoke               everything at tiny sizes, printed
+    python -m benchmarks.quality --report FILE.json    Markdown and figures again, next to that
+                                                       file; several are merged
 
-QK_CORPUS names the folder with the corpus; without it the sample that comes with the package is explained.
+They go to benchmarks/results. QK_CORPUS names the folder with the corpus; without it the sample
+that comes with the package is explained.
 """
 
 import argparse
@@ -17,8 +19,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from .quality_report import render
-from .sections import SECTIONS, collect, merge
+from benchmarks.quality.quality_report import render
+from benchmarks.quality.sections import SECTIONS, collect, merge
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -29,8 +31,9 @@ def main() -> int:
         report = merge([json.loads(path.read_text()) for path in options.report])
         write(report, options.output or options.report[-1].parent)
         return 0
-    wanted = [name for name in SECTIONS if name in (options.only or SECTIONS)]
-    report = collect(wanted, options.smoke, options.seeds or ([0] if options.smoke else [0, 1, 2]))
+    names = [name for name in SECTIONS if name in (options.only or SECTIONS)]
+    seeds = options.seeds or ([0] if options.smoke else [0, 1, 2])
+    report = collect(names, options.smoke, seeds)
     if options.output or not (options.smoke or options.only):
         write(report, options.output or RESULTS)
     else:
@@ -42,12 +45,10 @@ def write(report: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "quality.json").write_text(json.dumps(report) + "\n")
     (folder / "quality.md").write_text(render(report))
-    from . import figures  # needs Matplotlib, which printing does without
+    from benchmarks.quality import figures  # needs Matplotlib, which printing does without
 
-    written = figures.write(report, folder)
-    print(
-        f"wrote quality.md, quality.json and {', '.join(path.name for path in written) or 'no figures'} to {folder}"
-    )
+    names = [path.name for path in figures.write(report, folder)]
+    print(f"wrote quality.md, quality.json and {', '.join(names) or 'no figures'} to {folder}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Attention weights of a real model to be explained: text, layer inputs, and a fixed sample of (row, head, query, key)."""
+"""Attention weights of a real model to be explained: a fixed sample of (row, head, query, key)."""
 
 import os
 from collections.abc import Iterator
@@ -9,17 +9,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lens_qk.attention import AttentionSpec, attention_scores, pattern_from_scores
+from sae_lens_qk.attention import AttentionSpec
 from sae_lens_qk.dictionary import BilinearQKDictionary
+from sae_lens_qk.host.layer import AttentionLayer, run_recording
 from sae_lens_qk.host.support import Model
-from sae_lens_qk.weights import QKWeights
-from sae_lens_qk.host.layer import attention_spec, hook_names, input_completion, qk_weights, run_recording
 from sae_lens_qk.text import token_rows
+from sae_lens_qk.weights import QKWeights
 
 CORPUS = "QK_CORPUS"
 """Environment variable: folder with test.parquet and validation.parquet."""
-LEAST_WEIGHT, FIRST_QUERY, FIRST_KEY = 0.1, 8, 1
-_BATCH, _ALL = 8, 10**6
+LEAST_WEIGHT = 0.1
+FIRST_QUERY = 8
+FIRST_KEY = 1
+_BATCH_ROWS = 8
+_ALL_ROWS = 10**6
 
 
 class Sizes(NamedTuple):
@@ -32,7 +35,7 @@ class Sizes(NamedTuple):
     """Of these, rows on which the importance of pairs is measured."""
     n_candidates: int = 200_000
     cases: int = 270
-    """A layer, spread evenly over heads."""
+    """Per layer, spread evenly over heads."""
     ks: tuple[int, ...] = (1, 2, 5, 10, 25, 50)
     logit_cases: int = 40
     logit_ks: tuple[int, ...] = (1, 2, 5, 10)
@@ -70,22 +73,28 @@ class Case(NamedTuple):
 class LayerCases(NamedTuple):
     """A layer, the dictionaries to compare on it, and the attention weights they are to explain."""
 
-    model: Model
-    layer: int
+    layer: AttentionLayer
     dictionaries: dict[str, BilinearQKDictionary]
-    weights: QKWeights
-    spec: AttentionSpec
     tokens: Int[Tensor, "row pos"]
     x: Float[Tensor, "row pos d_model"]
     fit_x: Float[Tensor, "fit_row pos d_model"]
     """Layer inputs of other text."""
     cases: list[Case]
-    """By row."""
+    """Sorted by row."""
 
-    def by_row(self) -> Iterator[tuple[int, list[tuple[int, Case]]]]:
+    @property
+    def weights(self) -> QKWeights:
+        return self.layer.qk_weights
+
+    @property
+    def spec(self) -> AttentionSpec:
+        return self.layer.spec
+
+    def rows(self) -> Iterator[tuple[int, list[tuple[int, Case]]]]:
         """Each row with its cases and their numbers."""
-        for row, numbered in groupby(enumerate(self.cases), key=lambda pair: pair[1].row):
-            yield row, list(numbered)
+        numbered = enumerate(self.cases)
+        for row, row_cases in groupby(numbered, key=lambda numbered_case: numbered_case[1].row):
+            yield row, list(row_cases)
 
     def subset(self, n: int, seed: int) -> list[int]:
         """Numbers of n cases, drawn once for all dictionaries."""
@@ -99,70 +108,70 @@ def prepare(
     sizes: Sizes,
     seed: int = 0,
 ) -> list[LayerCases]:
-    """Cases of each layer: P >= 0.1, query >= 8, key after the first position, before the query and not BOS.
+    """Cases of each layer: P >= 0.1, query >= 8, key neither first nor BOS and before the query.
 
     Args:
         dictionaries: by layer and name; those of a layer share cases and layer inputs.
     """
-    test, fit = text_rows(model, sizes)
-    layers = list(dictionaries)
-    test_x, fit_x = (_inputs(model, layers, tokens) for tokens in (test, fit))
-    made = []
+    test_tokens, fit_tokens = text_rows(model, sizes)
+    layers = [AttentionLayer(model, index) for index in dictionaries]
+    test_x = _inputs(layers, test_tokens)
+    fit_x = _inputs(layers, fit_tokens)
+    prepared = []
     for layer in layers:
-        weights, spec = qk_weights(model, layer), attention_spec(model, layer)
-        cases = sample_cases(weights, spec, test, test_x[layer], sizes.cases, seed)
-        made.append(
-            LayerCases(
-                model,
-                layer,
-                dictionaries[layer],
-                weights,
-                spec,
-                test,
-                test_x[layer],
-                fit_x[layer],
-                cases,
-            )
+        x = test_x[layer.index]
+        layer_cases = LayerCases(
+            layer=layer,
+            dictionaries=dictionaries[layer.index],
+            tokens=test_tokens,
+            x=x,
+            fit_x=fit_x[layer.index],
+            cases=sample_cases(layer.qk_weights, layer.spec, test_tokens, x, sizes.cases, seed),
         )
-    return made
+        prepared.append(layer_cases)
+    return prepared
 
 
 def text_rows(
     model: Model, sizes: Sizes
 ) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "fit_row pos"]]:
-    """Rows to explain and rows to fit on: test and validation split of the corpus, or two parts of the sample that
-    comes with the package."""
+    """Rows to explain and rows to fit on.
+
+    Test and validation split of the corpus, or two parts of the sample that comes with the package.
+    """
     if CORPUS in os.environ:
-        splits = [
-            token_rows(model, f"${CORPUS}/{name}.parquet", "text", _ALL, sizes.context)
-            for name in ("test", "validation")
-        ]
+        test = token_rows(model, f"${CORPUS}/test.parquet", "text", _ALL_ROWS, sizes.context)
+        fit = token_rows(model, f"${CORPUS}/validation.parquet", "text", _ALL_ROWS, sizes.context)
     else:
         sample = token_rows(model, "", "text", sizes.test_rows + sizes.fit_rows, sizes.context)
-        splits = [sample[: sizes.test_rows], sample[sizes.test_rows :]]
-    return _spread(splits[0], sizes.test_rows), _spread(splits[1], sizes.fit_rows)
+        test = sample[: sizes.test_rows]
+        fit = sample[sizes.test_rows :]
+    return _spread(test, sizes.test_rows), _spread(fit, sizes.fit_rows)
 
 
 def sample_cases(
     weights: QKWeights, spec: AttentionSpec, tokens: Tensor, x: Tensor, n: int, seed: int
 ) -> list[Case]:
     """n cases, as many from each head as there are or as make n."""
-    found: list[Tensor] = []
-    for row, x_row in enumerate(x):
-        pattern = pattern_from_scores(
-            attention_scores(weights.queries(x_row[None]), weights.keys(x_row[None]), spec)
-        )[0]
-        candidates = pattern.tril(diagonal=-1) >= LEAST_WEIGHT
-        candidates[:, :FIRST_QUERY], candidates[..., :FIRST_KEY] = False, False
-        candidates[..., tokens[row] == tokens[row, 0]] = False  # documents are joined by BOS
-        at = candidates.nonzero()
-        found.append(torch.cat([torch.full_like(at[:, :1], row), at], dim=1))
-    listed = torch.cat(found)
-    generator, cases = torch.Generator().manual_seed(seed), []
+    candidates: list[Tensor] = []
+    for row in range(len(x)):
+        row_x = x[row : row + 1]
+        pattern = spec.pattern(spec.scores(weights.queries(row_x), weights.keys(row_x)))[0]
+        mask = pattern.tril(diagonal=-1) >= LEAST_WEIGHT  # a key before the query
+        mask[:, :FIRST_QUERY] = False
+        mask[..., :FIRST_KEY] = False
+        mask[..., tokens[row] == tokens[row, 0]] = False  # documents are joined by BOS
+        positions = mask.nonzero()  # [case, (head, query, key)]
+        rows = torch.full_like(positions[:, :1], row)
+        candidates.append(torch.cat([rows, positions], dim=1))
+    all_candidates = torch.cat(candidates)
+    generator = torch.Generator().manual_seed(seed)
+    cases: list[list[int]] = []
     for head in range(spec.n_heads):
-        of_head = listed[listed[:, 1] == head]
+        head_candidates = all_candidates[all_candidates[:, 1] == head]
         share = n * (head + 1) // spec.n_heads - n * head // spec.n_heads
-        cases += of_head[torch.randperm(len(of_head), generator=generator)[:share]].tolist()
+        order = torch.randperm(len(head_candidates), generator=generator)
+        cases += head_candidates[order[:share]].tolist()
     return [Case(*case) for case in sorted(cases)]
 
 
@@ -171,12 +180,14 @@ def _spread(rows: Tensor, n: int) -> Tensor:
     return rows[torch.linspace(0, len(rows) - 1, min(n, len(rows))).long()]
 
 
-def _inputs(model: Model, layers: list[int], tokens: Tensor) -> dict[int, Tensor]:
+def _inputs(layers: list[AttentionLayer], tokens: Tensor) -> dict[int, Tensor]:
     """The tensor that W_Q and W_K multiply in each layer, from one pass."""
-    names = {layer: hook_names(model, layer).input for layer in layers}
-    parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    for batch in tokens.split(_BATCH):
-        _, seen = run_recording(model, batch, list(names.values()), stop_at_layer=max(layers) + 1)
-        for layer, name in names.items():
-            parts[layer].append(input_completion(model, layer)(seen[name]))
-    return {layer: torch.cat(made) for layer, made in parts.items()}
+    model = layers[0].model
+    names = [layer.names.input for layer in layers]
+    last_layer = max(layer.index for layer in layers)
+    batches: dict[int, list[Tensor]] = {layer.index: [] for layer in layers}
+    for batch in tokens.split(_BATCH_ROWS):
+        _, values = run_recording(model, batch, names, stop_at_layer=last_layer + 1)
+        for layer in layers:
+            batches[layer.index].append(layer.complete(values[layer.names.input]))
+    return {index: torch.cat(parts) for index, parts in batches.items()}

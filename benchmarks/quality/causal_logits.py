@@ -9,29 +9,29 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
+from benchmarks.quality.causal_metrics import Removal, correlations, mean_interval
 from sae_lens_qk.explain.removals import CONTROLS
-from sae_lens_qk.host.support import Hooks, Model
-from sae_lens_qk.host.layer import hook_names
+from sae_lens_qk.host.layer import AttentionLayer
+from sae_lens_qk.host.support import Hooks
 
-from .causal_figures import correlations, mean_interval, share
-
-_AT_ONCE = 16
+_BATCH = 16
 
 
 @torch.no_grad()
 def next_token_kl(
-    model: Model,
-    layer: int,
+    layer: AttentionLayer,
     head: int,
     tokens: Int[Tensor, " pos"],
     patterns: Float[Tensor, "n pos"],
 ) -> Float[Tensor, " n"]:
-    """KL(clean || patched) of the prediction after the last token, nats, when its pattern row of one head is replaced.
+    """KL(clean || patched) of the prediction after the last token, in nats.
 
-    Earlier positions do not see the change, so they are run once, into a cache of keys and values.
+    Patched: the last pattern row of one head is replaced. Earlier positions do not see the change,
+    so they are run once, into a cache of keys and values.
     """
-    cache, name = DynamicCache(), hook_names(model, layer).pattern
+    model = layer.model
     options: dict[str, Any] = {"use_cache": True, "prepend_bos": False}
+    cache = DynamicCache()
     model.run_with_hooks(tokens[None, :-1], past_key_values=cache, **options)
 
     def log_probs(n: int, hooks: Hooks) -> Float[Tensor, "n vocab"]:
@@ -42,20 +42,22 @@ def next_token_kl(
         return logits[:, -1].double().log_softmax(dim=-1)
 
     def overwrite(rows: Tensor) -> Hooks:
-        def hooked(pattern: Tensor, hook: Any) -> Tensor:
-            made = pattern.clone()
-            made[:, head, -1] = rows
-            return made
+        def replace_row(pattern: Tensor, hook: Any) -> Tensor:
+            patched = pattern.clone()
+            patched[:, head, -1] = rows
+            return patched
 
-        return [(name, hooked)]
+        return [(layer.names.pattern, replace_row)]
 
     clean = log_probs(1, [])
-    parts = [clean - log_probs(len(rows), overwrite(rows)) for rows in patterns.split(_AT_ONCE)]
-    return (clean.exp() * torch.cat(parts)).sum(dim=-1)
+    differences = []
+    for rows in patterns.split(_BATCH):
+        differences.append(clean - log_probs(len(rows), overwrite(rows)))
+    return (clean.exp() * torch.cat(differences)).sum(dim=-1)
 
 
-def logit_figures(
-    kls: list[dict[tuple[int, str], float]],
+def logit_metrics(
+    kls: list[dict[Removal, float]],
     texts: list[int],
     ks: tuple[int, ...],
     n_bootstrap: int,
@@ -64,33 +66,39 @@ def logit_figures(
     """Means over cases by k; `predicted` is the KL of the predicted row.
 
     Args:
-        kls: for each case, KL by (k, condition).
+        kls: for each case, KL by removal.
         texts: the row of text of each.
     """
-    made: dict[str, Any] = {}
+    text_rows = np.array(texts)
+
+    def values(k: int, condition: str) -> np.ndarray:
+        return np.array([case_kls.get(Removal(k, condition), np.nan) for case_kls in kls])
+
+    results: dict[str, Any] = {}
     for k in ks:
-        top, predicted = (
-            np.array([kl.get((k, name), np.nan) for kl in kls]) for name in ("top", "predicted")
-        )
-        there = np.isfinite(top)
-        figures = made[str(k)] = {
-            "n": int(there.sum()),
-            "top": mean_interval(top[there], np.array(texts)[there], n_bootstrap, seed)
-            if there.any()
-            else None,
-            "predicted": float(predicted[there].mean()) if there.any() else None,
-            "prediction": correlations(predicted[there], top[there]),
-            "controls": {},
-        }
+        top = values(k, "top")
+        predicted = values(k, "predicted")
+        exists = np.isfinite(top)
+        controls = {}
         for name in CONTROLS:
-            control = np.array([kl.get((k, name), np.nan) for kl in kls])
-            counted = np.isfinite(control)
-            figures["controls"][name] = {
-                "n": int(counted.sum()),
-                "top": float(top[counted].mean()) if counted.any() else None,
-                "control": float(control[counted].mean()) if counted.any() else None,
-                "wins": share(
-                    (top > control)[counted], np.array(texts)[counted], n_bootstrap, seed
-                ),
+            control = values(k, name)
+            has_control = np.isfinite(control)
+            wins = (top > control)[has_control]
+            controls[name] = {
+                "n": int(has_control.sum()),
+                "top": _mean(top[has_control]),
+                "control": _mean(control[has_control]),
+                "wins": mean_interval(wins, text_rows[has_control], n_bootstrap, seed),
             }
-    return made
+        results[str(k)] = {
+            "n": int(exists.sum()),
+            "top": mean_interval(top[exists], text_rows[exists], n_bootstrap, seed),
+            "predicted": _mean(predicted[exists]),
+            "prediction": correlations(predicted[exists], top[exists]),
+            "controls": controls,
+        }
+    return results
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None

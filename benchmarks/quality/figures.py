@@ -1,4 +1,4 @@
-"""The PNG figures beside the report."""
+"""The PNG figures next to the report."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,34 +6,35 @@ from typing import Any, cast
 
 import matplotlib as mpl
 import pandas as pd
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .planted_report import label, true_number_kl
-from .targets import OURS, SQUARED_ERROR, frame, has_control
+from benchmarks.quality.planted_report import label, true_number_kl
+from benchmarks.quality.targets import OURS, SQUARED_ERROR, has_control, planted_frame
+from benchmarks.show import log_ticks
+from sae_lens_qk.figures import COLOURS, GREY
 
 Report = dict[str, Any]
 
+_BLUE, _ORANGE, _GREEN, _PINK, _YELLOW, _SKY, _BLACK = COLOURS
+_LIGHT = "#bbbbbb"
 STYLES = {
-    "ours": ("#000000", "-", "o"),
-    "frozen mask": ("#0072B2", "-", "s"),
-    "importance": ("#56B4E9", "-", "^"),
-    "decoder product": ("#E69F00", "-", "v"),
-    "diagonal": ("#999999", "-", "D"),
-    "authors": ("#D55E00", "-", "P"),
-    "residual SAE": ("#009E73", "-", "X"),
-    "L2 transcoders": ("#CC79A7", "-", "<"),
-    "contrastive covariances": ("#999999", "--", ">"),
+    "ours": (_BLACK, "-", "o"),
+    "frozen mask": (_BLUE, "-", "s"),
+    "importance": (_SKY, "-", "^"),
+    "decoder product": (_YELLOW, "-", "v"),
+    "diagonal": (GREY, "-", "D"),
+    "authors": (_ORANGE, "-", "P"),
+    "residual SAE": (_GREEN, "-", "X"),
+    "L2 transcoders": (_PINK, "-", "<"),
+    "contrastive covariances": (GREY, "--", ">"),
 }
-"""Colour, line and marker; colours of Okabe and Ito, told apart by the colour-blind."""
+"""Colour, line and marker."""
 CAUSAL_STYLES = {
-    "top": ("#000000", "-", "o", "top k"),
-    "rescaled": ("#009E73", "--", "D", "rescaled to size"),
-    "matched": ("#D55E00", "-", "s", "matched in size"),
-    "other": ("#56B4E9", "-", "^", "other, at random"),
+    "top": (_BLACK, "-", "o", "top k"),
+    "rescaled": (_GREEN, "--", "D", "rescaled to size"),
+    "matched": (_ORANGE, "-", "s", "matched in size"),
+    "other": (_SKY, "-", "^", "other, at random"),
 }
 """Top features and their controls."""
 _LOOK = {
@@ -46,69 +47,56 @@ _LOOK = {
     "savefig.dpi": 180,
     "lines.markersize": 4,
     "lines.linewidth": 1.4,
-    "figure.constrained_layout.use": True,
 }
 
 
 def write(report: Report, folder: Path) -> list[Path]:
     """Every figure there are numbers for, as quality-*.png."""
-    written = []
+    paths = []
     with mpl.rc_context(cast(Any, _LOOK)):
         for name, figure in _figures(report):
-            written.append(folder / f"quality-{name}.png")
-            figure.savefig(written[-1])
-            plt.close(figure)
-    return written
+            path = folder / f"quality-{name}.png"
+            figure.savefig(path)
+            paths.append(path)
+    return paths
 
 
 def _figures(report: Report) -> Iterator[tuple[str, Figure]]:
-    planted, variance = frame(report, "planted"), frame(report, "variance")
+    planted = planted_frame(report, "planted")
+    variance = planted_frame(report, "variance")
     if not planted.empty:
         yield "curves-f1", curves(planted, "f1", "F1")
         yield "curves-kl", curves(planted, "pattern_kl", "KL of the pattern, nats")
     if not variance.empty:
-        yield "variance", against_noise(variance)
+        yield "variance", noise_figure(variance)
     for ranking in ("effect", "marginal"):
-        mine = {
-            layer: dictionaries[OURS]
-            for layer, dictionaries in report.get("causal", {}).items()
-            if ranking in dictionaries.get(OURS, {"rankings": {}})["rankings"]
-        }
-        if mine:
-            yield f"causal-{ranking}", causal(mine, ranking)
+        layers = {}
+        for layer, dictionaries in report.get("causal", {}).items():
+            results = dictionaries.get(OURS)
+            if results and ranking in results["rankings"]:
+                layers[layer] = results
+        if layers:
+            yield f"causal-{ranking}", causal(layers, ranking)
 
 
 def curves(cases: Any, column: str, words: str) -> Figure:
-    """A figure against the number of pairs kept, one panel a setting."""
+    """A metric against the number of pairs kept, one panel per setting."""
     settings = list(cases["setting"].unique())
     n_columns = min(2, len(settings))
     n_rows = -(-len(settings) // n_columns)
-    figure, axes = plt.subplots(
-        n_rows, n_columns, figsize=(9, 0.9 + 3.1 * n_rows), sharex=True, squeeze=False
-    )
+    figure = Figure(figsize=(9, 0.9 + 3.1 * n_rows), layout="constrained")
+    axes = figure.subplots(n_rows, n_columns, sharex=True, squeeze=False)
     for ax, setting in zip(axes.flat, settings, strict=False):
-        some = cases[cases["setting"] == setting]
-        points = _points(some)
-        for method, of_method in points.groupby("method", sort=False):
-            _line(ax, str(method), of_method.groupby("ratio")[column])
-        ax.axvline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
+        setting_cases = cases[cases["setting"] == setting]
+        points = _points(setting_cases)
+        for method, method_points in points.groupby("method", sort=False):
+            _line(ax, str(method), method_points.groupby("ratio")[column])
+        ax.axvline(1, color=_LIGHT, linewidth=0.8, zorder=0)
         if column == "pattern_kl":
-            ax.axhline(
-                some["uniform_kl"].mean(), color="#bbbbbb", linewidth=0.8, linestyle=":", zorder=0
-            )
-            ax.annotate(
-                "uniform pattern",
-                (1, some["uniform_kl"].mean()),
-                xycoords=("axes fraction", "data"),
-                ha="right",
-                va="bottom",
-                fontsize=8,
-                color="#777777",
-            )
-            ax.set_ylim(bottom=0)
+            _mark_uniform(ax, setting_cases["uniform_kl"].mean())
         else:
             ax.set_ylim(0, 1.02)
-        _log_ticks(ax, sorted(points["ratio"].unique()))
+        log_ticks(ax, sorted(points["ratio"].unique()))
         ax.set_title(setting, fontsize=10)
     for ax in axes.flat[len(settings) :]:
         ax.set_visible(False)
@@ -118,21 +106,28 @@ def curves(cases: Any, column: str, words: str) -> Figure:
     return figure
 
 
+def _mark_uniform(ax: Axes, uniform_kl: float) -> None:
+    ax.axhline(uniform_kl, color=_LIGHT, linewidth=0.8, linestyle=":", zorder=0)
+    position: Any = ("axes fraction", "data")
+    style = dict(ha="right", va="bottom", fontsize=8, color="#777777")
+    ax.annotate("uniform pattern", (1, uniform_kl), xycoords=position, **style)
+    ax.set_ylim(bottom=0)
+
+
 def _points(cases: Any) -> pd.DataFrame:
     """A row for each point of each curve."""
-    rows = [
-        {"method": method, "seed": seed, "ratio": round(point["n_pairs"] / n, 2), **point}
-        for method, seed, n, curve in cases[
-            ["method", "seed", "planted_pairs", "curve"]
-        ].itertuples(index=False)
-        for point in curve
-    ]
+    rows = []
+    for case in cases.to_dict("records"):
+        for point in case["curve"]:
+            ratio = round(point["n_pairs"] / case["planted_pairs"], 2)
+            row = {"method": case["method"], "seed": case["seed"], "ratio": ratio, **point}
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
-def against_noise(cases: Any) -> Figure:
-    """Recovery, pairs found and KL while noise grows; a row of panels a setting."""
-    figures = {
+def noise_figure(cases: Any) -> Figure:
+    """Recovery, pairs found and KL while noise grows; a row of panels per setting."""
+    columns = {
         "recovery": "feature recovery",
         "average_precision": "average precision",
         "f1": "F1",
@@ -140,51 +135,28 @@ def against_noise(cases: Any) -> Figure:
     }
     cases = cases.assign(pairs_kl=true_number_kl(cases))
     settings = list(cases["setting"].unique())
-    figure, axes = plt.subplots(
-        len(settings), len(figures), figsize=(9, 0.7 + 2.5 * len(settings)), squeeze=False
-    )
+    figure = Figure(figsize=(9, 0.7 + 2.5 * len(settings)), layout="constrained")
+    axes = figure.subplots(len(settings), len(columns), squeeze=False)
     for row, setting in zip(axes, settings, strict=True):
-        some = cases[cases["setting"] == setting]
-        for ax, (column, words) in zip(row, figures.items(), strict=True):
-            for method, of_method in some.groupby("method", sort=False):
-                _line(ax, str(method), of_method.groupby("noise")[column])
-            _log_ticks(ax, sorted(some["noise"].unique()))
-            ax.set_ylim(*((0, None) if column == "transcoders_kl" else (0, 1.02)))
+        setting_cases = cases[cases["setting"] == setting]
+        for ax, (column, words) in zip(row, columns.items(), strict=True):
+            for method, method_cases in setting_cases.groupby("method", sort=False):
+                _line(ax, str(method), method_cases.groupby("noise")[column])
+            log_ticks(ax, sorted(setting_cases["noise"].unique()))
+            ax.set_ylim(bottom=0, top=None if column == "transcoders_kl" else 1.02)
             ax.set_title(words if len(settings) == 1 else f"{setting}: {words}", fontsize=10)
     figure.supxlabel("standard deviation of the noise", fontsize=10)
     _legend(figure, axes)
     return figure
 
 
-def causal(mine: dict[str, Any], ranking: str) -> Figure:
+def causal(layers: dict[str, Any], ranking: str) -> Figure:
     """TV against k, layers by sides; see the text of the report."""
-    figure, axes = plt.subplots(
-        len(mine), 2, figsize=(9, 0.9 + 2.8 * len(mine)), sharex=True, sharey="col", squeeze=False
-    )
-    for row, (layer, d) in zip(axes, mine.items(), strict=True):
+    figure = Figure(figsize=(9, 0.9 + 2.8 * len(layers)), layout="constrained")
+    axes = figure.subplots(len(layers), 2, sharex=True, sharey="col", squeeze=False)
+    for row, (layer, results) in zip(axes, layers.items(), strict=True):
         for ax, side in zip(row, ("query", "key"), strict=True):
-            by_k = d["rankings"][ranking][side]["by_k"]
-            there = {int(k): at["top"]["tv"] for k, at in by_k.items() if at["n"]}
-            ax.plot(
-                list(there),
-                list(there.values()),
-                color="#000000",
-                linestyle=":",
-                linewidth=1.2,
-                label="top k, all cases",
-            )
-            for name, (colour, line, marker, words) in CAUSAL_STYLES.items():
-                control, part = ("matched", "top") if name == "top" else (name, "control")
-                counted = {
-                    int(k): at["controls"][control]
-                    for k, at in by_k.items()
-                    if has_control(at, control, d["n_cases"])
-                }
-                values = [at[part]["tv"] for at in counted.values()]
-                ax.plot(
-                    list(counted), values, color=colour, linestyle=line, marker=marker, label=words
-                )
-            _log_ticks(ax, sorted(map(int, by_k)))
+            _causal_panel(ax, results["rankings"][ranking][side]["by_k"], results["n_cases"])
             ax.set_title(f"layer {layer}, removed at the {side}", fontsize=10)
     for ax in axes[0]:
         ax.set_ylim(bottom=0)  # of the whole column, once everything is drawn
@@ -195,49 +167,39 @@ def causal(mine: dict[str, Any], ranking: str) -> Figure:
     return figure
 
 
+def _causal_panel(ax: Axes, results: dict[str, Any], n_cases: int) -> None:
+    """Top features on all their cases, and top features and controls on the same ones."""
+    all_cases = {int(k): result["top"]["tv"] for k, result in results.items() if result["n"]}
+    style = dict(color=_BLACK, linestyle=":", linewidth=1.2, label="top k, all cases")
+    ax.plot(list(all_cases), list(all_cases.values()), **style)
+    for name, (colour, line, marker, words) in CAUSAL_STYLES.items():
+        control = "matched" if name == "top" else name
+        part = "top" if name == "top" else "control"
+        points = {}
+        for k, result in results.items():
+            if has_control(result, control, n_cases):
+                points[int(k)] = result["controls"][control][part]["tv"]
+        style = dict(color=colour, linestyle=line, marker=marker, label=words)
+        ax.plot(list(points), list(points.values()), **style)
+    log_ticks(ax, sorted(map(int, results)))
+
+
 def _line(ax: Axes, method: str, values: Any) -> None:
     """Mean over seeds, and the band from the smallest to the largest."""
     colour, line, marker = STYLES.get(method, ("#666666", ":", "o"))
-    found = values.agg(["mean", "min", "max"]).dropna()
+    summary = values.agg(["mean", "min", "max"]).dropna()
     front = 3 if method == OURS else 2
     width = 2.2 if method == OURS or method in SQUARED_ERROR else 1.4
-    ax.fill_between(
-        found.index,
-        found["min"],
-        found["max"],
-        color=colour,
-        alpha=0.13,
-        linewidth=0,
-        zorder=front - 1,
-    )
-    ax.plot(
-        found.index,
-        found["mean"],
-        color=colour,
-        linestyle=line,
-        marker=marker,
-        linewidth=width,
-        label=label(method),
-        zorder=front,
-    )
+    band = dict(color=colour, alpha=0.13, linewidth=0, zorder=front - 1)
+    ax.fill_between(summary.index, summary["min"], summary["max"], **band)
+    style = dict(color=colour, linestyle=line, marker=marker, linewidth=width, zorder=front)
+    ax.plot(summary.index, summary["mean"], label=label(method), **style)
 
 
-def _log_ticks(ax: Axes, at: list[Any]) -> None:
-    ax.set_xscale("log")
-    ax.set_xticks(at, [f"{value:g}" for value in at])
-    ax.minorticks_off()
-
-
-def _legend(figure: Figure, axes: Any, n_columns: int = 5) -> None:
-    handles = {
-        text: handle
-        for ax in axes.flat
-        for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        list(handles.values()),
-        list(handles),
-        loc="outside upper center",
-        ncols=min(n_columns, len(handles)),
-        fontsize=9,
-    )
+def _legend(figure: Figure, axes: Any) -> None:
+    handles = {}
+    for ax in axes.flat:
+        for handle, text in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles[text] = handle
+    style = dict(loc="outside upper center", ncols=min(5, len(handles)), fontsize=9)
+    figure.legend(list(handles.values()), list(handles), **style)

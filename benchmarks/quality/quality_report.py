@@ -2,18 +2,21 @@
 
 from typing import Any
 
-from . import model_report, planted_report, targets
+from benchmarks.quality import model_report, planted_report, targets
+from benchmarks.show import failures
 
 Report = dict[str, Any]
 
 
 def render(report: Report) -> str:
-    """`report` as `sections.collect` makes it: machine, seeds, smoke, wanted, cases, causal, explained, skipped, failed."""
-    machine, seeds = report["machine"], ", ".join(map(str, report["seeds"]))
+    """`report` as `sections.collect` makes it."""
+    machine = report["machine"]
+    seeds = ", ".join(map(str, report["seeds"]))
     lines = [
         "# Quality",
         "",
-        f"Made by `make bench-quality` on {machine['cores']} CPU cores, torch {machine['torch']}, seeds {seeds}.",
+        f"Made by `make bench-quality` on {machine['cores']} CPU cores, torch {machine['torch']}, "
+        f"seeds {seeds}.",
     ]
     if report["smoke"]:
         lines += ["", "**A smoke run at tiny sizes: the numbers mean nothing.**"]
@@ -21,14 +24,7 @@ def render(report: Report) -> str:
     for name, section in SECTIONS.items():
         if name in report["wanted"]:
             lines += ["", *section(report)]
-    if report["failed"]:
-        lines += [
-            "",
-            "## Failed",
-            "",
-            *(f"- {name}: {message}" for name, message in report["failed"].items()),
-        ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *failures(report["failed"])]) + "\n"
 
 
 SECTIONS = {

