@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_qk.host.layer import AttentionLayer
+from sae_lens_qk.host.support import Model
 
 logger = logging.getLogger("sae_lens_qk")
 
@@ -143,10 +144,12 @@ def cache_batches(cache: InputCache, n_rows: int | None = None, batch_size: int 
 
 
 def model_batches(
-    layer: AttentionLayer, tokens: Int[Tensor, "row pos"], batch_size: int = 8
+    model: Model, layer: SupportsIndex, tokens: Int[Tensor, "row pos"], batch_size: int = 8
 ) -> RowBatches:
-    """Rows of tokens with the input of a layer; the model runs up to this layer, batch by batch."""
-    return RowBatches(tokens.cpu().numpy(), lambda rows: layer.inputs(tokens[rows]), batch_size)
+    """Rows of tokens with the input of a layer; the model runs up to it, batch by batch."""
+    attention = AttentionLayer(model, layer)
+    all_tokens = tokens.cpu().numpy()
+    return RowBatches(all_tokens, lambda rows: attention.inputs(tokens[rows]), batch_size)
 
 
 @torch.no_grad()
@@ -176,9 +179,11 @@ def fill_cache(
 
     progress = tqdm(total=n_rows, initial=info["n_rows"], desc="Caching layer inputs", unit="row")
     n_positions = info["n_rows"] * identity["context_size"]
-    inputs_file = open(folder / _INPUTS, "ab")
-    tokens_file = open(folder / _TOKENS, "ab")
-    with inputs_file, tokens_file, progress:
+    with (
+        open(folder / _INPUTS, "ab") as inputs_file,
+        open(folder / _TOKENS, "ab") as tokens_file,
+        progress,
+    ):
         # an interrupted write may have left part of a batch behind
         inputs_file.truncate(n_positions * identity["d_in"] * np.dtype(np.float16).itemsize)
         tokens_file.truncate(n_positions * np.dtype(np.int32).itemsize)
