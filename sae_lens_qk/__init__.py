@@ -9,8 +9,8 @@ import importlib
 _PLACES = {
     "AttentionSpec": "attention",
     "BilinearQKConfig": "config",
-    "BilinearQKRunnerConfig": "config",
-    "CardConfig": "config",
+    "BilinearQKRunnerConfig": "run_config",
+    "CardConfig": "run_config",
     "MaskStepConfig": "config",
     "MaskTrainingConfig": "config",
     "TranscodersTrainingConfig": "config",

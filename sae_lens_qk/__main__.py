@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: list[str]) -> None:
-    from sae_lens_qk.config import BilinearQKRunnerConfig
+    from sae_lens_qk.run_config import BilinearQKRunnerConfig
     from sae_lens_qk.pretrained.registry import recipe_file
     from sae_lens_qk.training.runner import BilinearQKTrainingRunner
 

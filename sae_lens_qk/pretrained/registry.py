@@ -12,9 +12,9 @@ from typing import Any, Literal, get_args
 import pandas as pd
 import yaml
 
-from sae_lens_qk.config import BilinearQKRunnerConfig
 from sae_lens_qk.host.models import shipped_folder
 from sae_lens_qk.pretrained.checksums import CONFIG, METRICS
+from sae_lens_qk.run_config import BilinearQKRunnerConfig
 
 Status = Literal["shipped", "published", "unpublished"]
 
