@@ -69,7 +69,7 @@ def check_folder_name(folder: str) -> str:
     return folder
 
 
-def cache_folder_of(cache_dir: str | Path | None) -> Path:
+def hub_cache(cache_dir: str | Path | None) -> Path:
     """The Hub client's cache, unless another is given."""
     return Path(cache_dir if cache_dir is not None else constants.HF_HUB_CACHE).expanduser()
 

@@ -1,7 +1,6 @@
-"""`push_to_hub`: a dictionary into a folder of a Hub repository, in one atomic commit."""
+"""A dictionary's folder into a Hub repository, in one atomic commit."""
 
 import json
-import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,66 +26,37 @@ from sae_lens_qk.config import ARCHITECTURE
 from sae_lens_qk.pretrained.card import LISTED_FIELDS, Listed, repository_card
 from sae_lens_qk.pretrained.checksums import CARD, CONFIG, METRICS, SUMS, sha256_of
 from sae_lens_qk.pretrained.errors import explained, is_transient, retrying
-from sae_lens_qk.pretrained.folder import documents, read_document, write_documents
-from sae_lens_qk.pretrained.hub import Token, check_folder_name
-
-logger = logging.getLogger("sae_lens_qk")
+from sae_lens_qk.pretrained.folder import read_document
+from sae_lens_qk.pretrained.hub import Token
 
 _MOVED = 412
 """The Hub's answer when the branch has moved on since `parent_commit`."""
 
 
-def push_to_hub(
-    dictionary: Any,
+def publish(
+    staged: Path,
     repo_id: str,
     folder: str,
     *,
-    private: bool = False,
-    revision: str = "main",
-    token: Token = None,
-    commit_message: str | None = None,
-    create_pr: bool = False,
+    private: bool,
+    revision: str,
+    token: Token,
+    commit_message: str,
+    create_pr: bool,
 ) -> CommitInfo:
-    """Publish a dictionary as `<repo_id>/<folder>`: weights, config, figures, sums, its card, and the repository's card.
-
-    Everything goes into one commit, so a reader sees either the old folder or the new one; what has not changed makes no
-    commit. The repository's README lists all its dictionaries and keeps whatever else it says. Stored in the dictionary's
-    present dtype (`d.to(torch.float16)` halves it).
+    """Put a dictionary's folder onto the Hub, replacing `<repo_id>/<folder>`.
 
     Args:
-        repo_id: "org/repo", created if need be.
-        folder: where in it; other folders stay as they are.
-        private: of a repository that is created here.
-        revision: branch, created from main if need be.
-        token: as in huggingface_hub.
-        commit_message: default "Publish <folder>".
-        create_pr: open a pull request against `revision` instead of committing to it.
-    Returns:
-        The Hub client's CommitInfo; `oid` is the commit to pin with `from_pretrained(..., revision=oid)`.
+        staged: the local folder, documents included; the rest as in `Pretrained.push_to_hub`.
     Raises:
-        ValueError: a bad folder name, or a dictionary that does not survive saving and loading; nothing is sent.
-        FileNotFoundError, PermissionError, ConnectionError, OSError: see `sae_lens_qk.pretrained.errors`; the
-            repository is as it was, though a new one or a new branch may have been created, empty.
+        ValueError, FileNotFoundError, PermissionError, ConnectionError, OSError: as there.
     """
-    check_folder_name(folder)
-    if dictionary.metrics is None:
-        logger.warning(
-            "the card will say 'not measured': set d.metrics = qk.evaluate(d, model, tokens) before pushing"
-        )
-    with tempfile.TemporaryDirectory() as scratch:
-        name = PurePosixPath(folder).name
-        staged = Path(scratch) / "staged" / name
-        dictionary.save_model(staged)
-        write_documents(staged, documents(dictionary, name, source=f'"{repo_id}", "{folder}"'))
-        Any.load_from_disk(staged)
-        repository = _Repository(HfApi(token=token), repo_id, revision, Path(scratch) / "cache")
-        with explained(repo_id, revision), _writable(repo_id):
-            for attempt in retrying(lambda error: is_transient(error) or _has_moved(error)):
-                with attempt:
-                    repository.create(private)
-                    return repository.commit(
-                        staged, folder, commit_message or f"Publish {folder}", create_pr
-                    )
+    with tempfile.TemporaryDirectory() as cache, explained(repo_id, revision), _writable(repo_id):
+        repository = _Repository(HfApi(token=token), repo_id, revision, Path(cache))
+        for attempt in retrying(lambda error: is_transient(error) or _has_moved(error)):
+            with attempt:
+                repository.create(private)
+                return repository.commit(staged, folder, commit_message, create_pr)
     raise AssertionError("Retrying returns or raises")
 
 
