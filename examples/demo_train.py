@@ -8,9 +8,9 @@ import warnings
 from rich.console import Console
 
 import sae_lens_qk as qk
-from sae_lens_qk.text import text_sample, token_rows
 
 STEP = 2048  # tokens
+N_STEPS = 60
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
         cfg = qk.BilinearQKRunnerConfig(
             layer=23,
             sae=qk.TranscodersTrainingConfig(d_in=1, d_query=512, d_key=512, decoder_bias=False),
-            training_tokens=60 * STEP,
+            training_tokens=N_STEPS * STEP,
             lr=4e-3,
             lr_warm_up_steps=5,
             mask=qk.MaskStepConfig(
@@ -36,19 +36,18 @@ def main() -> None:
             checkpoint_path=None,
             output_path=f"{folder}/dictionary",
         )
-        d = qk.BilinearQKTrainingRunner(
-            cfg, override_model=model, override_dataset=text_sample()
-        ).run()
-    held_out = token_rows(model, "", "text", 168, 256)[160:]  # not among the cached rows
-    result = qk.evaluate(d, model, held_out, baselines=("uniform",))
-    kl = {
-        name: source.pattern_kl.value
-        for name, source in result.sources.items()
-        if source.pattern_kl
-    }
+        runner = qk.BilinearQKTrainingRunner(
+            cfg, override_dataset=qk.text_sample(), override_model=model
+        )
+        d = runner.run()
+    held_out = qk.token_rows(model, "", "text", 168, 256)[160:]  # not among the cached rows
+    sources = qk.evaluate(d, model, held_out, baselines=("uniform",)).sources
+    # a file or pipe has no width of its own
     Console(width=None if sys.stdout.isatty() else 132).print(
-        f"trained 512 + 512 features on {60 * STEP:,} tokens: pattern KL {kl['transcoders']:.3f} with transcoders, "
-        f"{kl['feature_map']:.3f} with {len(d.feature_map):,} pairs; uniform attention {kl['uniform']:.3f}"
+        f"trained 512 + 512 features on {N_STEPS * STEP:,} tokens: "
+        f"pattern KL {sources['transcoders'].pattern_kl.value:.3f} with transcoders, "
+        f"{sources['feature_map'].pattern_kl.value:.3f} with {len(d.feature_map):,} pairs; "
+        f"uniform attention {sources['uniform'].pattern_kl.value:.3f}"
     )
 
 

@@ -1,6 +1,7 @@
 """Why did this head attend there? One attention weight of SmolLM2, explained and checked.
 
-python examples/explain_prompt.py            # half a minute more the first time, to fit where features lie in x
+python examples/explain_prompt.py            # half a minute more the first time, to fit where
+                                             # features lie in the layer's input
 python examples/explain_prompt.py --smoke    # without the causal check
 """
 
@@ -27,13 +28,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/explain_prompt"))
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
-    console = Console(
-        width=None if sys.stdout.isatty() else 132
-    )  # a file or pipe has no width of its own
+    # a file or pipe has no width of its own
+    console = Console(width=None if sys.stdout.isatty() else 132)
 
     d = qk.BilinearQKDictionary.from_pretrained("smollm2-135m-instruct-L23")
     model = qk.load_model(d)
-    prompt = qk.Prompt.of(d, model, args.prompt)
+    prompt = qk.RecordedPrompt.record(d, model, args.prompt)
 
     # Where do the heads look from the last token?
     looks = overview(prompt)
@@ -41,23 +41,25 @@ def main() -> None:
 
     # All terms of one score: they add up to the model's own.
     key_pos = int(looks["key_pos"].iloc[args.head])
-    a = qk.attribute(d, model, prompt, head=args.head, query_pos=-1, key_pos=key_pos)
-    console.print(a)
-    console.print(
-        f"terms add up to {a.to_frame()['contribution'].sum():+.5f}, the model's score is {a.score:+.5f}"
-    )
+    attribution = qk.attribute(d, model, prompt, head=args.head, query_pos=-1, key_pos=key_pos)
+    console.print(attribution)
+    total = attribution.to_frame()["contribution"].sum()
+    console.print(f"terms add up to {total:+.5f}, the model's score is {attribution.score:+.5f}")
 
-    # Is it the reason? Features leave the model's own input, W_Q and W_K say what remains.
+    # Is the explanation causal? Features are removed from the model's own input; W_Q and W_K say
+    # what remains of the attention.
     if not args.smoke:
-        console.print(a.check())
+        console.print(attribution.check())
 
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "attribution.json").write_text(a.to_json(indent=2))
-    figure = pattern_triptych(
-        prompt.pattern[args.head], prompt.made()[args.head], prompt.words, heads=args.head
-    )
-    figure.savefig(args.output / "pattern.png", dpi=150)
-    console.print(f"wrote {args.output / 'attribution.json'} and {args.output / 'pattern.png'}")
+    json_path = args.output / "attribution.json"
+    json_path.write_text(attribution.to_json(indent=2))
+    own = prompt.pattern[args.head]
+    rebuilt = prompt.rebuilt_pattern()[args.head]
+    figure = pattern_triptych(own, rebuilt, prompt.words, heads=args.head)
+    figure_path = args.output / "pattern.png"
+    figure.savefig(figure_path, dpi=150)
+    console.print(f"wrote {json_path} and {figure_path}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Interventions on feature pairs: take them out of the true scores, turn them up, keep nothing but them.
+"""Interventions on feature pairs: remove them from the true scores, double them, keep them alone.
 
 python examples/patch_and_steer.py [--smoke]
 """
 
 import argparse
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,7 +13,8 @@ from rich.table import Table
 import sae_lens_qk as qk
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
-IO, S = " Mary", " John"
+IO = " Mary"
+S = " John"
 
 
 def main() -> None:
@@ -25,42 +27,42 @@ def main() -> None:
 
     d = qk.BilinearQKDictionary.from_pretrained("smollm2-135m-instruct-L23")
     model = qk.load_model(d)
-    prompt = qk.Prompt.of(d, model, PROMPT)
-    tokens, key_pos = prompt.tokens[None], prompt.words.index(IO)
-    answers = [int(model.to_single_token(name)) for name in (IO, S)]
-    a = qk.attribute(d, model, prompt, head=args.head, query_pos=-1, key_pos=key_pos)
-    pairs = a.triples(
-        2 if args.smoke else 10
-    )  # (query feature, key feature, head), strongest first
+    prompt = qk.RecordedPrompt.record(d, model, PROMPT)
+    key_pos = prompt.find(IO)
+    io_token = int(model.to_single_token(IO))
+    s_token = int(model.to_single_token(S))
+    attribution = qk.attribute(d, model, prompt, head=args.head, query_pos=-1, key_pos=key_pos)
+    # (query feature, key feature, head), the strongest first
+    pairs = attribution.triples(2 if args.smoke else 10)
     doubled = {tuple(pair): 2.0 for pair in pairs.tolist()}
-    pattern_hook = f"blocks.{d.cfg.layer}.attn.hook_pattern"
-
+    heads = [args.head]
+    interventions: dict[str, dict[str, Any] | None] = {
+        "none": None,
+        "pairs out of the true scores": {"source": "model", "ablate_pairs": pairs},
+        "pairs doubled in the true scores": {"source": "model", "scale_pairs": doubled},
+        "the whole feature map": {"source": "feature_map", "heads": heads},
+        "these pairs alone": {"source": "feature_map", "heads": heads, "keep_pairs": pairs},
+    }
     table = Table(
         "intervention",
         f"attention to {IO!r}",
         f"logit {IO!r} - {S!r}",
         title=f"head {args.head}, {len(pairs)} pairs",
     )
-    for name, edits in {
-        "none": None,
-        "pairs out of the true scores": {"source": "model", "ablate_pairs": pairs},
-        "pairs doubled in the true scores": {"source": "model", "scale_pairs": doubled},
-        "the whole feature map": {"source": "feature_map", "heads": [args.head]},
-        "these pairs alone": {"source": "feature_map", "heads": [args.head], "keep_pairs": pairs},
-    }.items():
-        seen = {}
-        hooks = d.fwd_hooks(model, **edits) if edits else []
-        watch = (
-            pattern_hook,
-            lambda pattern, hook, seen=seen: seen.update(
-                at=float(pattern[0, args.head, -1, key_pos])
-            ),
-        )
+    attention: list[float] = []
+
+    def record_attention(pattern: torch.Tensor, hook: Any) -> None:
+        attention.append(float(pattern[0, args.head, -1, key_pos]))
+
+    recorder = (f"blocks.{d.cfg.layer}.attn.hook_pattern", record_attention)
+    for name, edits in interventions.items():
+        hooks = [] if edits is None else d.fwd_hooks(model, **edits)
         with torch.no_grad():
-            logits = model.run_with_hooks(tokens, fwd_hooks=[*hooks, watch], prepend_bos=False)[
-                0, -1
-            ]
-        table.add_row(name, f"{seen['at']:.3f}", f"{logits[answers[0]] - logits[answers[1]]:+.3f}")
+            logits = model.run_with_hooks(
+                prompt.tokens[None], fwd_hooks=[*hooks, recorder], prepend_bos=False
+            )
+        difference = logits[0, -1, io_token] - logits[0, -1, s_token]
+        table.add_row(name, f"{attention[-1]:.3f}", f"{difference:+.3f}")
     Console().print(table)
 
 

@@ -1,15 +1,16 @@
-"""Draw a text sample from the embedded model itself: SmolLM2-135M-Instruct continues varied openings.
+"""Draw a text sample from the embedded model: SmolLM2-135M-Instruct continues varied openings.
 
-The demo and the tests need a few hundred thousand tokens of ordinary text that come from nowhere but the model they
-study: no download, no licence but the model's. Each document is an opening, built from the lists below, and a
-continuation of fixed length, without chat template or special tokens. The result is a parquet file with one string
-column `text`, one document a row; the settings are in the metadata of its schema.
+The demo and the tests need a few hundred thousand tokens of ordinary text that come from nowhere
+but the model they study: no download, no licence but the model's. Each document is an opening, built
+from the lists below, and a continuation of fixed length, without chat template or special tokens.
+The result is a parquet file with one string column `text`, a document per row; the settings are in
+the metadata of its schema.
 
     python examples/sample_text.py            # 210,000 tokens, into the package
-    python examples/sample_text.py --smoke    # a few dozen tokens, seconds, into the temporary folder
+    python examples/sample_text.py --smoke    # a few dozen tokens, into the temporary folder
 
-Unless the settings change, an interrupted run goes on from `<output>.partial.parquet`. The same settings give the same
-text on the same machine; elsewhere rounding may lead to other words.
+Unless the settings change, an interrupted run goes on from `<output>.partial.parquet`. The same
+settings give the same text on the same machine; elsewhere rounding may lead to other words.
 """
 
 import argparse
@@ -116,43 +117,47 @@ TEMPLATES = (
 )
 
 PEOPLE = (
-    "Mary John Alice Tom Sarah James Anna Peter Emma David Laura Michael Julia Daniel Kate Robert Nina Paul Grace "
-    "Henry Lucy Simon Maria Carlos Aisha Omar Mei Hiro Priya Ravi Fatima Ivan Olga Kofi Amara Diego Elena Jack "
-    "Sophie Ben"
+    "Mary John Alice Tom Sarah James Anna Peter Emma David Laura Michael Julia Daniel Kate Robert "
+    "Nina Paul Grace Henry Lucy Simon Maria Carlos Aisha Omar Mei Hiro Priya Ravi Fatima Ivan Olga "
+    "Kofi Amara Diego Elena Jack Sophie Ben"
 ).split()
 SURNAMES = (
-    "Smith Johnson Baker Cooper Miller Evans Morgan Reed Hughes Foster Bennett Carter Lopez Silva Rossi Meyer "
-    "Novak Petrov Tanaka Chen Singh Khan Okafor Mensah Larsen Dubois Walsh Murphy Stone Field"
+    "Smith Johnson Baker Cooper Miller Evans Morgan Reed Hughes Foster Bennett Carter Lopez Silva "
+    "Rossi Meyer Novak Petrov Tanaka Chen Singh Khan Okafor Mensah Larsen Dubois Walsh Murphy "
+    "Stone Field"
 ).split()
 CITIES = (
-    "London Paris Berlin Madrid Rome Vienna Prague Dublin Oslo Lisbon Athens Boston Chicago Denver Seattle Toronto "
-    "Lima Bogota Nairobi Lagos Cairo Accra Mumbai Delhi Tokyo Kyoto Seoul Hanoi Manila Sydney Istanbul Warsaw"
+    "London Paris Berlin Madrid Rome Vienna Prague Dublin Oslo Lisbon Athens Boston Chicago Denver "
+    "Seattle Toronto Lima Bogota Nairobi Lagos Cairo Accra Mumbai Delhi Tokyo Kyoto Seoul Hanoi "
+    "Manila Sydney Istanbul Warsaw"
 ).split()
 SPOTS = (
-    "store park school library station market hospital museum restaurant garden office beach harbor theater church "
-    "bakery cinema castle factory bank airport lake"
+    "store park school library station market hospital museum restaurant garden office beach "
+    "harbor theater church bakery cinema castle factory bank airport lake"
 ).split()
 THINGS = (
-    "a drink,a book,an apple,a ring,a letter,a key,a basket,an old watch,a red umbrella,a bottle of milk,"
-    "a small box,a guitar,a photograph,a ticket,a blue scarf,a kite,a lamp,a necklace,a bag of coins,a violin,"
-    "an orange,a bone"
+    "a drink,a book,an apple,a ring,a letter,a key,a basket,an old watch,a red umbrella,"
+    "a bottle of milk,a small box,a guitar,a photograph,a ticket,a blue scarf,a kite,a lamp,"
+    "a necklace,a bag of coins,a violin,an orange,a bone"
 ).split(",")
 ANIMALS = (
-    "dog,cat,horse,fox,gray wolf,brown bear,barn owl,penguin,dolphin,blue whale,green turtle,honey bee,"
-    "monarch butterfly,frog,snow leopard,camel,kangaroo,parrot,rabbit,salmon,crab,snail"
+    "dog,cat,horse,fox,gray wolf,brown bear,barn owl,penguin,dolphin,blue whale,green turtle,"
+    "honey bee,monarch butterfly,frog,snow leopard,camel,kangaroo,parrot,rabbit,salmon,crab,snail"
 ).split(",")
 TOPICS = (
-    "mathematics,astronomy,chemistry,music,agriculture,photography,medicine,geology,economics,architecture,"
-    "philosophy,poetry,climate change,evolution,gravity,electricity,photosynthesis,trade,democracy,chess,football,"
-    "painting,printing,sleep,artificial intelligence,language,memory,education,law,engineering"
+    "mathematics,astronomy,chemistry,music,agriculture,photography,medicine,geology,economics,"
+    "architecture,philosophy,poetry,climate change,evolution,gravity,electricity,photosynthesis,"
+    "trade,democracy,chess,football,painting,printing,sleep,artificial intelligence,language,"
+    "memory,education,law,engineering"
 ).split(",")
 FOODS = (
-    "tomato soup,rice,pasta,apple pie,lentils,roast chicken,fish,pancakes,bread,potato salad,beef stew,"
-    "chocolate cake,curry,noodles,mushrooms,garlic,cheese,beans,carrots,omelette,pumpkin,spinach"
+    "tomato soup,rice,pasta,apple pie,lentils,roast chicken,fish,pancakes,bread,potato salad,"
+    "beef stew,chocolate cake,curry,noodles,mushrooms,garlic,cheese,beans,carrots,omelette,"
+    "pumpkin,spinach"
 ).split(",")
 DEVICES = (
-    "camera,laptop,bicycle,washing machine,coffee machine,vacuum cleaner,phone,printer,lawn mower,radio,tent,clock,"
-    "toaster,dishwasher,keyboard,heater,drill,sewing machine"
+    "camera,laptop,bicycle,washing machine,coffee machine,vacuum cleaner,phone,printer,"
+    "lawn mower,radio,tent,clock,toaster,dishwasher,keyboard,heater,drill,sewing machine"
 ).split(",")
 MONTHS = (
     "January February March April May June July August September October November December".split()
@@ -161,14 +166,14 @@ WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 
 
 def openings(seed: int) -> Iterator[str]:
-    """Distinct openings without end: every template once, in shuffled order and with its blanks filled; then again."""
+    """Distinct openings without end: every template once, shuffled, blanks filled; then again."""
     rng = random.Random(seed)
-    seen: set[str] = set()
+    earlier_openings: set[str] = set()
     while True:
         for template in rng.sample(TEMPLATES, len(TEMPLATES)):
             opening = template.format_map(_blanks(rng))
-            if opening not in seen:
-                seen.add(opening)
+            if opening not in earlier_openings:
+                earlier_openings.add(opening)
                 yield opening
 
 
@@ -226,13 +231,14 @@ def continue_texts(
 
 def enough_openings(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[str]:
     """As many openings as with their continuations make `args.n_tokens` tokens."""
-    chosen, n_tokens = [], 0
+    texts = []
+    n_tokens = 0
     for opening in openings(args.seed):
         if n_tokens >= args.n_tokens:
             break
-        chosen.append(opening)
+        texts.append(opening)
         n_tokens += len(tokenizer(opening).input_ids) + args.max_new_tokens
-    return chosen
+    return texts
 
 
 def write_texts(path: Path, texts: Sequence[str], settings: dict[str, str]) -> None:
@@ -249,8 +255,9 @@ def read_partial(path: Path, settings: dict[str, str]) -> list[str]:
     if not path.exists():
         return []
     table = pq.read_table(path)
-    found = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-    return table["text"].to_pylist() if found == settings else []
+    metadata = table.schema.metadata or {}
+    file_settings = {key.decode(): value.decode() for key, value in metadata.items()}
+    return table["text"].to_pylist() if file_settings == settings else []
 
 
 def parse_args() -> argparse.Namespace:
@@ -285,7 +292,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    args, start = parse_args(), time.monotonic()
+    args = parse_args()
+    start = time.monotonic()
     options = {name: value for name, value in vars(args).items() if name not in ("output", "smoke")}
     settings = {"model": EMBEDDED_MODEL, "sampling": json.dumps(options)}
     folder = embedded_model_folder()
@@ -305,7 +313,8 @@ def main() -> None:
     partial.unlink(missing_ok=True)
 
     n_tokens = sum(len(ids) for ids in tokenizer(texts).input_ids)
-    size, seconds = args.output.stat().st_size / 1e6, time.monotonic() - start
+    size = args.output.stat().st_size / 1e6
+    seconds = time.monotonic() - start
     print(
         f"{args.output}: {len(texts)} documents, {n_tokens} tokens, {size:.2f} MB, {seconds:.0f} s"
     )

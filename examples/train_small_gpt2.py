@@ -1,11 +1,12 @@
 """A small language model of GPT-2's architecture, trained from scratch: how `gpt2-3m` was made.
 
-    python examples/train_small_gpt2.py --text train.parquet --without abc webtext --output output/gpt2-3m  # an hour
+    python examples/train_small_gpt2.py --text train.parquet --without abc webtext \
+        --output output/gpt2-3m  # an hour
     python examples/train_small_gpt2.py --smoke
 
-`--text` is a parquet file with a column `text`, and `source` where some sources are left out; default: the sample that comes
-with the package. Rows are as the dictionaries see them: BOS first, documents joined by BOS. Run again to go on from the last
-checkpoint.
+`--text` is a parquet file with a column `text`, and `source` where some sources are left out;
+default: the sample that comes with the package. Rows are as the dictionaries see them: BOS first,
+documents joined by BOS. Run again to go on from the last checkpoint.
 """
 
 import argparse
@@ -26,7 +27,6 @@ from transformers import (
 )
 
 import sae_lens_qk as qk
-from sae_lens_qk.text import text_sample
 
 BOS = "<|endoftext|>"
 CONTEXT = 256
@@ -43,13 +43,15 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     set_seed(0)
-    data = text_sample() if args.text is None else Dataset.from_parquet(str(args.text))
-    texts = [row["text"] for row in data if row.get("source") not in args.without][
-        : 40 if args.smoke else None
-    ]
+    data = qk.text_sample() if args.text is None else Dataset.from_parquet(str(args.text))
+    texts = [row["text"] for row in data if row.get("source") not in args.without]
+    if args.smoke:
+        texts = texts[:40]
     tokenizer = trained_tokenizer(texts, 512 if args.smoke else 4096)
     rows = token_rows(tokenizer, texts)
-    held_out, rows = rows[: max(2, len(rows) // 100)], rows[max(2, len(rows) // 100) :]
+    n_held_out = max(2, len(rows) // 100)
+    held_out = rows[:n_held_out]
+    rows = rows[n_held_out:]
     bos = tokenizer.bos_token_id
     config = GPT2Config(
         vocab_size=len(tokenizer),
@@ -64,9 +66,9 @@ def main() -> None:
         eos_token_id=bos,
     )
     model = GPT2LMHeadModel(config)
-    Console().print(
-        f"{model.num_parameters() / 1e6:.1f}M parameters, {len(rows) * CONTEXT / 1e6:.2f}M tokens"
-    )
+    n_parameters = model.num_parameters() / 1e6
+    console = Console()
+    console.print(f"{n_parameters:.1f}M parameters, {len(rows) * CONTEXT / 1e6:.2f}M tokens")
     checkpoints = args.output / "checkpoints"
     trainer = Trainer(
         model=model,
@@ -97,9 +99,9 @@ def main() -> None:
     loss = trainer.evaluate()["eval_loss"]
     model.to(torch.float16).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    loaded = qk.load_model(str(args.output))  # as a TransformerBridge, ready for a dictionary
-    as_saved = float(loaded(torch.tensor(held_out[:4]), return_type="loss"))
-    Console().print(f"held-out loss {loss:.3f} nats a token; as saved, {as_saved:.3f} on 4 rows")
+    bridge = qk.load_model(str(args.output))  # ready for a dictionary
+    saved_loss = float(bridge(torch.tensor(held_out[:4]), return_type="loss"))
+    console.print(f"held-out loss {loss:.3f} nats per token; as saved, {saved_loss:.3f} on 4 rows")
 
 
 def trained_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -116,8 +118,9 @@ def token_rows(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarr
     """[row, CONTEXT]: BOS first, documents joined by BOS."""
     bos = tokenizer.bos_token_id
     stream = np.concatenate([[*document, bos] for document in tokenizer(texts)["input_ids"]])
-    stream = stream[: len(stream) // (CONTEXT - 1) * (CONTEXT - 1)].reshape(-1, CONTEXT - 1)
-    return np.concatenate([np.full((len(stream), 1), bos), stream], axis=1)
+    n_rows = len(stream) // (CONTEXT - 1)
+    rows = stream[: n_rows * (CONTEXT - 1)].reshape(n_rows, CONTEXT - 1)
+    return np.concatenate([np.full((n_rows, 1), bos), rows], axis=1)
 
 
 def as_dataset(rows: np.ndarray) -> Dataset:

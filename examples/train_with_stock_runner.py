@@ -1,8 +1,9 @@
 """Train the transcoders of a QK dictionary with SAELens's own runner.
 
-`BilinearQKTrainingRunner` does all of this and step 2; use the stock runner where a SAELens training script exists already.
-Three things it cannot know: the layer's W_Q and W_K (attach), that its evaluator splices outputs back into the input hook
-(turn it off), and that rows must stay whole (mixing 0).
+`BilinearQKTrainingRunner` does all of this and step 2; use the stock runner where a SAELens
+training script exists already. Three things it cannot know: the layer's W_Q and W_K (attach), that its
+evaluator splices outputs back into the input hook (turn it off), and that rows must stay whole
+(mixing 0).
 
     python examples/train_with_stock_runner.py --smoke
 """
@@ -13,8 +14,8 @@ from typing import Any
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
 
 import sae_lens_qk as qk
-from sae_lens_qk.host.layer import attention_spec, hook_names, qk_weights
-from sae_lens_qk.text import text_sample
+
+BATCH_ROWS = 8
 
 
 def train(
@@ -25,26 +26,29 @@ def train(
     n_steps: int = 200,
     d_features: int = 2400,
 ) -> qk.BilinearQKDictionary:
-    spec, weights = attention_spec(model, layer), qk_weights(model, layer)
+    attention = qk.AttentionLayer(model, layer)
+    weights = attention.qk_weights
+    sae = qk.TranscodersTrainingConfig(
+        d_in=attention.spec.d_model,
+        d_query=d_features,
+        d_key=d_features,
+        attention=attention.spec.to_dict(),
+        layer=layer,
+        fingerprint=list(weights.fingerprint()),
+    )
+    batch_tokens = BATCH_ROWS * context_size
     cfg = LanguageModelSAERunnerConfig(
-        sae=qk.TranscodersTrainingConfig(
-            d_in=spec.d_model,
-            d_query=d_features,
-            d_key=d_features,
-            attention=spec.to_dict(),
-            layer=layer,
-            fingerprint=list(weights.fingerprint()),
-        ),
-        hook_name=hook_names(model, layer).input,
+        sae=sae,
+        hook_name=attention.names.input,
         model_class_name="TransformerBridge",
         is_dataset_tokenized=False,
         streaming=False,
         context_size=context_size,
-        train_batch_size_tokens=8 * context_size,
-        store_batch_size_prompts=8,
+        train_batch_size_tokens=batch_tokens,
+        store_batch_size_prompts=BATCH_ROWS,
         n_batches_in_buffer=8,
         activations_mixing_fraction=0.0,
-        training_tokens=n_steps * 8 * context_size,
+        training_tokens=n_steps * batch_tokens,
         lr=4e-3,
         logger=LoggingConfig(log_to_wandb=False),
         checkpoint_path=None,
@@ -62,10 +66,9 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--smoke", action="store_true", help="two steps, few features")
-    smoke = parser.parse_args().smoke
-    bridge = qk.load_model()
-    size = {"n_steps": 2, "d_features": 64} if smoke else {}
-    dictionary = train(bridge, layer=23, dataset=text_sample(), **size)
+    size = {"n_steps": 2, "d_features": 64} if parser.parse_args().smoke else {}
+    dictionary = train(qk.load_model(), layer=23, dataset=qk.text_sample(), **size)
     print(
-        f"trained {dictionary.cfg.d_query} query and {dictionary.cfg.d_key} key features of layer {dictionary.cfg.layer}"
+        f"trained {dictionary.cfg.d_query} query and {dictionary.cfg.d_key} key features of layer "
+        f"{dictionary.cfg.layer}"
     )

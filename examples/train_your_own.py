@@ -1,4 +1,4 @@
-"""Both training steps on the text that comes with the package, then the figures: a small dictionary of another layer.
+"""Both training steps on the package's own text: a small dictionary of another layer, evaluated.
 
 python examples/train_your_own.py            # some ten minutes on two cores
 python examples/train_your_own.py --smoke    # a few steps
@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 import sae_lens_qk as qk
-from sae_lens_qk.text import text_sample, token_rows
+
+STEP = 2048  # tokens
 
 
 def main() -> None:
@@ -21,35 +22,36 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/train_your_own"))
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
-    step = 2048  # tokens
+    sae = qk.TranscodersTrainingConfig(d_in=1, d_query=512, d_key=512, k=16.0, decoder_bias=False)
     cfg = qk.BilinearQKRunnerConfig(
         layer=args.layer,
-        sae=qk.TranscodersTrainingConfig(
-            d_in=1, d_query=512, d_key=512, k=16.0, decoder_bias=False
-        ),
-        training_tokens=(4 if args.smoke else 300) * step,
+        sae=sae,
+        training_tokens=(4 if args.smoke else 300) * STEP,
         lr_warm_up_steps=2 if args.smoke else 20,
         mask=qk.MaskStepConfig(
-            training_tokens=(2 if args.smoke else 100) * step,
+            training_tokens=(2 if args.smoke else 100) * STEP,
             n_pairs=5_000,
             n_candidates=20_000,
-            ranking_tokens=step,
+            ranking_tokens=STEP,
         ),
         input_cache_path=str(args.output / "inputs"),  # the layer's inputs, read by both steps
-        input_cache_tokens=(4 if args.smoke else 80) * step,
+        input_cache_tokens=(4 if args.smoke else 80) * STEP,
         checkpoint_path=None,
         output_path=str(args.output / "dictionary"),
     )
     model = qk.load_model()
-    d = qk.BilinearQKTrainingRunner(cfg, override_model=model, override_dataset=text_sample()).run()
-    held_out = token_rows(model, "", "text", 648, 256)[640:]  # not among the cached rows
-    Console().print(qk.evaluate(d, model, held_out, baselines=("uniform",)))
+    runner = qk.BilinearQKTrainingRunner(
+        cfg, override_dataset=qk.text_sample(), override_model=model
+    )
+    d = runner.run()
+    held_out = qk.token_rows(model, "", "text", 648, 256)[640:]  # not among the cached rows
+    console = Console()
+    console.print(qk.evaluate(d, model, held_out, baselines=("uniform",)))
 
-    again = qk.BilinearQKDictionary.load_from_disk(
-        cfg.output_path
-    )  # what push_to_hub would publish
-    Console().print(f"{cfg.output_path} holds {len(again.feature_map):,} pairs; next:")
-    Console().print(f"python -m sae_lens_qk dashboard --dictionary {cfg.output_path}", markup=False)
+    folder = cfg.output_path  # what push_to_hub would publish
+    saved = qk.BilinearQKDictionary.load_from_disk(folder)
+    console.print(f"{folder} holds {len(saved.feature_map):,} pairs; next:")
+    console.print(f"python -m sae_lens_qk report --dictionary {folder}", markup=False)
 
 
 if __name__ == "__main__":

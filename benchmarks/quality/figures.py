@@ -12,29 +12,28 @@ from matplotlib.figure import Figure
 from benchmarks.quality.planted_report import label, true_number_kl
 from benchmarks.quality.targets import OURS, SQUARED_ERROR, has_control, planted_frame
 from benchmarks.show import log_ticks
-from sae_lens_qk.figures import COLOURS, GREY
+from sae_lens_qk.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 
 Report = dict[str, Any]
 
-_BLUE, _ORANGE, _GREEN, _PINK, _YELLOW, _SKY, _BLACK = COLOURS
 _LIGHT = "#bbbbbb"
 STYLES = {
-    "ours": (_BLACK, "-", "o"),
-    "frozen mask": (_BLUE, "-", "s"),
-    "importance": (_SKY, "-", "^"),
-    "decoder product": (_YELLOW, "-", "v"),
+    "ours": (BLACK, "-", "o"),
+    "frozen mask": (BLUE, "-", "s"),
+    "importance": (SKY, "-", "^"),
+    "decoder product": (ORANGE, "-", "v"),
     "diagonal": (GREY, "-", "D"),
-    "authors": (_ORANGE, "-", "P"),
-    "residual SAE": (_GREEN, "-", "X"),
-    "L2 transcoders": (_PINK, "-", "<"),
+    "authors": (VERMILION, "-", "P"),
+    "residual SAE": (GREEN, "-", "X"),
+    "L2 transcoders": (PURPLE, "-", "<"),
     "contrastive covariances": (GREY, "--", ">"),
 }
 """Colour, line and marker."""
 CAUSAL_STYLES = {
-    "top": (_BLACK, "-", "o", "top k"),
-    "rescaled": (_GREEN, "--", "D", "rescaled to size"),
-    "matched": (_ORANGE, "-", "s", "matched in size"),
-    "other": (_SKY, "-", "^", "other, at random"),
+    "top": (BLACK, "-", "o", "top k"),
+    "rescaled": (GREEN, "--", "D", "rescaled to size"),
+    "matched": (VERMILION, "-", "s", "matched in size"),
+    "other": (SKY, "-", "^", "other, at random"),
 }
 """Top features and their controls."""
 _LOOK = {
@@ -170,7 +169,7 @@ def causal(layers: dict[str, Any], ranking: str) -> Figure:
 def _causal_panel(ax: Axes, results: dict[str, Any], n_cases: int) -> None:
     """Top features on all their cases, and top features and controls on the same ones."""
     all_cases = {int(k): result["top"]["tv"] for k, result in results.items() if result["n"]}
-    style = dict(color=_BLACK, linestyle=":", linewidth=1.2, label="top k, all cases")
+    style = dict(color=BLACK, linestyle=":", linewidth=1.2, label="top k, all cases")
     ax.plot(list(all_cases), list(all_cases.values()), **style)
     for name, (colour, line, marker, words) in CAUSAL_STYLES.items():
         control = "matched" if name == "top" else name

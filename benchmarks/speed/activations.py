@@ -19,8 +19,7 @@ import torch
 import sae_lens_qk as qk
 from benchmarks.speed.peak_memory import PeakMemory
 from sae_lens_qk.host.layer import AttentionLayer
-from sae_lens_qk.inputs import InputCache
-from sae_lens_qk.statistics.activations import RowBatches, cache_batches
+from sae_lens_qk.inputs import InputCache, RowBatches, cache_batches
 
 CONTEXT = 256
 
