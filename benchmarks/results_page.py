@@ -27,6 +27,7 @@ LAYER_23 = "smollm2-135m-instruct-L23"
 SMALLER_MAP = f"{LAYER_23}-25000"
 SOURCES = ("transcoders", "feature_map")
 SETTINGS = ("easy", "easy, rotary", "hard")
+CONTROLS = ("other", "matched")
 
 Json = dict[str, Any]
 
@@ -99,6 +100,7 @@ def shipped_row(name: str, different_tokens: Mapping[str, float]) -> list[str]:
     pairs = evaluation["feature_map"]
     n_query, n_key = page["original_sizes"]
     n_entries = n_query * n_key * len(pairs["pairs_per_head"])
+    # nats that the model loses without this layer's attention: the scale of "recovered"
     worth = sources["zero"]["ce_loss"] - evaluation["ce_clean"]
     tokens = f"{millions(run['training_tokens'])} + {millions(run['mask']['training_tokens'])}"
     if name in different_tokens:
@@ -138,6 +140,7 @@ def aims_of_layer_23() -> list[str]:
     sources = page["evaluation"]["sources"]
     smaller = page["beside"][SMALLER_MAP]["evaluation"]["sources"]
     l0 = max(page["features"][side]["l0"] for side in ("query", "key"))
+    # what, its metrics, least loss recovered, least logit KL recovered
     aims = [
         ("transcoders", sources["transcoders"], 0.98, 0.95),
         ("map of at most 50,000 pairs", sources["feature_map"], 0.96, 0.92),
@@ -187,6 +190,7 @@ def layer_23() -> Json:
 
 def recipes(runs: Sequence[Json]) -> list[str]:
     """Training recipes on the same tokens; ratios are to the authors' recipe as published."""
+    # their recipe with their batch size
     (reference,) = [run for run in runs if run["recipe"].startswith("authors (")]
     rows = [
         [
@@ -218,6 +222,7 @@ def frontier(live: Mapping[str, Sequence[int]]) -> list[str]:
     """
     page = load_json(RESULTS / "dictionaries" / f"{LAYER_23}-validation.json")
     equal = {name: other["evaluation"] for name, other in page["beside"].items()}
+    # all on the same rows; the page itself was made for version 4
     evaluations = {
         **page["frontier"],
         "version 4 of layer 23, 26.2M tokens": page["evaluation"],
@@ -258,6 +263,7 @@ def planted(quality: Json) -> list[str]:
     cases["pairs_kl"] = [kl_of_planted_pairs(case) for _, case in cases.iterrows()]
     metrics = ["recovery_query", "recovery_key", "average_precision", "f1", "pairs_kl"]
     groups = cases.groupby(["method", "setting"], sort=False)
+    # over seeds
     means = groups[[*metrics, "transcoders_kl"]].mean()
     rows = []
     for method in cases["method"].unique():
@@ -276,8 +282,8 @@ def planted(quality: Json) -> list[str]:
 
 def kl_of_planted_pairs(case: Any) -> float | None:
     """KL of the pattern that the first pairs of a ranking make, as many as are planted."""
-    points = case["curve"] if isinstance(case["curve"], list) else []
-    for point in points:
+    for point in case["curve"]:
+        # None for a method without decoders: it makes no pattern
         if point["n_pairs"] == case["planted_pairs"]:
             return point["pattern_kl"]
     return None
@@ -288,18 +294,22 @@ def removals(quality: Json) -> list[str]:
     header = ["layer, dictionary", "`effect`, query: k = 2", "10", "key: k = 2", "10"]
     header += ["`marginal`, query: k = 2", "10", "key: k = 2", "10", "predicted", "twins"]
     rows = []
-    for layer, name, measured in dictionaries_by_layer(quality["causal"]):
+    # the layer of the shipped dictionary first
+    layers = sorted(quality["causal"].items(), reverse=True)
+    dictionaries = [(layer, name) for layer, values in layers for name in values]
+    for layer, name in dictionaries:
+        outcomes = quality["causal"][layer][name]
         cells = []
         for ranking in ("effect", "marginal"):
             for side in ("query", "key"):
-                outcomes = measured["rankings"][ranking][side]["by_k"]
-                cells += [won(outcomes["2"]), won(outcomes["10"])]
+                sizes = outcomes["rankings"][ranking][side]["by_k"]
+                cells += [won(sizes["2"]), won(sizes["10"])]
         drops = [
-            measured["rankings"]["effect"][side]["by_k"]["5"]["prediction"]["score_drop"]
+            outcomes["rankings"]["effect"][side]["by_k"]["5"]["prediction"]["score_drop"]
             for side in ("query", "key")
         ]
         cells.append(" / ".join(fixed(drop["pearson"], 2) for drop in drops))
-        cells.append(fixed(measured["twins"]["transcoders"]["pearson"], 2))
+        cells.append(fixed(outcomes["twins"]["transcoders"]["pearson"], 2))
         parts = quality["explained"][layer][name]["transcoders"]
         for part in ("all", "without_always_on"):
             cells.append(percent(parts[part]["score_explained"]["mean"]))
@@ -307,16 +317,10 @@ def removals(quality: Json) -> list[str]:
     return markdown_table([*header, "explained", "sparse"], rows)
 
 
-def dictionaries_by_layer(section: Json) -> list[tuple[str, str, Json]]:
-    """(layer, name, values), the layer of the shipped dictionary first."""
-    layers = sorted(section, reverse=True)
-    return [(layer, name, section[layer][name]) for layer in layers for name in section[layer]]
-
-
 def won(outcome: Json) -> str:
     """Cases with a larger drop of the score than as many others / the ones matched on size."""
     controls = outcome["controls"]
-    shares = [controls[name]["wins"]["score_drop"][0] for name in ("other", "matched")]
+    shares = [controls[name]["wins"]["score_drop"][0] for name in CONTROLS]
     return " / ".join(f"{100 * share:.0f}" for share in shares)
 
 
@@ -336,6 +340,7 @@ def speed(report: Json) -> list[str]:
     """What `make bench` measures, against its targets."""
     results = report["results"]
     rows = []
+    # data, times faster, times less memory
     aims = [("random", 30, 10), ("clustered", 30, 10), ("live", 10, None)]
     for data, faster, less in aims:
         dense = results[f"step2.{data}.dense"]
@@ -379,6 +384,7 @@ def model_speed(results: Json) -> list[list[str]]:
     """Training steps and patched forward passes of SmolLM2."""
     forward = results["smollm2.patched"]["rows"]
     step1 = results["smollm2.step1"]["seconds"]
+    # seconds by (number of pairs, transcoders tuned along)
     steps = {
         (row["pairs"], row["fine_tune"]): row["seconds"] for row in results["smollm2.step2"]["rows"]
     }
@@ -440,7 +446,7 @@ def numbers(value: float | Sequence[float], form: str | Sequence[str]) -> str:
 
 def plain(number: float, form: str) -> str:
     """A number as people write it: thousands apart, exponents without a leading zero."""
-    if form != "g":
+    if form != "g":  # digits as they were reported
         return f"{number:{form}}"
     return f"{number:,}" if isinstance(number, int) else scientific(number, "g")
 
@@ -455,6 +461,7 @@ def within(row: Json) -> bool | None:
     if limit is None:
         return None
     value = row["value"]
+    # a range keeps to its limit where both ends do
     values = list(value.values()) if isinstance(value, dict) else value
     values = values if isinstance(values, list) else [values]
     limits = limit if isinstance(limit, list) else [limit] * len(values)
