@@ -1,10 +1,10 @@
 """Draw a text sample from the embedded model: SmolLM2-135M-Instruct continues varied openings.
 
 The demo and the tests need a few hundred thousand tokens of ordinary text that come from nowhere
-but the model they study: no download, no licence but the model's. Each document is an opening, built
-from the lists below, and a continuation of fixed length, without chat template or special tokens.
-The result is a parquet file with one string column `text`, a document per row; the settings are in
-the metadata of its schema.
+but the model they study: no download, no licence but the model's. Each document is an opening,
+built from the lists below, and a continuation of fixed length, without chat template or special
+tokens. The result is a parquet file with one string column `text`, a document per row; the settings
+are in the metadata of its schema.
 
     python examples/sample_text.py            # 210,000 tokens, into the package
     python examples/sample_text.py --smoke    # a few dozen tokens, into the temporary folder

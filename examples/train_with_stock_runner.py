@@ -1,8 +1,8 @@
 """Train the transcoders of a QK dictionary with SAELens's own runner.
 
 `BilinearQKTrainingRunner` does all of this and step 2; use the stock runner where a SAELens
-training script exists already. Three things it cannot know: the layer's W_Q and W_K (attach), that its
-evaluator splices outputs back into the input hook (turn it off), and that rows must stay whole
+training script exists already. Three things it cannot know: the layer's W_Q and W_K (attach), that
+its evaluator splices outputs back into the input hook (turn it off), and that rows must stay whole
 (mixing 0).
 
     python examples/train_with_stock_runner.py --smoke
