@@ -1,1 +1,1 @@
-"""Static HTML reports of a dictionary: see `report.write_report`."""
+"""One HTML file that shows a dictionary, its statistics and explained prompts; see `report`."""

@@ -1,36 +1,75 @@
 """Static HTML report: one self-contained file that works from disk, offline, without a server."""
 
-import base64
-import hashlib
-import json
+import warnings
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
-from sae_lens_qk.statistics.activations import ActivationStatistics
-from sae_lens_qk.explain.prompt import Prompt
-from sae_lens_qk.dashboard.data import Inputs, ReportLimits, Words, report_data
+from sae_lens_qk.dashboard.data import report_data
+from sae_lens_qk.dashboard.overview import head_tables
+from sae_lens_qk.dashboard.page import write_page
+from sae_lens_qk.dashboard.pages import ReportLimits
+from sae_lens_qk.dashboard.prompts import Explanation, Prompt, check_prompts
+from sae_lens_qk.dashboard.texts import Inputs, Words
 from sae_lens_qk.dictionary import BilinearQKDictionary
+from sae_lens_qk.host.layer import AttentionLayer
+from sae_lens_qk.host.support import Model
+from sae_lens_qk.inputs import model_batches
+from sae_lens_qk.statistics.activations import ActivationStatistics, collect_activations
+from sae_lens_qk.text import token_rows
 
-CHARTS = "vendor/chart.umd.min.js"
-SCRIPTS = (
-    "dom.js",
-    "store.js",
-    "tables.js",
-    "charts.js",
-    "texts.js",
-    "prompt.js",
-    "views.js",
-    "search.js",
-    "main.js",
-)
-"""In one script element, in this order: they share their names."""
+_TEXT_ROWS = 100
+_TEXT_CONTEXT = 256
+_FIRST_TOKEN_BATCHES = 3
+"""Batches on which the features of the first token are looked for."""
 
-_ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
+
+def write_explained(
+    path: str | Path,
+    d: BilinearQKDictionary,
+    model: Model,
+    prompts: Sequence[Prompt],
+    explanations: Sequence[Explanation],
+    tokens: Int[Tensor, "row pos"] | None = None,
+    *,
+    statistics: ActivationStatistics | str | Path | None = None,
+    title: str | None = None,
+    limits: ReportLimits = ReportLimits(),  # noqa: B008  # frozen
+) -> Path:
+    """Write a report of prompts that are recorded, and explained, already.
+
+    What `explain.report.report` and `Attribution.report` end in, and what their arguments mean.
+    """
+    d.require_feature_map()
+    check_prompts(d, prompts)
+    layer = AttentionLayer(model, d.cfg.layer)
+    if not isinstance(statistics, ActivationStatistics):
+        if tokens is None:
+            context_size = min(_TEXT_CONTEXT, model.cfg.n_ctx)
+            tokens = token_rows(model, "", "text", _TEXT_ROWS, context_size)
+        batches = model_batches(model, layer.index, tokens)
+        statistics = collect_activations(d, batches, folder=statistics)
+    elif tokens is not None:
+        raise ValueError("Statistics are of their own rows: give tokens or statistics, not both.")
+    text_rows = torch.from_numpy(statistics.tokens).long()
+    batches = model_batches(model, layer.index, text_rows)
+    data = report_data(
+        d,
+        statistics,
+        prompts,
+        explanations,
+        words=_model_words(model),
+        title=title or _default_title(d),
+        limits=limits,
+        inputs=layer.inputs,
+        tables=head_tables(d, statistics, islice(batches, _FIRST_TOKEN_BATCHES)),
+    )
+    return write_page(path, data)
 
 
 def write_report(
@@ -45,80 +84,36 @@ def write_report(
     inputs: Inputs | None = None,
     tables: Mapping[str, pd.DataFrame] | None = None,
 ) -> Path:
-    """Write what a dictionary has found as one HTML file: prompts, features, pairs and heads.
-
-    Args:
-        path: of the file; its folder is made.
-        statistics: of the texts the contexts are taken from, collected with this dictionary.
-        prompts: to be explained, of at most 128 tokens each.
-        words: token ids -> one string each, e.g. `lambda ids: tokenizer.batch_decode([[i] for i in ids])`.
-        title: default: the model's name and the layer.
-        limits: how much of the dictionary the file holds.
-        inputs: rows of tokens -> the layer's input, e.g. `lambda rows: host.layer_inputs(model, layer, rows)`: contexts
-            then show the activations of all their tokens; without it only that of the strongest.
-        tables: further tables for the first page, by title.
-    Returns:
-        The path.
-    Raises:
-        ValueError: no feature map, or statistics or prompts of another dictionary.
-    """
-    title = title or f"{d.cfg.model_name}, layer {d.cfg.layer}"
-    html = render(report_data(d, statistics, prompts, words, title, limits, inputs, tables))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        html, encoding="utf-8", newline="\n"
-    )  # the hashes of the policy are of these very bytes
-    return path
-
-
-def render(data: Mapping[str, Any]) -> str:
-    """The page that shows `report_data`."""
-    loader = PackageLoader("sae_lens_qk.dashboard")
-    environment = Environment(
-        loader=loader,
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    """Old way to write a report, which goes with the next release: see `sae_lens_qk.report`."""
+    warnings.warn(
+        "write_report is now sae_lens_qk.report(path, d, model, prompts).",
+        DeprecationWarning,
+        stacklevel=2,
     )
-
-    def source(name: str) -> str:
-        return loader.get_source(environment, name)[0]
-
-    own = "\n".join(source(name) for name in SCRIPTS)
-    scripts = [source(CHARTS), f'(() => {{\n"use strict";\n{own}\n}})();']
-    style = source("report.css")
-    return environment.get_template("report.html.jinja").render(
-        title=data["overview"]["title"],
-        policy=content_policy(scripts, style),
-        style=Markup(style),
-        scripts=[Markup(script) for script in scripts],
-        sections={name: json_for_script(section) for name, section in data.items()},
-        n_prompts=len(data["prompts"]),
+    data = report_data(
+        d,
+        statistics,
+        prompts,
+        words=words,
+        title=title or _default_title(d),
+        limits=limits,
+        inputs=inputs,
+        tables=tables,
     )
+    return write_page(path, data)
 
 
-def content_policy(scripts: Sequence[str], style: str) -> str:
-    """A Content-Security-Policy under which nothing but these scripts and this style runs, and nothing is fetched."""
-
-    def source(text: str) -> str:
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-    return "; ".join(
-        [
-            "default-src 'none'",
-            f"script-src {' '.join(source(script) for script in scripts)}",
-            f"style-src {source(style)}",
-            "img-src data:",
-            "base-uri 'none'",
-            "form-action 'none'",
-            "require-trusted-types-for 'script'",
-        ]
-    )
+def _default_title(d: BilinearQKDictionary) -> str:
+    return f"{d.cfg.model_name}, layer {d.cfg.layer}"
 
 
-def json_for_script(value: Any) -> Markup:
-    """JSON that can stand in a script element: ASCII, without a character that HTML could read as markup."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return Markup(text.translate(_ESCAPES))
+def _model_words(model: Model) -> Words:
+    """Token ids as the model's tokenizer writes them."""
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise ValueError("The model has no tokenizer: a report needs one for its words.")
+
+    def words(token_ids: Sequence[int]) -> list[str]:
+        return tokenizer.batch_decode([[token_id] for token_id in token_ids])
+
+    return words

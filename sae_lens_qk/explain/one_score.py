@@ -18,6 +18,7 @@ import html
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from torch import Tensor
 
+from sae_lens_qk.dashboard.report import write_explained
 from sae_lens_qk.explain.check import Check, check
 from sae_lens_qk.explain.graph import graph_fields
 from sae_lens_qk.explain.prompt import RecordedPrompt, ScorePosition
@@ -286,6 +288,21 @@ class Attribution:
     def to_json(self, n: int = 10, source: Source | None = None, indent: int | None = None) -> str:
         """`to_dict` as JSON text."""
         return json.dumps(self.to_dict(n, source), indent=indent, allow_nan=False)
+
+    def report(
+        self, path: str | Path, tokens: Int[Tensor, "row pos"] | None = None, **options: Any
+    ) -> Path:
+        """Write this attribution, on its prompt's page of a report; with its check, if any.
+
+        Args:
+            path, tokens: as of `sae_lens_qk.report`.
+            **options: statistics, title, limits, as of `sae_lens_qk.report`.
+        Returns:
+            The path.
+        """
+        prompt = self.prompt
+        d = prompt.dictionary
+        return write_explained(path, d, prompt.model, [prompt], [self], tokens, **options)
 
     def __str__(self) -> str:
         head, i, j = self.position

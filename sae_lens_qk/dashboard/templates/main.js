@@ -15,8 +15,8 @@ function promptRoute(at, wanted) {
   const prompt = data("prompts")[at];
   if (!prompt) return null;
   const given = Object.fromEntries(Object.entries(wanted).filter(([, value]) => value !== undefined));
-  const { head = 0, i = 0, j = 0 } = given;
-  return head < overview.n_heads && i < prompt.words.length && j <= i && promptView(at, given);
+  const { head = 0, i = 0, j = prompt.first_keys[i] } = given;
+  return head < overview.n_heads && i < prompt.words.length && isAllowed(prompt, i, j) && promptView(at, given);
 }
 
 function notFound(path) {
@@ -61,7 +61,7 @@ function show({ moveFocus }) {
   content.replaceChildren(...view.nodes.filter(Boolean));
   for (const node of document.querySelectorAll("[data-nav]")) markCurrent(node, path);
   if (!path.startsWith("/search/")) searchText.value = "";
-  paintAll();
+  repaint();
   if (moveFocus) {
     const heading = content.querySelector("h1");
     heading.tabIndex = -1;
@@ -103,6 +103,11 @@ function remembered() {
   } catch {
     return null;
   }
+}
+
+/** Pictures that the style sheet does not colour. */
+function repaint() {
+  for (const canvas of content.querySelectorAll("canvas")) canvas.paint();
 }
 
 function setTheme(theme) {

@@ -7,8 +7,8 @@ const PATTERNS = [
 ];
 const LEVELS = [0, 0.01, 0.05, 0.2, 0.5, 1];
 const SOURCES = [
-  ["feature_map", "kept pairs"],
-  ["transcoders", "all pairs"],
+  ["feature_map", "feature map"],
+  ["transcoders", "transcoders"],
 ];
 
 /** Depth of colour of an attention weight or a difference of two. */
@@ -17,34 +17,44 @@ const level = (value) => Math.abs(value) ** 0.6;
 /** How many patterns stand side by side, so that cells are large enough. */
 const columnsFor = (nTokens) => (nTokens <= 36 ? 3 : nTokens <= 56 ? 2 : 1);
 
-/** Place of (query, key) in a pattern, row after row of allowed keys. */
-const placeOf = (i, j) => (i * (i + 1)) / 2 + j;
+/** Whether a query of a prompt may attend to a key. */
+const isAllowed = (prompt, i, j) => j <= i && j >= prompt.first_keys[i];
+
+/** Place of (query, key) in a pattern, the allowed keys of each query in turn. */
+function placeOf(prompt, i, j) {
+  prompt.starts ??= rowStarts(prompt.first_keys);
+  return prompt.starts[i] + j - prompt.first_keys[i];
+}
+
+function rowStarts(firstKeys) {
+  let next = 0;
+  return firstKeys.map((first, i) => {
+    const start = next;
+    next += i - first + 1;
+    return start;
+  });
+}
 
 const quoted = (word, pos) => `"${visible(word)}" (${pos})`;
 
-/** The head and key to which the last token attends most, itself and the first token left aside. */
-function strikingCell(prompt) {
+/** The attention weight that a prompt opens with: the first one that is explained, if any is. */
+function firstCell(prompt) {
   const i = prompt.words.length - 1;
-  let best = { head: 0, i, j: 0, weight: -1 };
-  prompt.true.forEach((pattern, head) => {
-    for (let j = 1; j < i; j++) {
-      const weight = pattern[placeOf(i, j)];
-      if (weight > best.weight) best = { head, i, j, weight };
-    }
-  });
-  return best;
+  const [cell = `0/${i}/${prompt.first_keys[i]}`] = Object.keys(prompt.explanations);
+  const [head, query, key] = cell.split("/").map(Number);
+  return { head, i: query, j: key };
 }
 
 function promptView(number, wanted) {
   const prompt = data("prompts")[number];
-  const state = { source: "feature_map", ...strikingCell(prompt), ...wanted };
+  const state = { source: "feature_map", ...firstCell(prompt), ...wanted };
   const text = el("div", { class: "prompt-text" });
   const pairs = el("section", { class: "cell-pairs", "aria-live": "off" });
   const readout = el("p", { class: "readout", "aria-hidden": "true" });
-  const grids = PATTERNS.map(([kind, title, note]) => patternGrid(prompt.words, kind, title, note, choose, point));
+  const grids = PATTERNS.map(([kind, title, note]) => patternGrid(prompt, kind, title, note, choose, point));
 
   const valuesAt = (i, j) => {
-    const at = placeOf(i, j);
+    const at = placeOf(prompt, i, j);
     const [real, rebuilt] = [prompt.true[state.head][at], prompt.rebuilt[state.source][state.head][at]];
     return { true: real, rebuilt, difference: rebuilt - real };
   };
@@ -78,7 +88,7 @@ function promptView(number, wanted) {
     for (const grid of grids) grid.select(i, j);
     point(i, j);
     text.replaceChildren(promptText(prompt.words, i, j));
-    pairs.replaceChildren(...cellPairs(prompt, state, valuesAt(i, j)));
+    pairs.replaceChildren(...cellView(prompt, state, valuesAt(i, j)).flat(Infinity).filter(Boolean));
   }
 
   draw();
@@ -107,6 +117,7 @@ function promptView(number, wanted) {
       ),
       legend(),
       readout,
+      explainedLinks(number, prompt),
       pairs,
     ],
   };
@@ -144,34 +155,40 @@ function headPicker(prompt, chosen, onChange) {
       checked: head === chosen,
       on: { change: () => onChange(head) },
     });
-    return el("label", {}, input, thumbnail(pattern, prompt.words.length), el("span", {}, hidden("Head "), String(head)));
+    return el("label", {}, input, thumbnail(prompt, pattern), el("span", {}, hidden("Head "), String(head)));
   };
   return el("fieldset", { class: "heads" }, el("legend", {}, "Head"), prompt.true.map(option));
 }
 
-function thumbnail(pattern, size) {
+/** A small picture of a pattern, painted again in the colour of another theme. */
+function thumbnail(prompt, pattern) {
+  const size = prompt.words.length;
   const canvas = el("canvas", { width: size, height: size, "aria-hidden": "true" });
-  return painted(canvas, () => {
+  canvas.paint = () => {
     const context = canvas.getContext("2d");
-    const ink = color("positive-fill");
     context.clearRect(0, 0, size, size);
-    context.fillStyle = ink;
+    context.fillStyle = getComputedStyle(canvas).color;
     for (let i = 0; i < size; i++) {
-      for (let j = 0; j <= i; j++) {
-        context.globalAlpha = Math.min(level(pattern[placeOf(i, j)]), 1);
+      for (let j = prompt.first_keys[i]; j <= i; j++) {
+        context.globalAlpha = Math.min(level(pattern[placeOf(prompt, i, j)]), 1);
         context.fillRect(j, i, 1, 1);
       }
     }
-  });
+  };
+  return canvas;
 }
 
-/** A lower triangle of cells, one a (query, key), in which arrow keys move. */
-function patternGrid(words, kind, title, note, onChoose, onPoint) {
+/** Cells of the allowed keys, one per (query, key), in which arrow keys move. */
+function patternGrid(prompt, kind, title, note, onChoose, onPoint) {
+  const { words, first_keys: first } = prompt;
   const cells = words.map((_, i) =>
-    words
-      .slice(0, i + 1)
-      .map((_, j) => el("div", { role: "gridcell", class: "cell", tabindex: "-1", "data-i": i, "data-j": j })),
+    words.slice(first[i], i + 1).map((_, n) => {
+      const j = first[i] + n;
+      const style = n === 0 && j > 0 ? { "grid-column": j + 2 } : {}; // behind the heading and keys out of reach
+      return el("div", { role: "gridcell", class: "cell", tabindex: "-1", "data-i": i, "data-j": j, style });
+    }),
   );
+  const cellAt = (i, j) => cells[i][j - first[i]];
   const heading = (word, role) => el("div", { role, class: role }, el("span", {}, standalone(word)));
   const rows = words.map((word, i) => el("div", { role: "row" }, heading(word, "rowheader"), cells[i]));
   const corner = el("div", { role: "columnheader", class: "corner" }, hidden("query"));
@@ -203,12 +220,13 @@ function patternGrid(words, kind, title, note, onChoose, onPoint) {
     const [i, j] = [Number(focus.dataset.i), Number(focus.dataset.j)];
     const last = words.length - 1;
     const all = event.ctrlKey;
+    const down = Math.min(i + 1, last);
     const moves = {
       ArrowUp: [Math.max(i - 1, j), j],
-      ArrowDown: [Math.min(i + 1, last), j],
-      ArrowLeft: [i, Math.max(j - 1, 0)],
+      ArrowDown: [isAllowed(prompt, down, j) ? down : i, j],
+      ArrowLeft: [i, Math.max(j - 1, first[i])],
       ArrowRight: [i, Math.min(j + 1, i)],
-      Home: all ? [0, 0] : [i, 0],
+      Home: all ? [0, 0] : [i, first[i]],
       End: all ? [last, last] : [i, i],
     };
     if (event.key in moves) moveTo(...moves[event.key]);
@@ -223,7 +241,7 @@ function patternGrid(words, kind, title, note, onChoose, onPoint) {
     focus.tabIndex = 0;
   }
   function moveTo(i, j) {
-    stop(cells[i][j]);
+    stop(cellAt(i, j));
     focus.focus();
     onPoint(i, j);
   }
@@ -247,13 +265,13 @@ function patternGrid(words, kind, title, note, onChoose, onPoint) {
     },
     select(i, j) {
       chosen?.removeAttribute("aria-selected");
-      chosen = cells[i][j];
+      chosen = cellAt(i, j);
       chosen.setAttribute("aria-selected", "true");
       stop(chosen);
     },
     point(i, j) {
       pointed?.classList.remove("pointed");
-      pointed = cells[i][j];
+      pointed = cellAt(i, j);
       pointed.classList.add("pointed");
     },
   };
@@ -280,69 +298,4 @@ function legend() {
     scale("weight, or too much", "", LEVELS),
     scale("too little", "negative", LEVELS.slice(1)),
   );
-}
-
-/** The strongest supporters and inhibitors of an attention weight. */
-function cellPairs(prompt, { head, i, j }, { true: real, rebuilt }) {
-  const place = [chip(prompt.words[i]), ` (${i}) attends to `, chip(prompt.words[j]), ` (${j})`];
-  const heading = el("h2", {}, `Head ${head}: `, place);
-  const values = el(
-    "p",
-    {},
-    "Weight in the model ",
-    el("strong", {}, real.toFixed(3)),
-    ", rebuilt ",
-    el("strong", {}, rebuilt.toFixed(3)),
-    ".",
-  );
-  const listed = prompt.cells[`${head}/${i}/${j}`];
-  if (!listed) {
-    const partly = Object.keys(prompt.cells).length < prompt.n_cells;
-    const why = partly
-      ? "Pairs are listed for the largest attention weights of a prompt; this one is not among them."
-      : "No kept pair is active here.";
-    return [heading, values, el("p", { class: "empty" }, why)];
-  }
-  const most = Math.max(...listed.map((pair) => Math.abs(pair[3])));
-  const half = (title, rows, note) => pairList(title, note, rows, head, most);
-  return [
-    heading,
-    values,
-    el(
-      "div",
-      { class: "halves" },
-      half(
-        "Supporting pairs",
-        listed.filter((pair) => pair[3] > 0),
-        "raise this attention weight",
-      ),
-      half("Inhibiting pairs", listed.filter((pair) => pair[3] < 0).reverse(), "lower it"),
-    ),
-    el(
-      "p",
-      { class: "note" },
-      "Contribution: the pair's term in the score. Pattern effect: the same minus its mean over keys under the head's own ",
-      "pattern, which is how fast the logarithm of this weight grows along the pair.",
-    ),
-  ];
-}
-
-function pairList(title, note, rows, head, most) {
-  return table({
-    caption: [el("strong", {}, title), ` ${note}`],
-    rows,
-    empty: `${title}: none.`,
-    columns: [
-      { name: "Query feature", cell: ([a]) => featureName("query", a) },
-      { name: "Key feature", cell: ([, b]) => featureName("key", b) },
-      { name: "Contribution", numeric: true, value: (row) => row[2], cell: (row) => signed(row[2]) },
-      {
-        name: "Pattern effect",
-        numeric: true,
-        value: (row) => row[3],
-        cell: (row) => [signed(row[3]), meter(row[3], most)],
-      },
-      { name: "Pair", cell: ([a, b]) => pairLink(pairNumber(a, b, head)) },
-    ],
-  });
 }

@@ -1,6 +1,6 @@
 // Overview, heads, features and pairs.
 
-const IMPORTANCE_NOTE = "what dropping the pair costs, to leading order, in nats a query";
+const IMPORTANCE_NOTE = "what dropping the pair costs, to leading order, in nats per query";
 
 // Overview
 
@@ -18,7 +18,7 @@ function overviewView() {
         `${plural(o.n_heads, "head")}. Contexts come from ${whole.format(o.n_tokens)} tokens of text.`,
       ),
       promptCards(),
-      o.metrics?.sources && figuresSection(o.metrics),
+      o.metrics?.sources && metricsSection(o.metrics),
       section("Features and heads", el("div", { class: "columns" }, densityChart(), pairsChart())),
       ...o.tables.map((t) =>
         section(
@@ -53,20 +53,20 @@ function promptCards() {
 }
 
 const SOURCE_NAMES = {
-  transcoders: "all pairs (transcoders)",
-  feature_map: "kept pairs (feature map)",
+  transcoders: "transcoders (all pairs)",
+  feature_map: "feature map (kept pairs)",
   zero: "baseline: zero",
   mean: "baseline: mean pattern",
   uniform: "baseline: uniform",
   shuffled: "baseline: shuffled",
 };
 
-function figuresSection(metrics) {
+function metricsSection(metrics) {
   const interval = (format, i) => {
     if (!i) return NOT_KNOWN;
     return [format(i.value), i.high > i.low && el("span", { class: "interval" }, ` ${format(i.low)} to ${format(i.high)}`)];
   };
-  const column = (name, note, cell) => ({ name, note, numeric: true, cell: ([, figures]) => cell(figures) });
+  const column = (name, note, cell) => ({ name, note, numeric: true, cell: ([, values]) => cell(values) });
   const measured = metrics.features && [
     ["Query features at a token", number(metrics.features.l0_query), `${whole.format(metrics.features.live_query)} live`],
     ["Key features at a token", number(metrics.features.l0_key), `${whole.format(metrics.features.live_key)} live`],
@@ -104,37 +104,20 @@ function densityChart() {
   const { log10_edges: edges, query, key } = overview.density;
   const live = SIDES.map((side) => ofAll(overview.live[side], sizeOf(side)));
   const labels = edges.slice(0, -1).map((edge, at) => `${share(10 ** edge)} to ${share(10 ** edges[at + 1])}`);
+  const series = [
+    { name: "query features", values: query, look: () => "series-1" },
+    { name: "key features", values: key, look: () => "series-2" },
+  ];
+  const wholeEdges = edges.map((edge, at) => [at / (edges.length - 1), edge]).filter(([, edge]) => Number.isInteger(edge));
   return chart({
     title: "How often features fire",
     summary: `Share of tokens, logarithmic. ${live[0]} query and ${live[1]} key features fire at all.`,
-    configure: () => ({
-      type: "bar",
-      data: {
-        labels,
-        datasets: [
-          {
-            label: "query features",
-            data: query,
-            backgroundColor: color("series-1"),
-            categoryPercentage: 0.9,
-            barPercentage: 1,
-          },
-          {
-            label: "key features",
-            data: key,
-            backgroundColor: color("series-2"),
-            categoryPercentage: 0.9,
-            barPercentage: 1,
-          },
-        ],
-      },
-      x: {
-        title: "share of tokens",
-        ticks: { autoSkip: false, callback: (_, at) => (Number.isInteger(edges[at]) ? share(10 ** edges[at]) : null) },
-      },
-      y: { title: "features" },
-      legend: true,
-    }),
+    labels,
+    series,
+    kind: "grouped",
+    xTicks: wholeEdges.map(([place, edge]) => [place, share(10 ** edge)]),
+    xTitle: "share of tokens",
+    yTitle: "features",
     columns: ["Share of tokens", "Query features", "Key features"],
     rows: labels.map((text, at) => [text, query[at], key[at]]).filter((row) => row[1] || row[2]),
   });
@@ -143,25 +126,20 @@ function densityChart() {
 function pairsChart() {
   const { pairs, with_constant: constant } = overview.heads;
   const between = pairs.map((n, head) => n - constant[head]);
-  const parts = [
-    ["between features", between, "series-1"],
-    ["with the constant", constant, "series-2"],
-  ].filter(([, counts]) => counts.some((n) => n > 0));
+  const series = [
+    { name: "between features", values: between, look: () => "series-1" },
+    { name: "with the constant", values: constant, look: () => "series-2" },
+  ].filter(({ values }) => values.some((n) => n > 0));
   return chart({
     title: "Kept pairs by head",
-    summary: `${whole.format(Math.min(...pairs))} to ${whole.format(Math.max(...pairs))} a head.`,
-    configure: () => ({
-      type: "bar",
-      data: {
-        labels: pairs.map((_, head) => head),
-        datasets: parts.map(([name, counts, series]) => ({ label: name, data: counts, backgroundColor: color(series) })),
-      },
-      x: { title: "head", scale: { stacked: true } },
-      y: { title: "pairs", scale: { stacked: true } },
-      legend: parts.length > 1,
-    }),
-    columns: ["Head", ...parts.map(([name]) => name)],
-    rows: pairs.map((_, head) => [head, ...parts.map(([, counts]) => counts[head])]),
+    summary: `${whole.format(Math.min(...pairs))} to ${whole.format(Math.max(...pairs))} per head.`,
+    labels: pairs.map((_, head) => String(head)),
+    series,
+    kind: "stacked",
+    xTitle: "head",
+    yTitle: "pairs",
+    columns: ["Head", ...series.map(({ name }) => name)],
+    rows: pairs.map((_, head) => [head, ...series.map(({ values }) => values[head])]),
   });
 }
 
@@ -189,7 +167,7 @@ function shownSection() {
 function headsView() {
   const { pairs, with_constant: constant, importance } = overview.heads;
   const map = overview.metrics?.sources?.feature_map;
-  const figure = (name, note, values) =>
+  const column = (name, note, values) =>
     values && { name, note, numeric: true, value: (h) => values[h], cell: (h) => number(values[h]) };
   return {
     title: "Heads",
@@ -202,19 +180,19 @@ function headsView() {
         order: { column: 0, descending: false },
         columns: [
           { name: "Head", value: (h) => h, cell: (h) => link(`#/pairs/${h}`, `Head ${h}`) },
-          figure("Pairs", "", pairs),
+          column("Pairs", "", pairs),
           constant.some((n) => n > 0) &&
-            figure("With the constant", "pairs of which one side is the constant feature", constant),
-          figure("Importance", `sum over its pairs of ${IMPORTANCE_NOTE}`, importance),
-          figure("Pattern KL", "of the pattern rebuilt from kept pairs, nats", map?.pattern_kl_per_head),
-          figure("Score explained", "by pairs of two features, weighted by the pattern", map?.score_explained),
+            column("With the constant", "pairs of which one side is the constant feature", constant),
+          column("Importance", `sum over its pairs of ${IMPORTANCE_NOTE}`, importance),
+          column("Pattern KL", "of the pattern rebuilt from kept pairs, nats", map?.pattern_kl_per_head),
+          column("Score explained", "by pairs of two features, weighted by the pattern", map?.score_explained),
         ].filter(Boolean),
       }),
       el(
         "div",
         { class: "columns" },
         pairsChart(),
-        headBars("Importance by head", "Sum over its kept pairs, nats a query.", importance, 220),
+        headBars("Importance by head", "Sum over its kept pairs, nats per query.", importance, 220),
       ),
     ],
   };
@@ -271,7 +249,7 @@ function featureView(side, feature) {
         ["Mean activation", number(f.mean[at]), "where it fires"],
         ["Largest", number(f.max[at])],
         ["Kept pairs", whole.format(f.pairs[at])],
-        ["Importance", number(f.importance[at]), "all its pairs, nats a query"],
+        ["Importance", number(f.importance[at]), "all its pairs, nats per query"],
       ]),
       el(
         "div",
@@ -402,7 +380,7 @@ function pairView(pair) {
       ),
       facts([
         ["Weight", number(p.weight[at]), "m, from 0 to 1"],
-        ["Importance", number(p.importance[at]), "nats a query"],
+        ["Importance", number(p.importance[at]), "nats per query"],
         ["Mean term", signed(p.mean[at]), "in the score, where both fire"],
         ["Range", `${signed(p.min[at])} to ${signed(p.max[at])}`],
         ["Co-occurrence", share(p.co_occurrence[at]), "of (query, key) places"],
@@ -443,16 +421,11 @@ function offsetSection(p, at) {
       title: "Typical score term",
       summary:
         "Both features at their mean activation, by how many tokens the key lies before the query; far ones as means.",
-      configure: () => ({
-        type: "line",
-        data: {
-          labels,
-          datasets: [{ data: values, borderColor: color("series-1"), borderWidth: 2, pointRadius: 0, pointHitRadius: 8 }],
-        },
-        x: { title: "query position − key position", ticks: { maxTicksLimit: 14 } },
-        y: { title: "score", scale: { suggestedMin: 0, suggestedMax: 0 } },
-        tooltip: { callbacks: { title: ([point]) => `${point.label} back`, label: (point) => signed(point.parsed.y) } },
-      }),
+      labels,
+      series: [{ name: "score", values, look: () => "series-1" }],
+      kind: "line",
+      xTitle: "query position − key position",
+      yTitle: "score",
       columns: ["Distance", "Score"],
       rows: values.map((value, n) => [labels[n], value]),
     }),
@@ -462,7 +435,7 @@ function offsetSection(p, at) {
 function sameFeaturesSection(listed, a, b) {
   const measures = [
     ["Weight", "m, by head", 1],
-    ["Importance", "nats a query", 2],
+    ["Importance", "nats per query", 2],
     ["Effect", "mean score before m", 3],
   ];
   const byHead = (column) => overview.heads.pairs.map((_, head) => listed.find((row) => row[0] === head)?.[column] ?? null);

@@ -1,0 +1,137 @@
+"""A prompt on the page: patterns, the pairs behind its attention weights, explanations in full."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from sae_lens_qk.dashboard.pages import PAIR, ReportLimits
+from sae_lens_qk.dashboard.values import plain, records
+from sae_lens_qk.dictionary import BilinearQKDictionary
+from sae_lens_qk.patching import Source
+
+MAX_PROMPT = 128
+"""Tokens; a grid of attention weights is not readable beyond."""
+
+_SOURCES: tuple[Source, Source] = ("feature_map", "transcoders")
+_ELSEWHERE = ("model", "layer", "tokens", "d_query", "d_key", "nodes", "qk_tracing_results")
+"""Fields of an explanation that the page has already, or that are meant for other programs."""
+
+
+class Prompt(Protocol):
+    """What a page shows of a prompt: `explain.prompt.RecordedPrompt`."""
+
+    @property
+    def words(self) -> list[str]: ...
+    @property
+    def pattern(self) -> Tensor:
+        """The model's own, [head, pos_q, pos_k]."""
+        ...
+
+    def rebuilt_pattern(self, source: Source) -> Tensor: ...
+    def strongest(self, n: int) -> pd.DataFrame: ...
+    def require(self, dictionary: BilinearQKDictionary) -> None: ...
+
+
+class Explanation(Protocol):
+    """What a page shows of an attention weight: `explain.one_score.Attribution`."""
+
+    @property
+    def prompt(self) -> Prompt: ...
+    @property
+    def position(self) -> tuple[int, int, int]:
+        """Head, query and key."""
+        ...
+
+    def to_dict(self, n: int) -> dict[str, Any]: ...
+
+
+def check_prompts(d: BilinearQKDictionary, prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts that cannot be shown.
+
+    Raises:
+        ValueError: one is too long, or was recorded with another dictionary.
+    """
+    for number, prompt in enumerate(prompts):
+        prompt.require(d)
+        n_pos = len(prompt.words)
+        if n_pos > MAX_PROMPT:
+            raise ValueError(
+                f"Prompt {number} has {n_pos} tokens, a report shows at most {MAX_PROMPT}."
+            )
+
+
+def strongest_cells(prompt: Prompt, limits: ReportLimits) -> pd.DataFrame:
+    """`prompt.strongest` of the attention weights that are largest in the model or as rebuilt."""
+    pairs = prompt.strongest(limits.cell_pairs)
+    weights = torch.maximum(prompt.pattern, prompt.rebuilt_pattern("feature_map")).cpu().numpy()
+    largest = np.argsort(-weights, axis=None, kind="stable")[: limits.cells]
+    has_list = np.zeros(weights.shape, dtype=bool)
+    has_list.ravel()[largest] = True
+    return pairs.loc[has_list[pairs["head"], pairs["query_pos"], pairs["key_pos"]]]
+
+
+def prompt_section(
+    d: BilinearQKDictionary,
+    prompt: Prompt,
+    pairs: pd.DataFrame,
+    explanations: Sequence[Explanation],
+    limits: ReportLimits,
+) -> dict[str, Any]:
+    """A prompt as JSON; see `data`.
+
+    Args:
+        pairs: `strongest_cells`.
+        explanations: those of this prompt are shown, the first one when the page opens.
+    """
+    n_pos = len(prompt.words)
+    allowed = d.spec.allowed_mask(n_pos)
+    rebuilt: dict[Source, list[list[float]]] = {}
+    for source in _SOURCES:
+        rebuilt[source] = _weights(prompt.rebuilt_pattern(source), allowed)
+    explained: dict[str, dict[str, Any]] = {}
+    for explanation in explanations:
+        if explanation.prompt is prompt:
+            cell = _cell_name(explanation.position)
+            explained[cell] = _explanation_fields(explanation, limits)
+    return {
+        "words": list(prompt.words),
+        "first_keys": d.spec.first_keys(n_pos).tolist(),
+        "true": _weights(prompt.pattern, allowed),
+        "rebuilt": rebuilt,
+        "cells": _cell_pairs(pairs),
+        "n_cells": d.spec.n_allowed(n_pos) * d.spec.n_heads,
+        "explanations": explained,
+    }
+
+
+def _weights(pattern: Tensor, allowed: Tensor) -> list[list[float]]:
+    """Attention weights per head, of the allowed keys of each query in turn."""
+    cells = pattern.double().cpu()[:, allowed]  # [head, cell]
+    return [[round(weight, 4) for weight in head] for head in cells.tolist()]
+
+
+def _cell_pairs(pairs: pd.DataFrame) -> dict[str, list[list[Any]]]:
+    """Each cell's pairs: [query feature, key feature, contribution, pattern effect]."""
+    columns = (*PAIR[:2], "contribution", "pattern_effect")
+    rows = records(*(pairs[name].to_numpy() for name in columns))
+    positions = pairs[["head", "query_pos", "key_pos"]].to_numpy()
+    cells: dict[str, list[list[Any]]] = {}
+    for position, row in zip(positions.tolist(), rows, strict=True):
+        cell = _cell_name(position)
+        cells.setdefault(cell, []).append(row)
+    return cells
+
+
+def _cell_name(position: Sequence[int]) -> str:
+    return "/".join(str(number) for number in position)
+
+
+def _explanation_fields(explanation: Explanation, limits: ReportLimits) -> dict[str, Any]:
+    fields = explanation.to_dict(n=limits.cell_pairs)
+    for name in _ELSEWHERE:
+        fields.pop(name, None)
+    return plain(fields)
