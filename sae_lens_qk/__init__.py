@@ -28,7 +28,7 @@ _PLACES = {
     "attribute": "explain.attribution",
     "Attribution": "explain.attribution",
     "RecordedPrompt": "explain.prompt",
-    "report": "dashboard.report",
+    "report": "explain.report",
     "token_rows": "text",
     "text_sample": "text",
 }
