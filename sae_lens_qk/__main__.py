@@ -1,158 +1,322 @@
-"""Command line: `python -m sae_lens_qk train | evaluate | explain | ...`; help comes from configs and argument classes."""
+"""Command line: `python -m sae_lens_qk train | evaluate | explain | ...`.
 
+A command is a function: its parameters are the options, its docstring is the help. Training takes
+the fields of its config instead.
+"""
+
+import dataclasses
+import inspect
 import json
+import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import pandas as pd
 import transformers
+from rich.box import SIMPLE
 from rich.console import Console
 from simple_parsing import ArgumentGenerationMode, ArgumentParser, NestedMode
 from simple_parsing.helpers import field
 
-_FIRST_TOKEN_BATCHES = 3
-"""Batches of text on which a report looks for the features of the first token."""
+from sae_lens_qk.dashboard.pages import ReportLimits
+from sae_lens_qk.dictionary import BilinearQKDictionary
+from sae_lens_qk.evals import evaluate
+from sae_lens_qk.explain.attribution import Attribution, overview
+from sae_lens_qk.explain.prompt import RecordedPrompt
+from sae_lens_qk.explain.report import report
+from sae_lens_qk.host.models import load_model
+from sae_lens_qk.patching import Source
+from sae_lens_qk.pretrained.folder import documents, write_documents
+from sae_lens_qk.pretrained.push import registry_entry
+from sae_lens_qk.pretrained.registry import pretrained_dictionaries, recipe_file
+from sae_lens_qk.run_config import BilinearQKRunnerConfig
+from sae_lens_qk.tables import NONE, cell_table, fixed, named_features, percent, rich_table
+from sae_lens_qk.text import token_rows
+from sae_lens_qk.training.runner import BilinearQKTrainingRunner
+
 IOI_PROMPT = "When Mary and John went to the store, John gave a drink to"
+DEFAULT_DICTIONARY = "smollm2-135m-instruct-L23"
+RENAMED = {"dashboard": "report"}
+"""Names of version 0.1 that still work, with a notice; they go with the next release."""
+
+USAGE_ERRORS = (ValueError, OSError, ModuleNotFoundError, RuntimeError, FloatingPointError)
 
 
-@dataclass
-class DashboardArguments:
-    """Write what a dictionary has found as one HTML file that needs no server: prompts, heads, features and pairs."""
-
-    dictionary: str = "smollm2-135m-instruct-L23"
-    """Name (see `list`) or folder."""
-    prompts: list[str] = field(default_factory=lambda: [IOI_PROMPT])
-    """Texts to explain, at most 128 tokens each."""
-    dataset_path: str = ""
-    """Text for statistics and contexts: Hub name, .parquet file or folder. Default: the sample of the package."""
-    text_column: str = "text"
-    n_tokens: int = 25_600
-    """Tokens to read, whole rows."""
-    context_size: int = 256
-    """Length of a row."""
-    statistics: str = ""
-    """Folder where the statistics are kept; an interrupted pass goes on from there."""
-    n_features: int = 1000
-    """Features of each side to show, the most important ones."""
-    n_pairs: int = 5000
-    """Pairs to show."""
-    output: str = "report.html"
-
-
-@dataclass
-class EvaluateArguments:
-    """Measure a dictionary: pattern, loss and logits with each source patched in, beside the baselines."""
-
-    dictionary: str = field(positional=True)
-    """Name (see `list`) or folder."""
-    dataset_path: str = ""
-    """Text to evaluate on: Hub name, .parquet file or folder. Default: the sample that comes with the package."""
-    text_column: str = "text"
-    n_tokens: int = 8_192
-    """Tokens to evaluate on, whole rows."""
-    context_size: int = 256
-    """Length of a row."""
-    batch_size: int = 8
-    """Rows in a forward pass."""
-    baselines: list[str] = field(default_factory=lambda: ["zero", "mean", "uniform", "shuffled"])
-    """Patterns to compare with; zero is always measured."""
-    output: str = ""
-    """JSON file for all figures."""
-    save: bool = False
-    """Put the figures into the dictionary's folder: metrics.json, model card, SHA256SUMS."""
-
-
-@dataclass
-class ExplainArguments:
-    """Why did this head attend there? The feature pairs behind one attention weight, supporting and inhibiting."""
-
-    prompt: str = field(positional=True)
-    """Text, or a file that holds it; the model's BOS is put before it."""
-    dictionary: str = "smollm2-135m-instruct-L23"
-    """Name (see `list`) or folder."""
-    head: int | None = None
-    """Default: the head that looks hardest at a token other than the first; all heads are listed then."""
-    query: str = "-1"
-    """The attending token: its position (negative: from the end), or its text where it occurs once."""
-    key: str = ""
-    """The attended token, likewise. Default: the one that the head attends to most, the first token aside."""
-    form: Literal["kept", "full"] = "kept"
-    """kept: the pairs of the feature map, times their weights; full: all pairs."""
-    n: int = 10
-    """Pairs to show of each sign."""
-    check: bool = False
-    """Remove the features from the model's own input and compare with controls (half a minute the first time)."""
-    output: str = ""
-    """JSON file for the terms, with the field names of Neuronpedia's QK tracing."""
-
-
-@dataclass
-class ListArguments:
-    """Dictionaries that have a name, what is known of them, and the commands that train the unpublished ones."""
-
-    output: str = ""
-    """CSV file for the whole table."""
-
-
-@dataclass
-class PushArguments:
-    """Publish a dictionary on the Hugging Face Hub, in one commit; log in with `hf auth login` or set HF_TOKEN."""
-
-    dictionary: str = field(positional=True)
-    """Name (see `list`) or folder."""
-    repo_id: str = field(positional=True)
-    """org/repo, created if need be."""
-    folder: str = field(positional=True)
-    """Folder in the repository."""
-    dtype: Literal["stored", "float32", "float16", "bfloat16"] = "stored"
-    """Precision to store it in."""
-    private: bool = False
-    """Make a new repository private."""
-    revision: str = "main"
-    """Branch to commit to."""
-    commit_message: str = ""
-    create_pr: bool = False
-    """Open a pull request instead of committing."""
-
-
-@dataclass
-class TrainArguments:
+@dataclasses.dataclass
+class TrainOptions:
     """Train a dictionary, both steps, from a config file and overriding options."""
 
     config: str = ""
-    """YAML or JSON file with config fields, or a recipe's name (see `list`); options on the command line override it."""
+    """YAML or JSON file with config fields, or a recipe's name (see `list`); options on the command
+    line override it."""
+
+
+def _train(arguments: Sequence[str]) -> None:
+    config_parser = _Parser("train", add_help=False)
+    config_parser.add_arguments(TrainOptions, dest="train")
+    config_file = config_parser.parse_known_args(arguments)[0].train.config
+    # the file's values are the defaults of the options, shown by --help
+    defaults = BilinearQKRunnerConfig()
+    if config_file:
+        defaults = BilinearQKRunnerConfig.from_file(recipe_file(config_file))
+    parser = _Parser("train")
+    parser.add_arguments(TrainOptions, dest="train")
+    parser.add_arguments(BilinearQKRunnerConfig, dest="cfg", default=defaults)
+    cfg = parser.parse_args(arguments).cfg
+    BilinearQKTrainingRunner(cfg).run()
+    print(f"saved to {cfg.output_path}")
+
+
+def _evaluate(
+    dictionary: str,
+    dataset_path: str = "",
+    text_column: str = "text",
+    n_tokens: int = 8_192,
+    context_size: int = 256,
+    batch_size: int = 8,
+    baselines: tuple[str, ...] = ("zero", "mean", "uniform", "shuffled"),
+    output: str = "",
+    save: bool = False,
+) -> None:
+    """Measure a dictionary: pattern, loss and logits with each source patched in, and baselines.
+
+    Args:
+        dictionary: Name (see `list`) or folder.
+        dataset_path: Text to evaluate on: Hub name, .parquet file or folder. Default: the sample
+            that comes with the package.
+        text_column: Column of the text.
+        n_tokens: Tokens to evaluate on, whole rows.
+        context_size: Length of a row.
+        batch_size: Rows in a forward pass.
+        baselines: Patterns to compare with; zero is always measured.
+        output: JSON file for all metrics.
+        save: Put the metrics into the dictionary's folder: metrics.json, model card, SHA256SUMS.
+    """
+    if save and not (Path(dictionary) / "cfg.json").is_file():
+        raise ValueError(f"--save needs a dictionary's folder, got {dictionary!r}.")
+    d = BilinearQKDictionary.from_pretrained(dictionary)
+    model = load_model(d)
+    n_rows = n_tokens // context_size
+    tokens = token_rows(model, dataset_path, text_column, n_rows, context_size)
+    result = evaluate(
+        d,
+        model,
+        tokens,
+        batch_size=batch_size,
+        baselines=baselines,
+        progress=True,
+    )
+    _console().print(result)
+    if output:
+        Path(output).write_text(json.dumps(result.to_dict(), indent=2))
+    if save:
+        d.metrics = result
+        name = Path(dictionary).resolve().name
+        write_documents(dictionary, documents(d, name))
+
+
+def _explain(
+    prompt: str,
+    dictionary: str = DEFAULT_DICTIONARY,
+    head: int | None = None,
+    query: str = "-1",
+    key: str = "",
+    source: Source | None = None,
+    n: int = 10,
+    check: bool = False,
+    output: str = "",
+) -> None:
+    """Why did this head attend there? The feature pairs behind one attention weight.
+
+    Args:
+        prompt: Text, or a file that holds it; the model's BOS is put before it.
+        dictionary: Name (see `list`) or folder.
+        head: Default: the head that looks hardest at a token other than the first; all heads are
+            listed then.
+        query: The attending token: its position (negative: from the end), or its text where it
+            occurs once.
+        key: The attended token, likewise. Default: the one that the head attends to most, the first
+            token aside.
+        source: feature_map: the pairs of the map, times their weights; transcoders: all pairs.
+            Default: the map where there is one.
+        n: Pairs to show of each sign.
+        check: Remove the features from the model's own input and compare with controls (half a
+            minute the first time).
+        output: JSON file for the terms, with the field names of Neuronpedia's QK tracing.
+    """
+    d = BilinearQKDictionary.from_pretrained(dictionary)
+    is_file = Path(prompt[:200]).is_file()  # a longer name is an error to some systems
+    text = Path(prompt).read_text() if is_file else prompt
+    recorded = RecordedPrompt.record(d, load_model(d), text)
+    query_pos = recorded.find(query)
+    console = _console()
+    heads: Any = overview(recorded, query_pos)
+    if head is None:
+        title = f"where each head looks from {recorded.words[query_pos]!r}"
+        console.print(rich_table(named_features(heads, d.cfg), title))
+        head = int(heads["attention"].idxmax())
+    recorded.position(head, query_pos, query_pos)  # refuses a head that is not there
+    key_pos = recorded.find(key) if key else int(heads["key_pos"][head])
+    attribution = Attribution.of(recorded, head, query_pos, key_pos)
+    if check:
+        attribution = attribution.checked()
+    console.print(attribution.render(n, source))
+    if output:
+        Path(output).write_text(attribution.to_json(n, source, indent=2))
+
+
+def _report(
+    dictionary: str = DEFAULT_DICTIONARY,
+    prompts: tuple[str, ...] = (IOI_PROMPT,),
+    dataset_path: str = "",
+    text_column: str = "text",
+    n_tokens: int = 25_600,
+    context_size: int = 256,
+    statistics: str = "",
+    checks: int = 1,
+    output: str = "report.html",
+    limits: ReportLimits = ReportLimits(),  # noqa: B008  # frozen
+) -> None:
+    """Write what a dictionary says as one HTML file: prompts, heads, features and pairs.
+
+    Args:
+        dictionary: Name (see `list`) or folder.
+        prompts: Texts to explain, at most 128 tokens each.
+        dataset_path: Text for statistics and contexts: Hub name, .parquet file or folder. Default:
+            the sample of the package.
+        text_column: Column of the text.
+        n_tokens: Tokens to read, whole rows.
+        context_size: Length of a row.
+        statistics: Folder where the statistics are stored; there already, they are read.
+        checks: Explanations per prompt to test causally; 0: none.
+        output: HTML file.
+        limits: How much of the dictionary the file holds.
+    """
+    d = BilinearQKDictionary.from_pretrained(dictionary)
+    d.require_feature_map()
+    model = load_model(d)
+    n_rows = n_tokens // context_size
+    path = report(
+        output,
+        d,
+        model,
+        prompts,
+        token_rows(model, dataset_path, text_column, n_rows, context_size),
+        statistics=statistics or None,
+        checks=checks,
+        limits=limits,
+    )
+    print(f"wrote {path}")
+
+
+def _list(output: str = "") -> None:
+    """Dictionaries that have a name, and the commands that train the unpublished ones.
+
+    Args:
+        output: CSV file for the whole table.
+    """
+    dictionaries = pretrained_dictionaries()
+    if output:
+        dictionaries.to_csv(output, index=False)
+    header = ["name", "model", "layer", "features", "pairs", "pattern KL", "recovered", "status"]
+    rows = [_list_cells(row) for row in dictionaries.to_dict("records")]
+    texts = ("name", "model", "status")
+    console = _console(soft_wrap=True)
+    console.print(cell_table(header, rows, texts, unbroken=header, box=SIMPLE, show_edge=False))
+    unpublished = dictionaries[dictionaries["status"] == "unpublished"]
+    for name, command in unpublished[["name", "command"]].to_numpy():
+        console.print(f"{name} is not published yet; this trains it: {command}", highlight=False)
+
+
+def _list_cells(row: dict[str, Any]) -> list[str]:
+    """The cells of a dictionary; nothing is known of some before they are downloaded."""
+    model = layer = features = pairs = NONE
+    if row["layer"] == row["layer"]:  # not NaN
+        model = row["model"]
+        layer = f"{row['layer']:.0f}"
+        features = f"{row['d_query']:,.0f} / {row['d_key']:,.0f}"
+        pairs = f"{row['n_pairs']:,.0f}"
+    pattern_kl = fixed(row["pattern_kl"])
+    recovered = percent(row["ce_recovered"])
+    return [row["name"], model, layer, features, pairs, pattern_kl, recovered, row["status"]]
+
+
+def _push(
+    dictionary: str,
+    repo_id: str,
+    folder: str,
+    dtype: Literal["stored", "float32", "float16", "bfloat16"] = "stored",
+    private: bool = False,
+    revision: str = "main",
+    commit_message: str = "",
+    create_pr: bool = False,
+) -> None:
+    """Publish on the Hugging Face Hub, in one commit; log in with `hf auth login` or set HF_TOKEN.
+
+    Args:
+        dictionary: Name (see `list`) or folder.
+        repo_id: org/repo, created if need be.
+        folder: Folder in the repository.
+        dtype: Precision to store it in.
+        private: Make a new repository private.
+        revision: Branch to commit to.
+        commit_message: Default: says what was published.
+        create_pr: Open a pull request instead of committing.
+    """
+    loaded_dtype = None if dtype == "stored" else dtype
+    d = BilinearQKDictionary.from_pretrained(dictionary, dtype=loaded_dtype)
+    commit = d.push_to_hub(
+        repo_id,
+        folder,
+        private=private,
+        revision=revision,
+        commit_message=commit_message or None,
+        create_pr=create_pr,
+    )
+    print(commit.pr_url or commit.commit_url)
+    print(f"for a registry:\n{registry_entry(repo_id, folder, commit.oid)}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "explain": _explain,
+    "report": _report,
+    "list": _list,
+    "push": _push,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code, 2 for wrong arguments. After `--debug` errors are raised, not shortened."""
+    """Run a command; after `--debug` errors are raised, not shortened.
+
+    Returns:
+        The exit code, 2 for wrong arguments.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = arguments[:1] == ["--debug"]
     if debug:
         arguments = arguments[1:]
-    commands = {
-        "train": _train,
-        "evaluate": _evaluate,
-        "explain": _explain,
-        "dashboard": _dashboard,
-        "list": _list,
-        "push": _push,
-    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(
-            f"usage: python -m sae_lens_qk [--debug] {{{','.join(commands)}}} ...   "
+            f"usage: python -m sae_lens_qk [--debug] {{{','.join(COMMANDS)}}} ...   "
             "(--help after a command explains it; --debug shows the traceback of an error)"
         )
         return 0 if arguments else 2
-    if arguments[0] not in commands:
-        return _complain(f"unknown command {arguments[0]!r}: use one of {', '.join(commands)}")
+    name, *options = arguments
+    if name in RENAMED:
+        _complain(f"the command {name} is now {RENAMED[name]}")
+        name = RENAMED[name]
+    if name not in COMMANDS:
+        return _complain(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}")
     transformers.utils.logging.disable_progress_bar()
     try:
-        commands[arguments[0]](arguments[1:])
-    except (ValueError, OSError, ModuleNotFoundError, RuntimeError, FloatingPointError) as error:
+        if name == "train":
+            _train(options)
+        else:
+            _run(name, options)
+    except USAGE_ERRORS as error:
         if debug:
             raise
         return _complain(str(error))
@@ -161,219 +325,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _train(arguments: list[str]) -> None:
-    from sae_lens_qk.run_config import BilinearQKRunnerConfig
-    from sae_lens_qk.pretrained.registry import recipe_file
-    from sae_lens_qk.training.runner import BilinearQKTrainingRunner
-
-    first = _Parser("train", add_help=False)
-    first.add_arguments(TrainArguments, dest="train")
-    known, _ = first.parse_known_args(arguments)
-    base = (
-        BilinearQKRunnerConfig.from_file(recipe_file(known.train.config))
-        if known.train.config
-        else BilinearQKRunnerConfig()
-    )
-    parser = _Parser("train")
-    parser.add_arguments(TrainArguments, dest="train")
-    parser.add_arguments(BilinearQKRunnerConfig, dest="cfg", default=base)
-    cfg = parser.parse_args(arguments).cfg
-    BilinearQKTrainingRunner(cfg).run()
-    print(f"saved to {cfg.output_path}")
+def _run(name: str, arguments: list[str]) -> None:
+    """Call a command with what the command line says."""
+    command = COMMANDS[name]
+    parser = _Parser(name)
+    parser.add_arguments(_options(name, command), dest=name)
+    values = getattr(parser.parse_args(arguments), name)
+    # not `asdict`: the limits stay an object
+    command(**vars(values))
 
 
-def _evaluate(arguments: list[str]) -> None:
-    from sae_lens_qk.dictionary import BilinearQKDictionary
-    from sae_lens_qk.evals import evaluate
-    from sae_lens_qk.host.models import load_model
-    from sae_lens_qk.pretrained.folder import documents, write_documents
-    from sae_lens_qk.text import token_rows
-
-    parser = _Parser("evaluate")
-    parser.add_arguments(EvaluateArguments, dest="evaluate")
-    args: EvaluateArguments = parser.parse_args(arguments).evaluate
-    if args.save and not (Path(args.dictionary) / "cfg.json").is_file():
-        raise ValueError(f"--save needs a dictionary's folder, got {args.dictionary!r}.")
-    dictionary = BilinearQKDictionary.from_pretrained(args.dictionary)
-    model = load_model(dictionary)
-    tokens = token_rows(
-        model,
-        args.dataset_path,
-        args.text_column,
-        args.n_tokens // args.context_size,
-        args.context_size,
-    )
-    result = evaluate(
-        dictionary,
-        model,
-        tokens,
-        batch_size=args.batch_size,
-        baselines=tuple(args.baselines),
-        progress=True,
-    )
-    _console().print(result)
-    if args.output:
-        Path(args.output).write_text(json.dumps(result.to_dict(), indent=2))
-    if args.save:
-        dictionary.metrics = result
-        write_documents(
-            args.dictionary, documents(dictionary, Path(args.dictionary).resolve().name)
-        )
-
-
-def _explain(arguments: list[str]) -> None:
-    from sae_lens_qk.explain.attribution import Attribution, overview
-    from sae_lens_qk.explain.prompt import Prompt
-    from sae_lens_qk.tables import named_features, rich_table
-    from sae_lens_qk.dictionary import BilinearQKDictionary
-    from sae_lens_qk.host.models import load_model
-
-    parser = _Parser("explain")
-    parser.add_arguments(ExplainArguments, dest="explain")
-    args: ExplainArguments = parser.parse_args(arguments).explain
-    dictionary = BilinearQKDictionary.from_pretrained(args.dictionary)
-    text = Path(args.prompt).read_text() if Path(args.prompt[:200]).is_file() else args.prompt
-    prompt = Prompt.of(dictionary, load_model(dictionary), text)
-    query_pos, console = prompt.find(args.query), _console()
-    looks: Any = overview(prompt, query_pos)
-    if args.head is None:
-        console.print(
-            rich_table(
-                named_features(looks, dictionary.cfg),
-                f"where each head looks from {prompt.words[query_pos]!r}",
-            )
-        )
-    head = int(looks["attention"].idxmax()) if args.head is None else args.head
-    prompt.place(head, query_pos, 0)
-    key_pos = prompt.find(args.key) if args.key else int(looks["key_pos"][head])
-    made = Attribution.of(prompt, head, query_pos, key_pos)
-    console.print(made.shown(args.n, args.form if dictionary.has_feature_map else "full"))
-    if args.check:
-        console.print(made.check())
-    if args.output:
-        Path(args.output).write_text(made.to_json(args.n, indent=2))
-
-
-def _dashboard(arguments: list[str]) -> None:
-    from sae_lens_qk.statistics.activations import collect_activations, model_batches
-    from sae_lens_qk.explain.prompt import Prompt
-    from sae_lens_qk.dashboard.data import ReportLimits
-    from sae_lens_qk.dashboard.head_tables import head_tables
-    from sae_lens_qk.dashboard.report import write_report
-    from sae_lens_qk.dictionary import BilinearQKDictionary
-    from sae_lens_qk.host.layer import layer_inputs
-    from sae_lens_qk.host.models import load_model
-    from sae_lens_qk.text import token_rows
-
-    parser = _Parser("dashboard")
-    parser.add_arguments(DashboardArguments, dest="dashboard")
-    args: DashboardArguments = parser.parse_args(arguments).dashboard
-    dictionary = BilinearQKDictionary.from_pretrained(args.dictionary)
-    dictionary.require_feature_map()
-    model, layer = load_model(dictionary), dictionary.cfg.layer
-    prompts = [Prompt.of(dictionary, model, text) for text in args.prompts]
-    tokens = token_rows(
-        model,
-        args.dataset_path,
-        args.text_column,
-        args.n_tokens // args.context_size,
-        args.context_size,
-    )
-    batches = model_batches(model, layer, tokens)
-    statistics = collect_activations(dictionary, batches, folder=args.statistics or None)
-    path = write_report(
-        args.output,
-        dictionary,
-        statistics,
-        prompts,
-        words=lambda ids: model.tokenizer.batch_decode([[token] for token in ids]),
-        limits=ReportLimits(features=args.n_features, pairs=args.n_pairs),
-        inputs=lambda rows: layer_inputs(model, layer, rows),
-        tables=head_tables(dictionary, statistics, islice(batches, _FIRST_TOKEN_BATCHES)),
-    )
-    print(f"wrote {path}")
-
-
-def _list(arguments: list[str]) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    from sae_lens_qk.pretrained.registry import pretrained_dictionaries
-
-    parser = _Parser("list")
-    parser.add_arguments(ListArguments, dest="list")
-    args: ListArguments = parser.parse_args(arguments).list
-    listed = pretrained_dictionaries()
-    if args.output:
-        listed.to_csv(args.output, index=False)
-    table = Table(box=SIMPLE, show_edge=False)
-    for column in (
-        "name",
-        "model",
-        "layer",
-        "features",
-        "pairs",
-        "pattern KL",
-        "recovered",
-        "status",
-    ):
-        table.add_column(
-            column,
-            no_wrap=True,
-            justify="left" if column in ("name", "model", "status") else "right",
-        )
-    for row in listed.to_dict("records"):
-        measured = not pd.isna(row["pattern_kl"])
-        figures = (
-            (f"{row['pattern_kl']:.4f}", f"{row['ce_recovered']:.1%}") if measured else ("-", "-")
-        )
-        known = not pd.isna(row["layer"])
-        sizes = [
-            f"{row['layer']:.0f}",
-            f"{row['d_query']:,.0f} / {row['d_key']:,.0f}",
-            f"{row['n_pairs']:,.0f}",
-        ]
-        table.add_row(
-            row["name"],
-            row["model"] if known else "-",
-            *(sizes if known else "---"),
-            *figures,
-            row["status"],
-        )
-    console = _console(soft_wrap=True)
-    console.print(table)
-    for name, command in listed.loc[
-        listed["status"] == "unpublished", ["name", "command"]
-    ].to_numpy():
-        console.print(f"{name} is not published yet; this trains it: {command}", highlight=False)
-
-
-def _push(arguments: list[str]) -> None:
-    from sae_lens_qk.dictionary import BilinearQKDictionary
-    from sae_lens_qk.pretrained.push import registry_entry
-
-    parser = _Parser("push")
-    parser.add_arguments(PushArguments, dest="push")
-    args: PushArguments = parser.parse_args(arguments).push
-    dictionary = BilinearQKDictionary.from_pretrained(
-        args.dictionary, dtype=None if args.dtype == "stored" else args.dtype
-    )
-    commit = dictionary.push_to_hub(
-        args.repo_id,
-        args.folder,
-        private=args.private,
-        revision=args.revision,
-        commit_message=args.commit_message or None,
-        create_pr=args.create_pr,
-    )
-    print(commit.pr_url or commit.commit_url)
-    print(f"for a registry:\n{registry_entry(args.repo_id, args.folder, commit.oid)}")
+def _options(name: str, command: Callable[..., None]) -> type:
+    """A function's parameters as a dataclass for simple_parsing; without default: positional."""
+    summary, _, argument_lines = (inspect.getdoc(command) or "").partition("\n\nArgs:\n")
+    # a name, a colon and what follows, up to the next line of the same indent
+    texts = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", argument_lines, flags=re.MULTILINE)
+    helps = {option: " ".join(text.split()) for option, text in texts}
+    options = []
+    for option, parameter in inspect.signature(command).parameters.items():
+        if parameter.default is parameter.empty:
+            option_field = field(positional=True, help=helps[option])
+        else:
+            option_field = field(default=parameter.default, help=helps[option])
+        options.append((option, parameter.annotation, option_field))
+    return dataclasses.make_dataclass(name, options, namespace={"__doc__": summary})
 
 
 def _console(**options: Any) -> Console:
-    return Console(
-        width=None if sys.stdout.isatty() else 132, **options
-    )  # a file or pipe has no width of its own
+    # a file or pipe has no width of its own
+    width = None if sys.stdout.isatty() else 132
+    return Console(width=width, **options)
 
 
 class _Parser(ArgumentParser):
