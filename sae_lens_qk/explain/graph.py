@@ -13,20 +13,24 @@ from sae_lens_qk.explain.term_frames import Marginals
 
 
 def graph_fields(
-    prompt: RecordedPrompt, position: ScorePosition, pairs: pd.DataFrame, marginals: Marginals
+    prompt: RecordedPrompt,
+    position: ScorePosition,
+    pairs: pd.DataFrame,
+    marginals: Marginals,
+    n: int,
 ) -> dict[str, Any]:
     """`nodes` and `qk_tracing_results`.
 
     Args:
         pairs: terms of features and constants, in the order to list them.
-        marginals: likewise; rows without a feature do not count.
+        marginals: n features per side are listed; rows without a feature do not count.
     """
     cfg = prompt.dictionary.cfg
     _, i, j = position
     queries = _Nodes(cfg.layer, "query", i, prompt.words[i], cfg.d_query, prompt.query_acts[i])
     keys = _Nodes(cfg.layer, "key", j, prompt.words[j], cfg.d_key, prompt.key_acts[j])
-    query_marginals = marginals.query.dropna(subset="feature")
-    key_marginals = marginals.key.dropna(subset="feature")
+    query_marginals = marginals.query.dropna(subset="feature").head(n)
+    key_marginals = marginals.key.dropna(subset="feature").head(n)
     pair_columns = pairs[["query_feature", "key_feature", "contribution"]]
     pair_contributors = [
         [queries.node_id(a), keys.node_id(b), contribution]

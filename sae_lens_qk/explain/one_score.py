@@ -179,8 +179,10 @@ class Attribution:
             n: rows of each table of terms or features.
         """
         frame = self.to_frame(source or self.source)
+        return self._tables(frame, self.marginals(source), n)
+
+    def _tables(self, frame: pd.DataFrame, marginals: Marginals, n: int) -> dict[str, pd.DataFrame]:
         terms = feature_terms(frame)
-        marginals = self.marginals(source)
         tables = {
             "parts": sums_by_kind(frame),
             "supporting": top_terms(terms, n, "supporting"),
@@ -254,7 +256,10 @@ class Attribution:
         """
         cfg = self.prompt.dictionary.cfg
         source = self._known(source)
-        tables = {name: records(table) for name, table in self.tables(n, source).items()}
+        frame = self.to_frame(source)
+        marginals = self.marginals(source)
+        pairs = feature_terms(frame).head(n)
+        tables = {name: records(table) for name, table in self._tables(frame, marginals, n).items()}
         return {
             "model": cfg.model_name,
             "layer": cfg.layer,
@@ -272,13 +277,8 @@ class Attribution:
             "inhibiting": tables["inhibiting"],
             "marginals": {"query": tables["query"], "key": tables["key"]},
             "check": None if self.causal_check is None else self.causal_check.to_dict(),
-            **self._graph_fields(n, source),
+            **graph_fields(self.prompt, self.position, pairs, marginals, n),
         }
-
-    def _graph_fields(self, n: int, source: Source) -> dict[str, Any]:
-        pairs = feature_terms(self.to_frame(source)).head(n)
-        tables = (table.dropna(subset="feature").head(n) for table in self.marginals(source))
-        return graph_fields(self.prompt, self.position, pairs, Marginals(*tables))
 
     def rebuilt(self, source: Source | None = None) -> float:
         """P[i,j] of the dictionary alone."""
