@@ -3,41 +3,72 @@
 Importing this package registers its architectures with SAELens.
 """
 
-# WHILE THE HOUSE IS REBUILT: lazy, so that one broken module does not block the others.
-import importlib
+import warnings
+from typing import Any
 
-_PLACES = {
-    "AttentionSpec": "attention",
-    "BilinearQKConfig": "config",
-    "BilinearQKRunnerConfig": "run_config",
-    "CardConfig": "run_config",
-    "MaskStepConfig": "config",
-    "MaskTrainingConfig": "config",
-    "TranscodersTrainingConfig": "config",
-    "SparseFeatureMap": "feature_map",
-    "Features": "feature_map",
-    "AttentionLayer": "host.layer",
-    "check_host": "host.proof",
-    "load_model": "host.models",
-    "pretrained_dictionaries": "pretrained.registry",
-    "BilinearQKDictionary": "dictionary",
-    "evaluate": "evals",
-    "rounding_loss": "evals",
-    "BilinearQKTrainingRunner": "training.runner",
-    "collect_activations": "statistics.activations",
-    "attribute": "explain.attribution",
-    "Attribution": "explain.attribution",
-    "RecordedPrompt": "explain.prompt",
-    "report": "explain.report",
-    "token_rows": "text",
-    "text_sample": "text",
-}
+from sae_lens_qk.attention import AttentionSpec
+from sae_lens_qk.config import (
+    BilinearQKConfig,
+    MaskStepConfig,
+    MaskTrainingConfig,
+    TranscodersTrainingConfig,
+)
+from sae_lens_qk.dictionary import BilinearQKDictionary
+from sae_lens_qk.evals import compare, evaluate, rounding_loss
+from sae_lens_qk.explain.attribution import Attribution, Attributions, attribute, overview
+from sae_lens_qk.explain.check import Check, check
+from sae_lens_qk.explain.prompt import RecordedPrompt
+from sae_lens_qk.explain.report import report
+from sae_lens_qk.feature_map import Features, SparseFeatureMap
+from sae_lens_qk.host.layer import AttentionLayer
+from sae_lens_qk.host.models import load_model
+from sae_lens_qk.host.proof import check_host
+from sae_lens_qk.inputs import model_batches
+from sae_lens_qk.pretrained.registry import pretrained_dictionaries
+from sae_lens_qk.run_config import BilinearQKRunnerConfig, CardConfig
+from sae_lens_qk.statistics.activations import ActivationStatistics, collect_activations
+from sae_lens_qk.text import text_sample, token_rows
+from sae_lens_qk.training.runner import BilinearQKTrainingRunner
 
-
-def __getattr__(name: str):
-    if name in _PLACES:
-        return getattr(importlib.import_module(f"sae_lens_qk.{_PLACES[name]}"), name)
-    raise AttributeError(name)
-
-
+__all__ = [
+    "ActivationStatistics",
+    "AttentionLayer",
+    "AttentionSpec",
+    "Attribution",
+    "Attributions",
+    "BilinearQKConfig",
+    "BilinearQKDictionary",
+    "BilinearQKRunnerConfig",
+    "BilinearQKTrainingRunner",
+    "CardConfig",
+    "Check",
+    "Features",
+    "MaskStepConfig",
+    "MaskTrainingConfig",
+    "RecordedPrompt",
+    "SparseFeatureMap",
+    "TranscodersTrainingConfig",
+    "attribute",
+    "check",
+    "check_host",
+    "collect_activations",
+    "compare",
+    "evaluate",
+    "load_model",
+    "model_batches",
+    "overview",
+    "pretrained_dictionaries",
+    "report",
+    "rounding_loss",
+    "text_sample",
+    "token_rows",
+]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Names of version 0.1.0 that work for one more release."""
+    if name == "Prompt":
+        warnings.warn("qk.Prompt is now qk.RecordedPrompt.", DeprecationWarning, stacklevel=2)
+        return RecordedPrompt
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
