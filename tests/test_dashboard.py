@@ -1,18 +1,21 @@
-"""What a report says, against the dictionary and its statistics; what it lets in, token text above all."""
+"""What a report says about features, pairs and prompts, against dictionary and statistics."""
 
-import base64
 import dataclasses
-import hashlib
-import json
-import re
-from html.parser import HTMLParser
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from dashboard_cases import (
+    N_POS,
+    N_PROMPT,
+    N_ROWS,
+    hostile_words,
+    page_data,
+    ranked_dictionary,
+    tiny_statistics,
+)
 from tiny_dictionaries import (
     D_KEY,
     D_QUERY,
@@ -25,33 +28,13 @@ from tiny_dictionaries import (
 from tiny_models import tiny_tokens
 
 import sae_lens_qk as qk
-from sae_lens_qk.statistics.activations import ActivationStatistics, collect_activations, model_batches
-from sae_lens_qk.explain.prompt import Prompt
-from sae_lens_qk.dashboard import report
-from sae_lens_qk.dashboard.data import MAX_PROMPT, ReportLimits, choose, kernel_stretches, pair_table, report_data
-from sae_lens_qk.dashboard.report import json_for_script, render, write_report
+from sae_lens_qk.dashboard.columns import kernel_stretches
+from sae_lens_qk.dashboard.pages import ReportLimits, choose_pages, pair_table
+from sae_lens_qk.dashboard.prompts import prompt_section
 
-N_ROWS, N_POS, N_PROMPT = 7, 41, 11
-TEMPLATES = Path(report.__file__).parent / "templates"
-CLOSE = {"rel": 6e-4, "abs": 1e-12}
-"""4 significant digits."""
-
-HOSTILE = [
-    "<script>alert(1)</script>",
-    "</script><!--",
-    "&lt;b&gt;",
-    "\u2028",
-    '" onload="alert(2)',
-    "\n",
-    "\x00",
-    "é",
-    "",
-]
-
-
-def words(ids):
-    """Every third token is hostile."""
-    return [HOSTILE[i // 3 % len(HOSTILE)] if i % 3 == 0 else f"w{i}" for i in ids]
+SIDES = ("query", "key")
+SIZES = {"query": D_QUERY, "key": D_KEY}
+TRIPLE = ["query_feature", "key_feature", "head"]
 
 
 @pytest.fixture(scope="module", params=["llama_bridge"])
@@ -62,199 +45,205 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def d(model):
-    """With measured importance, and figures."""
-    d = tiny_dictionary(model)
-    kept = d.feature_map
-    statistics = torch.rand(N_PAIRS, 3, generator=torch.Generator().manual_seed(3))
-    sizes = kept.d_query, kept.d_key, kept.n_heads
-    d.set_feature_map(qk.SparseFeatureMap(kept.indices, kept.weights, *sizes, statistics))
+    d = ranked_dictionary(model)
     d.metrics = {"n_tokens": 5, "sources": {"zero": {"ce_loss": 3.51953947, "pattern_kl": None}}}
     return d
 
 
 @pytest.fixture(scope="module")
-def x(model):
-    return inputs_and_scores(model, tiny_tokens(N_ROWS, N_POS))[0]
-
-
-@pytest.fixture(scope="module")
-def statistics(d, model) -> ActivationStatistics:
-    return collect_activations(
-        d, model_batches(model, LAYER, tiny_tokens(N_ROWS, N_POS)), progress=False
-    )
+def statistics(d, model):
+    return tiny_statistics(d, model)
 
 
 @pytest.fixture(scope="module")
 def prompt(d, model):
-    return Prompt.of(d, model, tiny_tokens(1, N_PROMPT, seed=5))
-
-
-def made(d, statistics, prompts=(), limits=None, **more):
-    return report_data(d, statistics, prompts, words, "a title", limits or ReportLimits(), **more)
+    return qk.RecordedPrompt.record(d, model, tiny_tokens(1, N_PROMPT, seed=5))
 
 
 @pytest.fixture(scope="module")
-def data(d, statistics, prompt):
-    return made(d, statistics, [prompt])
+def explanations(d, model, prompt):
+    return [qk.attribute(d, model, prompt, head, 9, 4) for head in (2, 0)]
 
 
-def kept(d) -> pd.DataFrame:
+@pytest.fixture(scope="module")
+def data(d, statistics, prompt, explanations):
+    return page_data(d, statistics, [prompt], explanations)
+
+
+def short(values):
+    """Numbers as a page holds them: 4 digits, None for NaN."""
+    shortened = [
+        None if np.isnan(value) else pytest.approx(value, rel=6e-4, abs=1e-12) for value in values
+    ]
+    return shortened
+
+
+def ranked_pairs(d) -> pd.DataFrame:
     """Pairs with importance times m^2, in the map's order."""
     frame = d.pair_frame()
     frame["importance"] *= frame["weight"] ** 2
     return frame
 
 
-def word_at(texts, row, pos):
+def word_at(texts, row, pos) -> str:
     for first, run in texts["rows"][str(row)]:
         if first <= pos < first + len(run):
             return texts["words"][run[pos - first]]
     raise AssertionError(f"row {row}, position {pos} is not in the report")
 
 
+def assert_words(data, statistics, row, positions) -> None:
+    for pos in positions:
+        token = statistics.tokens[row, pos]
+        assert word_at(data["texts"], row, pos) == hostile_words([token])[0]
+
+
+def features_of(data, side):
+    """(feature, entry of each column) of a side."""
+    columns = data["features"][side]
+    for index, feature in enumerate(columns["feature"]):
+        yield feature, {name: values[index] for name, values in columns.items()}
+
+
+def pairs_of(data):
+    """(number, entry of each column) of all pairs."""
+    columns = data["pairs"]
+    for index, number in enumerate(columns["pair"]):
+        entries = {name: columns[name][index] for name in columns if name != "stretches"}
+        yield number, entries
+
+
 class TestFeatures:
-    @pytest.mark.parametrize("side", ["query", "key"])
+    @pytest.mark.parametrize("side", SIDES)
     def test_columns_are_the_statistics(self, data, d, statistics, side):
-        of_side = data["features"][side]
         measured = statistics.features.query("side == @side").set_index("feature")
-        frame = kept(d)
-        assert len(of_side["feature"]) > 20
-        for at, feature in enumerate(of_side["feature"]):
-            assert of_side["density"][at] == pytest.approx(measured["density"][feature], **CLOSE)
-            for name in ("mean", "max"):
-                value = measured[name][feature]
-                assert of_side[name][at] == (
-                    None if np.isnan(value) else pytest.approx(value, **CLOSE)
-                )
-            own = frame[frame[f"{side}_feature"] == feature]
-            assert of_side["pairs"][at] == len(own)
-            assert of_side["importance"][at] == pytest.approx(own["importance"].sum(), **CLOSE)
-        assert of_side["importance"] == sorted(of_side["importance"], reverse=True)
+        pairs = ranked_pairs(d)
+        for feature, entry in features_of(data, side):
+            expected = measured.loc[feature, ["density", "mean", "max"]]
+            assert [entry["density"], entry["mean"], entry["max"]] == short(expected)
+            own_pairs = pairs[pairs[f"{side}_feature"] == feature]
+            assert entry["pairs"] == len(own_pairs)
+            assert [entry["importance"]] == short([own_pairs["importance"].sum()])
+        importance = data["features"][side]["importance"]
+        assert len(importance) > 20
+        assert importance == sorted(importance, reverse=True)
 
-    @pytest.mark.parametrize("side", ["query", "key"])
+    @pytest.mark.parametrize("side", SIDES)
     def test_contexts_point_at_the_words_around(self, data, statistics, side):
-        of_side, limits = data["features"][side], ReportLimits()
-        for feature, contexts in zip(of_side["feature"], of_side["contexts"], strict=True):
+        limits = ReportLimits()
+        for feature, entry in features_of(data, side):
             expected = statistics.feature_contexts(side, feature)[: limits.contexts]
-            assert [tuple(c[:2]) for c in contexts] == [c[:2] for c in expected]
-            for (row, pos, value), context in zip(contexts, expected, strict=True):
-                assert value == pytest.approx(context.value, **CLOSE)
-                for at in range(max(0, pos - limits.before), min(N_POS, pos + limits.after + 1)):
-                    assert word_at(data["texts"], row, at) == words([statistics.tokens[row, at]])[0]
+            for (row, pos, value), context in zip(entry["contexts"], expected, strict=True):
+                assert (row, pos) == (context.row, context.pos)
+                assert [value] == short([context.value])
+                first = max(0, pos - limits.before)
+                end = min(N_POS, pos + limits.after + 1)
+                assert_words(data, statistics, row, range(first, end))
 
-    @pytest.mark.parametrize("side", ["query", "key"])
-    def test_partners_are_kept_pairs_by_importance(self, data, d, statistics, side):
-        other = "key_feature" if side == "query" else "query_feature"
-        frame, mean = kept(d), statistics.pairs["mean"]
-        of_side = data["features"][side]
-        for feature, partners in zip(of_side["feature"], of_side["partners"], strict=True):
-            own = sorted(
-                frame[frame[f"{side}_feature"] == feature].itertuples(),
-                key=lambda pair: -pair.importance,
-            )
-            assert [p[:2] for p in partners] == [
-                [getattr(pair, other), pair.head] for pair in own[:24]
-            ]
-            for (_, _, weight, importance, term), pair in zip(partners, own, strict=False):
-                assert [weight, importance] == pytest.approx(
-                    [pair.weight, pair.importance], **CLOSE
-                )
-                assert term == (
-                    None if np.isnan(mean[pair.Index]) else pytest.approx(mean[pair.Index], **CLOSE)
-                )
+    @pytest.mark.parametrize(("side", "other"), [("query", "key"), ("key", "query")])
+    def test_partners_are_kept_pairs_by_importance(self, data, d, statistics, side, other):
+        pairs = ranked_pairs(d)
+        pairs["mean"] = statistics.pairs["mean"]
+        for feature, entry in features_of(data, side):
+            own_pairs = pairs[pairs[f"{side}_feature"] == feature]
+            best = own_pairs.sort_values("importance", ascending=False, kind="stable")[:24]
+            partners = best[[f"{other}_feature", "head"]].to_numpy().tolist()
+            assert [partner[:2] for partner in entry["partners"]] == partners
+            numbers = best[["weight", "importance", "mean"]].to_numpy()
+            for partner, expected in zip(entry["partners"], numbers, strict=True):
+                assert partner[2:] == short(expected)
 
     def test_neighbours_fire_along(self, data, statistics):
-        for feature, listed in zip(
-            data["features"]["key"]["feature"], data["features"]["key"]["neighbours"], strict=True
-        ):
+        for feature, entry in features_of(data, "key"):
             expected = statistics.feature_co_occurrence("key", feature, 8)
-            assert [n[0] for n in listed] == expected["feature"].tolist()
-            assert [n[1] for n in listed] == pytest.approx(expected["share"].tolist(), **CLOSE)
+            assert [row[0] for row in entry["neighbours"]] == expected["feature"].tolist()
+            assert [row[1] for row in entry["neighbours"]] == short(expected["share"])
 
-    def test_labels_are_the_distinct_words_of_the_strongest_contexts(self, data, statistics):
-        for side, size in (("query", D_QUERY), ("key", D_KEY)):
-            labels = data["texts"]["labels"][side]
-            assert len(labels) == size
-            for feature, label in enumerate(labels):
-                fired_on = [
-                    int(statistics.tokens[c.row, c.pos])
-                    for c in statistics.feature_contexts(side, feature)
-                ]
-                distinct = sorted(set(fired_on), key=fired_on.index)[:3]
-                assert [data["texts"]["words"][w] for w in label] == words(distinct)
+    @pytest.mark.parametrize("side", SIDES)
+    def test_labels_are_the_distinct_words_of_the_strongest_contexts(self, data, statistics, side):
+        labels = data["texts"]["labels"][side]
+        assert len(labels) == SIZES[side]
+        for feature, label in enumerate(labels):
+            distinct = []
+            for context in statistics.feature_contexts(side, feature):
+                token = int(statistics.tokens[context.row, context.pos])
+                if token not in distinct:
+                    distinct.append(token)
+            words = [data["texts"]["words"][number] for number in label]
+            assert words == hostile_words(distinct[:3])
 
-    def test_activations_around_are_those_of_the_model(self, d, statistics, x, model):
-        asked = []
+    def test_activations_around_are_those_of_the_model(self, d, statistics, model):
+        requested = []
 
         def inputs(rows):
-            asked.extend(rows.tolist())
+            requested.extend(rows.tolist())
             return inputs_and_scores(model, rows)[0]
 
-        data, limits = made(d, statistics, inputs=inputs), ReportLimits()
-        assert asked == statistics.tokens.tolist()  # each row once, for both sides
-        for side, acts in (("query", d.encode_query(x)), ("key", d.encode_key(x))):
-            of_side = data["features"][side]
-            for feature, contexts in zip(of_side["feature"], of_side["contexts"], strict=True):
-                for row, pos, value, around in contexts:
-                    window = acts[
-                        row, max(0, pos - limits.before) : pos + limits.after + 1, feature
-                    ]
+        data = page_data(d, statistics, inputs=inputs)
+        assert requested == statistics.tokens.tolist()  # each row once, for both sides
+        x, _ = inputs_and_scores(model, tiny_tokens(N_ROWS, N_POS))
+        features = d.features(x)
+        limits = ReportLimits()
+        for side, acts in zip(SIDES, features, strict=True):
+            for feature, entry in features_of(data, side):
+                for row, pos, value, around in entry["contexts"]:
+                    first = max(0, pos - limits.before)
+                    window = acts[row, first : pos + limits.after + 1, feature]
                     assert around == pytest.approx(window.tolist(), rel=6e-4, abs=1e-5)
-                    assert value == pytest.approx(around[min(pos, limits.before)], rel=1e-3)
+                    assert around[pos - first] == pytest.approx(value, rel=1e-3)
 
 
 class TestPairs:
     def test_columns_are_map_and_statistics(self, data, d, statistics):
-        pairs, frame = data["pairs"], kept(d)
-        assert sorted(pairs["pair"]) == list(range(N_PAIRS))
-        assert pairs["importance"] == sorted(pairs["importance"], reverse=True)
-        for at, number in enumerate(pairs["pair"]):
-            indices = [pairs[name][at] for name in ("query_feature", "key_feature", "head")]
-            assert indices == d.feature_map.indices[number].tolist()
-            for name in ("weight", "score_at_0", "importance", "effect"):
-                assert pairs[name][at] == pytest.approx(frame[name][number], **CLOSE)
-            for name in ("co_occurrence", "mean", "max", "min"):
-                value = statistics.pairs[name][number]
-                assert pairs[name][at] == (
-                    None if np.isnan(value) else pytest.approx(value, **CLOSE)
-                )
+        from_map = ["weight", "score_at_0", "importance", "effect"]
+        from_texts = ["co_occurrence", "mean", "max", "min"]
+        frame = ranked_pairs(d)
+        frame[from_texts] = statistics.pairs[from_texts]
+        for number, entry in pairs_of(data):
+            triple = [entry[name] for name in TRIPLE]
+            assert triple == d.feature_map.indices[number].tolist()
+            numbers = [entry[name] for name in from_map + from_texts]
+            assert numbers == short(frame.loc[number, from_map + from_texts])
+        importance = data["pairs"]["importance"]
+        assert sorted(data["pairs"]["pair"]) == list(range(N_PAIRS))
+        assert importance == sorted(importance, reverse=True)
 
     def test_contexts_point_at_query_and_key(self, data, statistics):
-        seen = 0
-        for number, contexts in zip(data["pairs"]["pair"], data["pairs"]["contexts"], strict=True):
+        n_contexts = 0
+        for number, entry in pairs_of(data):
             expected = statistics.pair_contexts(number)[:5]
-            assert [tuple(c[:3]) for c in contexts] == [c[:3] for c in expected]
-            for (row, i, j, value), context in zip(contexts, expected, strict=True):
-                assert value == pytest.approx(context.value, **CLOSE)
-                for at in (i, j, min(i + 5, N_POS - 1), max(j - 14, 0)):
-                    assert word_at(data["texts"], row, at) == words([statistics.tokens[row, at]])[0]
-                seen += 1
-        assert seen > 100
+            for (row, i, j, value), context in zip(entry["contexts"], expected, strict=True):
+                assert (row, i, j) == (context.row, context.query_pos, context.key_pos)
+                assert [value] == short([context.value])
+                ends = (min(i + 5, N_POS - 1), max(j - 14, 0))
+                assert_words(data, statistics, row, (i, j, *ends))
+                n_contexts += 1
+        assert n_contexts > 100
 
     def test_the_same_features_in_other_heads(self, data, d):
-        pairs, frame = data["pairs"], kept(d)
-        for a, b, listed in zip(
-            pairs["query_feature"], pairs["key_feature"], pairs["heads"], strict=True
-        ):
-            same = frame[(frame["query_feature"] == a) & (frame["key_feature"] == b)]
-            assert [row[0] for row in listed] == same["head"].tolist()
-            for row, pair in zip(listed, same.itertuples(), strict=True):
-                assert row[1:] == pytest.approx(
-                    [pair.weight, pair.importance, pair.effect], **CLOSE
-                )
+        frame = ranked_pairs(d)
+        for _, entry in pairs_of(data):
+            same_query = frame["query_feature"] == entry["query_feature"]
+            same = frame[same_query & (frame["key_feature"] == entry["key_feature"])]
+            assert [row[0] for row in entry["heads"]] == same["head"].tolist()
+            numbers = same[["weight", "importance", "effect"]].to_numpy()
+            for row, expected in zip(entry["heads"], numbers, strict=True):
+                assert row[1:] == short(expected)
 
     def test_kernel_is_the_score_of_mean_activations_by_distance(self, data, d, statistics):
-        features = statistics.features
-        means = [features.query("side == @side")["mean"].to_numpy() for side in ("query", "key")]
-        acts = [np.broadcast_to(mean, (1, N_POS, len(mean))) for mean in means]
-        for number, kernel in zip(data["pairs"]["pair"], data["pairs"]["kernel"], strict=True):
-            pair = tuple(d.feature_map.indices[number].tolist())
-            by_distance = float(d.feature_map.weights[number]) * pair_term(d, acts, pair)[0, :, 0]
-            expected = [*by_distance[:32], by_distance[32:40].mean(), by_distance[40]]
+        acts = {}
+        for side in SIDES:
+            means = statistics.features.query("side == @side")["mean"].to_numpy()
+            acts[side] = np.broadcast_to(means, (1, N_POS, len(means)))
+        for number, entry in pairs_of(data):
+            triple = tuple(d.feature_map.indices[number].tolist())
+            term = pair_term(d, acts["query"], acts["key"], triple)
+            scores = float(d.feature_map.weights[number]) * term[0, :, 0]  # by distance to key 0
+            expected = [*scores[:32], scores[32:40].mean(), scores[40]]
             if np.isnan(expected).any():
-                assert kernel == [None] * len(expected)
+                assert entry["kernel"] == [None] * len(expected)
             else:
-                assert kernel == pytest.approx(expected, rel=6e-3, abs=1e-6)
+                assert entry["kernel"] == pytest.approx(expected, rel=6e-3, abs=1e-6)
 
     @pytest.mark.parametrize("model", ["gpt2_bridge"], indirect=True)
     def test_without_rotary_embeddings_there_is_no_kernel(self, data):
@@ -264,108 +253,150 @@ class TestPairs:
     @pytest.mark.parametrize("n_pos", [1, 7, 31, 32, 33, 256, 2048])
     def test_stretches_cover_every_distance_once(self, n_pos):
         stretches = kernel_stretches(n_pos)
-        assert [offset for first, last in stretches for offset in range(first, last + 1)] == list(
-            range(n_pos)
-        )
+        offsets = []
+        for first, last in stretches:
+            offsets += range(first, last + 1)
+        assert offsets == list(range(n_pos))
         assert len(stretches) <= 64
 
 
 class TestPrompts:
     def test_patterns_are_those_of_model_and_dictionary(self, data, d, prompt):
-        (shown,) = data["prompts"]
-        assert shown["words"] == prompt.words
-        for name, pattern in (
-            ("true", prompt.pattern),
-            ("feature_map", d.pattern(prompt.x[None], "feature_map")[0]),
-            ("transcoders", d.pattern(prompt.x[None], "transcoders")[0]),
-        ):
-            listed = shown["true"] if name == "true" else shown["rebuilt"][name]
+        (section,) = data["prompts"]
+        assert section["words"] == prompt.words
+        assert section["first_keys"] == [0] * N_PROMPT
+        patterns = {
+            "true": prompt.pattern,
+            "feature_map": d.pattern(prompt.x[None], "feature_map")[0],
+            "transcoders": d.pattern(prompt.x[None], "transcoders")[0],
+        }
+        weights = {"true": section["true"], **section["rebuilt"]}
+        for name, pattern in patterns.items():
             for head in range(d.spec.n_heads):
-                expected = [
-                    float(pattern[head, i, j]) for i in range(N_PROMPT) for j in range(i + 1)
-                ]
-                assert listed[head] == pytest.approx(expected, abs=6e-5)
+                expected = []
+                for i in range(N_PROMPT):
+                    expected += pattern[head, i, : i + 1].tolist()
+                assert weights[name][head] == pytest.approx(expected, abs=6e-5)
+
+    def test_only_allowed_keys_have_cells(self):
+        spec = qk.AttentionSpec(1, 1, d_head=2, d_model=2, scale=1.0, window=2)
+        pattern = torch.arange(16.0).reshape(1, 4, 4)
+        columns = ["head", "query_pos", "key_pos", *TRIPLE, "contribution", "pattern_effect"]
+        no_pairs = pd.DataFrame(columns=columns)
+        prompt = SimpleNamespace(
+            words=list("abcd"), pattern=pattern, rebuilt_pattern=lambda source: pattern
+        )
+        d = SimpleNamespace(spec=spec)
+        section = prompt_section(d, prompt, no_pairs, [], ReportLimits())
+        assert section["first_keys"] == [0, 0, 1, 2]
+        assert section["true"] == [[0.0, 4.0, 5.0, 9.0, 10.0, 14.0, 15.0]]
+        assert section["n_cells"] == 7
 
     def test_cells_list_the_strongest_pairs(self, data, d, prompt):
-        (shown,) = data["prompts"]
+        (section,) = data["prompts"]
         strongest = prompt.strongest(8)
-        assert shown["n_cells"] == d.spec.n_heads * N_PROMPT * (N_PROMPT + 1) // 2
-        assert sum(map(len, shown["cells"].values())) == len(strongest) > 500
+        assert section["n_cells"] == d.spec.n_heads * N_PROMPT * (N_PROMPT + 1) // 2
+        assert sum(map(len, section["cells"].values())) == len(strongest) > 500
         for (head, i, j), expected in strongest.groupby(["head", "query_pos", "key_pos"]):
-            listed = shown["cells"][f"{head}/{i}/{j}"]
-            assert [row[:2] for row in listed] == expected[
-                ["query_feature", "key_feature"]
-            ].to_numpy().tolist()
-            for column, name in ((2, "contribution"), (3, "pattern_effect")):
-                assert [row[column] for row in listed] == pytest.approx(
-                    expected[name].tolist(), **CLOSE
-                )
+            rows = section["cells"][f"{head}/{i}/{j}"]
+            assert [row[:2] for row in rows] == expected[TRIPLE[:2]].to_numpy().tolist()
+            assert [row[2] for row in rows] == short(expected["contribution"])
+            assert [row[3] for row in rows] == short(expected["pattern_effect"])
 
     def test_only_the_largest_weights_have_lists(self, d, statistics, prompt):
-        data = made(d, statistics, [prompt], ReportLimits(cells=13))
-        largest = torch.maximum(prompt.pattern, prompt.made("feature_map"))
-        weights = sorted((float(w) for w in largest.flatten()), reverse=True)
-        listed = [tuple(map(int, cell.split("/"))) for cell in data["prompts"][0]["cells"]]
-        assert 0 < len(listed) <= 13
-        assert all(float(largest[cell]) >= weights[12] for cell in listed)
+        data = page_data(d, statistics, [prompt], limits=ReportLimits(cells=13))
+        largest = torch.maximum(prompt.pattern, prompt.rebuilt_pattern("feature_map"))
+        least = sorted(largest.flatten().tolist(), reverse=True)[12]
+        cells = list(data["prompts"][0]["cells"])
+        assert 0 < len(cells) <= 13
+        for cell in cells:
+            head, i, j = map(int, cell.split("/"))
+            assert float(largest[head, i, j]) >= least
+
+    def test_explanations_are_the_attributions(self, data, explanations):
+        (section,) = data["prompts"]
+        assert list(section["explanations"]) == ["2/9/4", "0/9/4"]
+        for attribution, fields in zip(explanations, section["explanations"].values(), strict=True):
+            expected = attribution.to_dict(n=8)
+            assert fields["title"] == str(attribution)
+            assert [fields["score"], fields["rebuilt"]] == short(
+                [expected["score"], expected["rebuilt"]]
+            )
+            for name in ("parts", "supporting", "inhibiting"):
+                effects = [row["pattern_effect"] for row in expected[name]]
+                assert [row["pattern_effect"] for row in fields[name]] == short(effects)
+
+    def test_explanations_and_cells_list_the_same_pairs(self, data):
+        (section,) = data["prompts"]
+        for cell, fields in section["explanations"].items():
+            pairs = section["cells"][cell]
+            rows = fields["supporting"] + fields["inhibiting"]
+            expected = {
+                (row["query_feature"], row["key_feature"]): row["pattern_effect"] for row in rows
+            }
+            assert len(expected) == len(pairs)
+            for query_feature, key_feature, _, effect in pairs:
+                other = expected[query_feature, key_feature]
+                assert effect == pytest.approx(other, rel=2e-3, abs=1e-6)
 
 
 class TestOverview:
-    def test_sizes_and_figures(self, data, d, statistics):
-        shown = data["overview"]
-        assert (shown["d_query"], shown["d_key"], shown["n_pairs"]) == (D_QUERY, D_KEY, N_PAIRS)
-        assert (shown["n_heads"], shown["layer"], shown["n_tokens"]) == (
-            d.spec.n_heads,
-            LAYER,
-            N_ROWS * N_POS,
-        )
-        assert shown["metrics"]["sources"]["zero"] == {"ce_loss": 3.51954, "pattern_kl": None}
-        assert shown["importance_measured"] is True
-        for side in ("query", "key"):
-            often = statistics.features.query("side == @side and density > 0.9")["feature"].tolist()
-            assert shown["always_on"][side] == often
-        assert shown["importance_shown"] == 1
+    def test_sizes_and_metrics(self, data, d, statistics):
+        overview = data["overview"]
+        sizes = [overview[name] for name in ("d_query", "d_key", "n_pairs", "n_heads", "layer")]
+        assert sizes == [D_QUERY, D_KEY, N_PAIRS, d.spec.n_heads, LAYER]
+        assert overview["n_tokens"] == N_ROWS * N_POS
+        assert overview["metrics"]["sources"]["zero"] == {"ce_loss": 3.51954, "pattern_kl": None}
+        assert overview["importance_measured"] is True
+        assert overview["importance_shown"] == 1
+        for side in SIDES:
+            dense = statistics.features.query("side == @side and density > 0.9")
+            assert overview["always_on"][side] == dense["feature"].tolist()
 
-    def test_density_histogram(self, data, statistics):
-        density = data["overview"]["density"]
-        edges = 10 ** np.array(density["log10_edges"])
-        for side in ("query", "key"):
-            values = statistics.features.query("side == @side and density > 0")["density"]
-            assert data["overview"]["live"][side] == len(values) == sum(density[side])
-            for low, high, count in zip(edges, edges[1:], density[side], strict=False):
-                assert count == sum(low <= value < high or value == high == 1 for value in values)
+    @pytest.mark.parametrize("side", SIDES)
+    def test_density_histogram(self, data, statistics, side):
+        histogram = data["overview"]["density"]
+        live = statistics.features.query("side == @side and density > 0")
+        assert data["overview"]["live"][side] == len(live) == sum(histogram[side])
+        edges = [10**exponent for exponent in histogram["log10_edges"]]
+        for bin_number, count in enumerate(histogram[side]):
+            low = edges[bin_number]
+            high = edges[bin_number + 1]
+            expected = 0
+            for density in live["density"]:
+                expected += low <= density < high or density == high == 1
+            assert count == expected
 
     def test_pairs_of_heads(self, data, d):
-        frame = kept(d)
+        pairs = ranked_pairs(d)
+        heads = data["overview"]["heads"]
         for head in range(d.spec.n_heads):
-            own = frame[frame["head"] == head]
-            constant = [
-                a == D_QUERY or b == D_KEY
-                for a, b in zip(own["query_feature"], own["key_feature"], strict=True)
-            ]
-            assert data["overview"]["heads"]["pairs"][head] == len(own)
-            assert data["overview"]["heads"]["with_constant"][head] == sum(constant)
-            assert data["overview"]["heads"]["importance"][head] == pytest.approx(
-                own["importance"].sum(), **CLOSE
+            own_pairs = pairs[pairs["head"] == head]
+            is_constant = (own_pairs["query_feature"] == D_QUERY) | (
+                own_pairs["key_feature"] == D_KEY
             )
+            assert heads["pairs"][head] == len(own_pairs)
+            assert heads["with_constant"][head] == is_constant.sum()
+            assert [heads["importance"][head]] == short([own_pairs["importance"].sum()])
 
-    def test_further_tables_keep_a_named_index(self, d, statistics):
-        table = pd.DataFrame(
-            {"share": [0.123456, np.nan], "n": [3, 4]},
-            index=pd.Index(["first", "<b>"], name="kind"),
-        )
-        counted = table.reset_index(drop=True)
-        tables = {"By kind": table, "By head": counted.rename_axis("head"), "Plain": counted}
-        by_kind, by_head, plain = made(d, statistics, tables=tables)["overview"]["tables"]
-        rows = [["first", 0.1235, 3], ["<b>", None, 4]]
-        assert by_kind == {"title": "By kind", "columns": ["kind", "share", "n"], "rows": rows}
-        assert by_head["columns"] == ["head", "share", "n"]
-        assert by_head["rows"] == [[at, *row[1:]] for at, row in enumerate(rows)]
-        assert plain == {
-            "title": "Plain",
-            "columns": ["share", "n"],
-            "rows": [row[1:] for row in rows],
+    def test_further_tables_keep_an_index_that_says_something(self, d, statistics):
+        columns = {"share": [0.123456, np.nan], "n": [3, 4]}
+        kinds = pd.Index(["first", "<b>"], name="kind")
+        plain = pd.DataFrame(columns)
+        tables = {
+            "By kind": pd.DataFrame(columns, index=kinds),
+            "By head": plain.rename_axis("head"),
+            "Plain": plain,
         }
+        data = page_data(d, statistics, tables=tables)
+        kind_table, head_table, plain_table = data["overview"]["tables"]
+        assert kind_table["title"] == "By kind"
+        assert kind_table["columns"] == ["kind", "share", "n"]
+        assert kind_table["rows"] == [["first", 0.1235, 3], ["<b>", None, 4]]
+        assert head_table["columns"] == ["head", "share", "n"]
+        assert head_table["rows"] == [[0, 0.1235, 3], [1, None, 4]]
+        assert plain_table["columns"] == ["share", "n"]
+        assert plain_table["rows"] == [[0.1235, 3], [None, 4]]
 
 
 class TestLimits:
@@ -381,267 +412,110 @@ class TestLimits:
     )
 
     def test_the_most_important_stay(self, d, statistics):
-        data, frame = made(d, statistics, limits=self.LIMITS), kept(d)
-        chosen = {}
-        for side, size in (("query", D_QUERY), ("key", D_KEY)):
-            total = frame.groupby(f"{side}_feature")["importance"].sum().drop(size)
-            chosen[side] = total.sort_values(ascending=False).index[:6].tolist()
-            assert data["features"][side]["feature"] == chosen[side]
-        possible = frame[
-            frame["query_feature"].isin([*chosen["query"], D_QUERY])
-            & frame["key_feature"].isin([*chosen["key"], D_KEY])
-        ]
-        best = possible["importance"].sort_values(ascending=False).index[:5]
-        assert data["pairs"]["pair"] == best.tolist()
-        share = frame.loc[best, "importance"].sum() / frame["importance"].sum()
-        assert data["overview"]["importance_shown"] == pytest.approx(share, **CLOSE)
+        data = page_data(d, statistics, limits=self.LIMITS)
+        pairs = ranked_pairs(d)
+        have_pages = np.ones(len(pairs), dtype=bool)
+        for side, constant in SIZES.items():
+            features = pairs[f"{side}_feature"]
+            totals = pairs.groupby(features)["importance"].sum().drop(constant)
+            best = totals.sort_values(ascending=False).index[:6].tolist()
+            assert data["features"][side]["feature"] == best
+            have_pages &= features.isin([*best, constant])
+        importance = pairs["importance"][have_pages]
+        numbers = importance.sort_values(ascending=False).index[:5]
+        assert data["pairs"]["pair"] == numbers.tolist()
+        share = importance[numbers].sum() / pairs["importance"].sum()
+        assert [data["overview"]["importance_shown"]] == short([share])
         assert data["overview"]["limits"] == dataclasses.asdict(self.LIMITS)
 
     def test_every_list_is_cut(self, d, statistics):
-        data = made(d, statistics, limits=self.LIMITS)
-        for side in ("query", "key"):
-            for name, most in (("contexts", 2), ("partners", 2), ("neighbours", 1)):
-                assert max(map(len, data["features"][side][name])) == most
+        data = page_data(d, statistics, limits=self.LIMITS)
+        n_contexts = 0
+        for side in SIDES:
+            columns = data["features"][side]
+            for name, limit in (("contexts", 2), ("partners", 2), ("neighbours", 1)):
+                assert max(map(len, columns[name])) == limit
+            n_contexts += sum(map(len, columns["contexts"]))
         assert max(map(len, data["pairs"]["contexts"])) == 1
-        for row, *positions, _ in (
-            context for listed in data["pairs"]["contexts"] for context in listed
-        ):
-            for pos in positions:
-                assert word_at(data["texts"], row, pos) == words([statistics.tokens[row, pos]])[0]
-        n_words = sum(len(run) for runs in data["texts"]["rows"].values() for _, run in runs)
-        contexts = sum(
-            len(c) for side in ("query", "key") for c in data["features"][side]["contexts"]
-        )
-        assert n_words <= 3 * (contexts + 2 * 5) < N_ROWS * N_POS
+        for contexts in data["pairs"]["contexts"]:
+            for row, i, j, _ in contexts:
+                assert_words(data, statistics, row, (i, j))
+        n_words = 0
+        for runs in data["texts"]["rows"].values():
+            n_words += sum(len(words) for _, words in runs)
+        assert n_words <= 3 * (n_contexts + 2 * 5) < N_ROWS * N_POS
 
     def test_half_goes_to_what_the_prompts_name(self, d, statistics, prompt):
-        data = made(d, statistics, [prompt], self.LIMITS)
+        data = page_data(d, statistics, [prompt], limits=self.LIMITS)
         strongest = prompt.strongest(8)
         effect = strongest["pattern_effect"].abs()
-        for side, size in (("query", D_QUERY), ("key", D_KEY)):
-            named = effect.groupby(strongest[f"{side}_feature"]).max().drop(size, errors="ignore")
-            assert set(named.sort_values(ascending=False).index[:3]) <= set(
-                data["features"][side]["feature"]
-            )
-            assert len(data["features"][side]["feature"]) == 6
-        pages = [
-            tuple(data["pairs"][name][at] for name in ("query_feature", "key_feature", "head"))
-            for at in range(5)
-        ]
-        named = effect.groupby(
-            [strongest[name] for name in ("query_feature", "key_feature", "head")]
-        ).max()
-        shown = {
-            side: {*data["features"][side]["feature"], size}
-            for side, size in (("query", D_QUERY), ("key", D_KEY))
-        }
-        possible = [
-            (a, b, head)
-            for a, b, head in named.sort_values(ascending=False).index
-            if a in shown["query"] and b in shown["key"] and (a, b) != (D_QUERY, D_KEY)
-        ]
-        assert set(possible[:2]) <= set(pages)
+        have_pages = {}
+        for side, constant in SIZES.items():
+            effects = effect.groupby(strongest[f"{side}_feature"]).max()
+            effects = effects.drop(constant, errors="ignore").sort_values(ascending=False)
+            features = data["features"][side]["feature"]
+            assert len(features) == 6
+            assert set(effects.index[:3]) <= set(features)
+            have_pages[side] = {*features, constant}
+        pages = {tuple(entry[name] for name in TRIPLE) for _, entry in pairs_of(data)}
+        effects = effect.groupby([strongest[name] for name in TRIPLE]).max()
+        candidates = []
+        for a, b, head in effects.sort_values(ascending=False).index:
+            is_listed = (a, b) != (D_QUERY, D_KEY)
+            if a in have_pages["query"] and b in have_pages["key"] and is_listed:
+                candidates.append((a, b, head))
+        assert set(candidates[:2]) <= pages
 
     def test_a_feature_that_only_a_prompt_knows(self, d, statistics):
-        pairs, features = pair_table(d, statistics), statistics.features.copy()
+        pairs = pair_table(d, statistics)
         pairs.loc[pairs["query_feature"] == 4, "importance"] = 0.0
-        features.loc[features.eval("side == 'query' and feature == 4"), "density"] = 0.0
+        features = statistics.features.copy()
+        is_feature = (features["side"] == "query") & (features["feature"] == 4)
+        features.loc[is_feature, "density"] = 0.0
         texts = SimpleNamespace(features=features)
         cells = pd.DataFrame(
             {"query_feature": [4], "key_feature": [2], "head": [0], "pattern_effect": [-0.1]}
         )
-        assert 4 in choose(d, texts, pairs, [cells], ReportLimits()).query
-        assert 4 not in choose(d, texts, pairs, [], ReportLimits()).query
+        assert 4 in choose_pages(d, texts, pairs, [cells], ReportLimits()).query
+        assert 4 not in choose_pages(d, texts, pairs, [], ReportLimits()).query
 
     def test_without_measured_importance_the_texts_rank(self, model):
         d = tiny_dictionary(model)
-        statistics = collect_activations(
-            d, model_batches(model, LAYER, tiny_tokens(N_ROWS, N_POS)), progress=False
-        )
-        data = made(d, statistics)
+        statistics = tiny_statistics(d, model)
+        data = page_data(d, statistics)
         assert data["overview"]["importance_measured"] is False
-        expected = (0.5 * statistics.pairs["co_occurrence"] * statistics.pairs["mean"] ** 2).fillna(
-            0
-        )
-        numbers = data["pairs"]["pair"]
-        assert data["pairs"]["importance"] == pytest.approx(
-            [expected[number] for number in numbers], **CLOSE
-        )
-        assert data["pairs"]["importance"] == sorted(data["pairs"]["importance"], reverse=True)
+        pairs = statistics.pairs
+        expected = (0.5 * pairs["co_occurrence"] * pairs["mean"] ** 2).fillna(0)
+        importance = data["pairs"]["importance"]
+        assert importance == short(expected[data["pairs"]["pair"]])
+        assert importance == sorted(importance, reverse=True)
 
-
-class Page(HTMLParser):
-    """Every tag with its attributes, and what script and style elements hold."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.raw, self._inside = [], [], None
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self._inside = (tag, dict(attrs)) if tag in ("script", "style") else None
-
-    def handle_endtag(self, tag):
-        self._inside = None
-
-    def handle_data(self, text):
-        if self._inside:
-            self.raw.append((*self._inside, text))
-
-
-class TestPage:
-    TITLE = "A <b>title</b> & more"
-
-    @pytest.fixture(scope="class")
-    def path(self, d, statistics, prompt, tmp_path_factory):
-        hostile = dataclasses.replace(
-            prompt, words=[HOSTILE[i % len(HOSTILE)] for i in range(N_PROMPT)]
-        )
-        path = tmp_path_factory.mktemp("report") / "new folder" / "report.html"
-        table = pd.DataFrame({"<i>": ["</script><script>alert(3)</script>"]})
-        assert (
-            write_report(
-                path, d, statistics, [hostile], words=words, title=self.TITLE, tables={"<u>": table}
-            )
-            == path
-        )
-        return path
-
-    @pytest.fixture(scope="class")
-    def page(self, path):
-        return Page(path.read_text(encoding="utf-8"))
-
-    def test_sections_are_read_back(self, page, d, statistics, prompt):
-        sections = {attrs["id"]: json.loads(text) for _, attrs, text in page.raw if "type" in attrs}
-        assert sorted(sections) == [
-            f"data-{name}" for name in ("features", "overview", "pairs", "prompts", "texts")
-        ]
-        expected = json.loads(json.dumps(made(d, statistics, [prompt])))
-        assert sections["data-features"] == expected["features"]
-        assert sections["data-texts"] == expected["texts"]
-        assert {*HOSTILE} <= {*sections["data-texts"]["words"]}
-        assert sections["data-prompts"][0]["words"] == [
-            HOSTILE[i % len(HOSTILE)] for i in range(N_PROMPT)
-        ]
-        assert sections["data-overview"]["title"] == self.TITLE
-
-    def test_data_adds_no_markup(self, page, path):
-        html = path.read_text(encoding="utf-8")
-        plain = Page(render(empty_data()))
-        prompts_link = {"li", "a"}  # in the menu where there are prompts
-        assert [tag for tag, _ in page.tags if tag not in prompts_link] == [
-            tag for tag, _ in plain.tags if tag not in prompts_link
-        ]
-        assert "alert(1)</script>" not in html
-        assert "A &lt;b&gt;title&lt;/b&gt; &amp; more" in html
-        assert "\u2028" not in html
-        assert "\x00" not in html
-
-    def test_the_policy_allows_these_scripts_and_nothing_else(self, page):
-        policy = next(
-            attrs["content"]
-            for tag, attrs in page.tags
-            if attrs.get("http-equiv") == "Content-Security-Policy"
-        )
-        rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
-        hashes = {"script-src": [], "style-src": []}
-        for tag, attrs, text in page.raw:
-            if "type" not in attrs:
-                hashes[f"{tag}-src"].append(
-                    base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-                )
-        assert len(hashes["script-src"]) == 2
-        for name, listed in hashes.items():
-            assert rules[name].split() == [f"'sha256-{value}'" for value in listed]
-        assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
-        assert "unsafe" not in policy
-
-    def test_nothing_points_outside(self, page):
-        for tag, attrs in page.tags:
-            assert "src" not in attrs
-            assert not [name for name in attrs if name.startswith("on") or name == "style"]
-            assert attrs.get("href", "#").startswith(("#", "data:")), (tag, attrs)
-        own = [text for tag, attrs, text in page.raw if "Chart.js v" not in text]
-        assert len(own) == len(page.raw) - 1
-        assert not [
-            text
-            for text in own
-            if re.search(r"//[\w-]+\.\w|@import|url\(|fetch\(|XMLHttpRequest|import\(", text)
-        ]
-
-    def test_the_file_is_the_same_everywhere(self, path, d, statistics, tmp_path):
-        assert b"\r" not in path.read_bytes()
-        one, other = (
-            write_report(tmp_path / name, d, statistics, words=words)
-            for name in ("one.html", "other.html")
-        )
-        assert one.read_bytes() == other.read_bytes()
-
-
-def empty_data():
-    return {
-        "overview": {"title": "none"},
-        **{name: {} for name in ("features", "pairs", "texts")},
-        "prompts": [],
-    }
-
-
-class TestTemplates:
-    @pytest.mark.parametrize("name", report.SCRIPTS)
-    def test_scripts_never_turn_text_into_markup(self, name):
-        source = (TEMPLATES / name).read_text()
-        forbidden = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|DOMParser|\.srcdoc"
-        assert not re.findall(forbidden, source)
-
-    def test_every_script_is_used(self):
-        assert sorted(path.name for path in TEMPLATES.glob("*.js")) == sorted(report.SCRIPTS)
-
-    def test_the_chart_library_says_what_it_is(self):
-        source = (TEMPLATES / report.CHARTS).read_text()
-        head = source[: source.index("*/")]
-        assert re.search(r"chart\.js \d+\.\d+\.\d+", head)
-        assert "MIT" in head
-        assert "Permission is hereby granted" in head
-        assert "sourceMappingURL" not in source
-        assert "</script" not in source
-
-    def test_json_keeps_no_character_of_markup(self):
-        text = str(json_for_script({"<a>": "</script>&amp;\u2028\u2029é<!--"}))
-        assert not set("<>&\u2028\u2029é") & set(text)
-        assert json.loads(text) == {"<a>": "</script>&amp;\u2028\u2029é<!--"}
-
-    def test_json_refuses_what_is_not_json(self):
-        with pytest.raises(ValueError, match="not JSON compliant"):
-            json_for_script([float("nan")])
+    @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ReportLimits)])
+    def test_a_limit_below_one(self, name):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            ReportLimits(**{name: 0})
 
 
 class TestErrors:
     def test_no_map(self, model, statistics):
         with pytest.raises(ValueError, match="has no feature map"):
-            made(tiny_dictionary(model, n_pairs=0), statistics)
+            page_data(tiny_dictionary(model, n_pairs=0), statistics)
 
     def test_statistics_of_another_dictionary(self, model, statistics):
         with pytest.raises(ValueError, match="collect them with this dictionary"):
-            made(tiny_dictionary(model, seed=1), statistics)
+            page_data(tiny_dictionary(model, seed=1), statistics)
 
-    def test_prompt_of_another_dictionary(self, model, d, statistics, prompt):
-        other = Prompt.of(tiny_dictionary(model), model, tiny_tokens(1, 3))
-        with pytest.raises(ValueError, match="Prompt 1 was made with another dictionary"):
-            made(d, statistics, [prompt, other])
+    def test_a_prompt_of_another_dictionary(self, model, d, statistics, prompt):
+        other = qk.RecordedPrompt.record(tiny_dictionary(model), model, tiny_tokens(1, 3))
+        with pytest.raises(ValueError, match="recorded with another dictionary"):
+            page_data(d, statistics, [prompt, other])
 
-    def test_long_prompt(self, d, statistics, prompt):
-        long = SimpleNamespace(dictionary=d, tokens=torch.zeros(MAX_PROMPT + 1))
-        with pytest.raises(
-            ValueError, match="Prompt 1 has 129 tokens, the report shows at most 128"
-        ):
-            made(d, statistics, [prompt, long])
+    def test_a_long_prompt(self, d, statistics, prompt):
+        words = ["w"] * 129
+        long_prompt = SimpleNamespace(words=words, require=lambda dictionary: None)
+        with pytest.raises(ValueError, match="Prompt 1 has 129 tokens"):
+            page_data(d, statistics, [prompt, long_prompt])
 
     def test_words_of_another_number(self, d, statistics):
-        with pytest.raises(ValueError, match="one string a token id, got 1 for"):
-            report_data(d, statistics, [], lambda ids: ["x"], "", ReportLimits())
-
-    @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ReportLimits)])
-    def test_limits_below_one(self, name):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-            ReportLimits(**{name: 0})
+        with pytest.raises(ValueError, match="one string per token id, got 1 for"):
+            page_data(d, statistics, words=lambda token_ids: ["x"])
