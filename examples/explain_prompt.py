@@ -12,7 +12,6 @@ from pathlib import Path
 from rich.console import Console
 
 import sae_lens_qk as qk
-from sae_lens_qk.explain.attribution import overview
 from sae_lens_qk.figures import pattern_triptych
 from sae_lens_qk.tables import rich_table
 
@@ -36,7 +35,7 @@ def main() -> None:
     prompt = qk.RecordedPrompt.record(d, model, args.prompt)
 
     # Where do the heads look from the last token?
-    looks = overview(prompt)
+    looks = qk.overview(prompt)
     console.print(rich_table(looks, f"from {prompt.words[-1]!r}"))
 
     # All terms of one score: they add up to the model's own.

@@ -10,7 +10,6 @@ import sys
 from rich.console import Console
 
 import sae_lens_qk as qk
-from sae_lens_qk.inputs import model_batches
 from sae_lens_qk.statistics.activations import ALWAYS_ON
 from sae_lens_qk.statistics.heads import (
     dense_features,
@@ -43,7 +42,7 @@ def main() -> None:
     console.print(rich_table(head_table(d), "pairs by head"))
 
     # One pass over text: densities, strongest contexts of every feature and every pair.
-    statistics = qk.collect_activations(d, model_batches(model, d.cfg.layer, tokens))
+    statistics = qk.collect_activations(d, qk.model_batches(model, d.cfg.layer, tokens))
     always_on = dense_features(statistics, ALWAYS_ON)  # these stand for the mean
     pairs = pair_importances(d, without=always_on)
     console.print(rich_table(participation(d, pairs).head(10), "how many heads a pair serves"))

@@ -26,7 +26,6 @@ from simple_parsing.helpers import field, list_field
 
 import sae_lens_qk as qk
 from benchmarks.dictionaries.page_tables import ALWAYS_ON, frontier_figure, render
-from sae_lens_qk.evals import compare
 from sae_lens_qk.figures import density_histogram
 from sae_lens_qk.metrics import Interval, bootstrap_interval
 from sae_lens_qk.results import Evaluation, RowTables
@@ -174,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     n_rows = args.n_tokens // args.context_size if args.n_tokens else sys.maxsize
     tokens = qk.token_rows(model, text, "text", n_rows, args.context_size)
     report = make_report(
-        compare(dictionaries, model, tokens, batch_size=args.batch_size, progress=True),
+        qk.compare(dictionaries, model, tokens, batch_size=args.batch_size, progress=True),
         beside=[Path(name).name for name in args.beside],
         frontier=[Path(name).name for name in args.frontier],
         model=first.cfg.model_name,

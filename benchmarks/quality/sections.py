@@ -18,7 +18,7 @@ MODEL_SECTIONS = SECTIONS[2:]
 _WORKERS = 2
 _SMOKE_STEPS = 4
 """Training steps of a missing dictionary."""
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "NUMBA_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -43,7 +43,7 @@ def collect(sections: list[str], smoke: bool, seeds: list[int]) -> Report:
         and dictionary, those that failed with `failed` instead of metrics; `skipped` by section;
         `seconds` by task.
     """
-    os.environ.update(_ENVIRONMENT)  # for the workers, before they import anything
+    os.environ.update(ENVIRONMENT)  # for the workers, before they import anything
     report: Report = {
         "machine": {"cores": os.cpu_count(), "torch": version("torch")},
         "smoke": smoke,
@@ -99,13 +99,13 @@ def merge(reports: list[Report]) -> Report:
 
 
 def _add_planted(report: Report) -> None:
-    from benchmarks.quality import recovery  # imports torch, which must see _ENVIRONMENT
+    from benchmarks.quality import recovery  # imports torch, which must see ENVIRONMENT
 
     sizes = recovery.SMOKE if report["smoke"] else recovery.FULL
     cases = recovery.cases(sizes, report["seeds"])
     cases = [case for case in cases if case.section in report["wanted"]]
     tasks = [Task(_label(case), recovery.run_case, (case, sizes)) for case in cases]
-    results = dict(_run(tasks, report))
+    results = dict(run_tasks(tasks, report))
     for case, task in zip(cases, tasks, strict=True):
         failure = {**case._asdict(), "failed": report["failed"].get(task.label)}
         report["cases"] += results.get(task.label, [failure])
@@ -119,7 +119,7 @@ def _add_model(report: Report, sections: list[str]) -> None:
     for layer in trained.LAYERS:
         label = f"SmolLM2, layer {layer}: {' and '.join(sections)}"
         tasks.append(Task(label, run_layer, (layer, sections, report["smoke"])))
-    results = dict(_run(tasks, report, fresh=True))
+    results = dict(run_tasks(tasks, report, fresh=True))
     for task in tasks:
         for name, layer_results in results.get(task.label, {}).items():
             report[name].update(layer_results)
@@ -144,7 +144,7 @@ def run_layer(layer: int, sections: list[str], smoke: bool) -> dict[str, Any]:
     return results
 
 
-def _run(tasks: list[Task], report: Report, fresh: bool = False) -> Iterator[tuple[str, Any]]:
+def run_tasks(tasks: list[Task], report: Report, fresh: bool = False) -> Iterator[tuple[str, Any]]:
     """Results by label as they come, with a line each on stderr.
 
     Args:
