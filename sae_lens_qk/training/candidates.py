@@ -1,7 +1,8 @@
-"""Which pairs enter mask training: one pass over data, in memory bounded by the number of candidates."""
+"""Which pairs enter mask training: one pass over data, in memory bounded by their number."""
 
 import logging
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -10,13 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lens_qk.scoring import kernels
-from sae_lens_qk.attention import AttentionSpec, attention_scores, pattern_from_scores, rotate
+from sae_lens_qk.attention import AttentionSpec
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.feature_map import SparseFeatureMap
-from sae_lens_qk.weights import QKWeights
 from sae_lens_qk.scoring.entries import ActiveEntries, active_entries
+from sae_lens_qk.scoring.kernels import first_firings, numbers
 from sae_lens_qk.scoring.pairs import Decoders
+from sae_lens_qk.training.kernels import add_statistics, insert_all
+from sae_lens_qk.weights import QKWeights
 
 logger = logging.getLogger("sae_lens_qk")
 
@@ -42,75 +44,98 @@ def rank_pairs(
     rows: Iterable[Float[Tensor, "batch pos d_model"]],
     n_candidates: int,
 ) -> SparseFeatureMap:
-    """The most important pairs of a dictionary on the given layer inputs (whole sequences); see `rank_features`."""
-    spec, weights = dictionary.spec, weights.to(dictionary.device)
+    """The most important pairs of a dictionary on whole sequences; see `rank_features`.
 
-    def features(x: Tensor) -> FeatureBatch:
+    Args:
+        weights: `AttentionLayer.qk_weights` of the dictionary's layer.
+        rows: layer inputs.
+        n_candidates: pairs to return, at most.
+    """
+    spec = dictionary.spec
+    weights = weights.to(dictionary.device)
+
+    def encode(x: Tensor) -> FeatureBatch:
         x = x.to(dictionary.device)
-        pattern = pattern_from_scores(attention_scores(weights.queries(x), weights.keys(x), spec))
-        return FeatureBatch(dictionary.encode_query(x), dictionary.encode_key(x), pattern)
+        pattern = spec.pattern(spec.scores(weights.queries(x), weights.keys(x)))
+        return FeatureBatch(*dictionary.features(x), pattern)
 
-    return rank_features(map(features, rows), dictionary.decoders, spec, n_candidates)
+    return rank_features(map(encode, rows), dictionary.decoders, spec, n_candidates)
 
 
 @torch.no_grad()
 def rank_features(
     batches: Iterable[FeatureBatch], decoders: Decoders, spec: AttentionSpec, n_candidates: int
 ) -> SparseFeatureMap:
-    """The n most important pairs that ever fired together, constants included, with weight 1 and their statistics.
+    """The n most important pairs that ever fired together, constants included, with weight 1.
 
-    What dropping a pair costs, to leading order, is half the variance of its contribution under the true pattern:
+    What dropping a pair costs, to leading order, is half the variance of its contribution under the
+    true pattern:
 
         importance[a,b,h] = 1/2 mean_i [ sum_j P[i,j] c[i,j]^2 - (sum_j P[i,j] c[i,j])^2 ],
         c[i,j] = query_acts[i,a] key_acts[j,b] M[a,b,h](i-j)
 
-    The second term matters: contributions constant over keys cancel in the softmax. Where more pairs fire together than
-    six times `n_candidates`, the less important half is forgotten whenever a table is full.
+    The second term matters: contributions constant over keys cancel in the softmax. Where more
+    pairs fire together than six times `n_candidates`, the less important half is forgotten whenever
+    a table is full.
 
     Returns:
-        A map with weights 1 and `statistics`: importance in nats a query, mean c, share of (query, key) positions.
+        A map with weights 1 and `statistics`: importance in nats per query, mean c, share of
+        (query, allowed key) positions.
     Raises:
-        ValueError: fewer than one candidate, more than fit in memory (before any batch is read), no pair ever fired, or
-            features that are not finite.
+        ValueError: fewer than one candidate, more than fit in memory (before any batch is read), no
+            pair ever fired, or features that are not finite.
     """
-    W_Q, W_K = decoders.to("cpu", torch.float32)
-    table = PairTable(n_candidates, len(W_Q), len(W_K), spec.n_heads)
-    n_queries, n_positions = 0, 0
+    decoders = decoders.to("cpu", torch.float32)
+    sizes = (len(decoders.query), len(decoders.key), spec.n_heads)
+    table = PairTable(n_candidates, *sizes)
+    n_queries = 0
+    n_positions = 0
     for batch in batches:
-        query_acts, key_acts, pattern = (tensor.float().cpu() for tensor in batch)
+        query_acts = batch.query_acts.float().cpu()
+        key_acts = batch.key_acts.float().cpu()
+        pattern = batch.pattern.float().cpu()
         n_rows, n_pos = query_acts.shape[:2]
-        n_queries, n_positions = (
-            n_queries + n_rows * n_pos,
-            n_positions + n_rows * n_pos * (n_pos + 1) // 2,
-        )
+        n_queries += n_rows * n_pos
+        n_positions += n_rows * spec.n_allowed(n_pos)
         for row in range(n_rows):
-            queries, keys = (
-                active_entries(query_acts[row : row + 1]),
-                active_entries(key_acts[row : row + 1]),
-            )
-            by_feature = np.argsort(queries.feature, kind="stable")
-            features, q_pos, k_pos = (
-                queries.feature[by_feature],
-                _positions(queries)[by_feature],
-                _positions(keys),
-            )
-            q_values = torch.from_numpy(queries.value[by_feature]) * spec.scale
-            q_vectors = _rotated(W_Q, features, q_values, q_pos, spec)
-            k_vectors = _rotated(W_K, keys.feature, torch.from_numpy(keys.value), k_pos, spec)
-            for head in range(spec.n_heads):
-                k_head = k_vectors[:, head // spec.heads_per_kv]
-                for part in _whole_features(features):
-                    contributions = q_vectors[part, head] @ k_head.T
-                    table.add(
-                        head,
-                        features[part],
-                        q_pos[part],
-                        keys,
-                        k_pos,
-                        contributions,
-                        pattern[row, head],
-                    )
+            queries = active_entries(query_acts[row : row + 1])
+            keys = active_entries(key_acts[row : row + 1])
+            _add_row(table, queries, keys, pattern[row], decoders, spec)
     return table.best(n_queries, n_positions)
+
+
+def _add_row(
+    table: "PairTable",
+    queries: ActiveEntries,
+    keys: ActiveEntries,
+    pattern: Float[Tensor, "head pos_q pos_k"],
+    decoders: Decoders,
+    spec: AttentionSpec,
+) -> None:
+    """Add one sequence to the table, a head and some thousand contributions at a time."""
+    order = np.argsort(queries.feature, kind="stable")
+    features = queries.feature[order]
+    q_pos = _positions(queries)[order]
+    k_pos = _positions(keys)
+    q_values = torch.from_numpy(queries.value[order]) * spec.scale
+    k_values = torch.from_numpy(keys.value)
+    q_vectors = _rotated_rows(decoders.query, features, q_values, q_pos, spec)
+    k_vectors = _rotated_rows(decoders.key, keys.feature, k_values, k_pos, spec)
+    first_keys = spec.first_keys(pattern.shape[1])
+    for head in range(spec.n_heads):
+        head_keys = k_vectors[:, head // spec.heads_per_kv]  # [k_entry, d_head]
+        for part in _whole_features(features):
+            contributions = q_vectors[part, head] @ head_keys.T
+            table.add(
+                head,
+                features[part],
+                q_pos[part],
+                keys,
+                k_pos,
+                contributions,
+                pattern[head],
+                first_keys,
+            )
 
 
 class FiringRates(NamedTuple):
@@ -125,25 +150,21 @@ def firing_rates(
     dictionary: BilinearQKDictionary, rows: Iterable[Float[Tensor, "batch pos d_model"]]
 ) -> FiringRates:
     """Firing rates over the given layer inputs."""
-    n_tokens, fired = (
-        0,
-        [
-            torch.zeros(d, device=dictionary.device)
-            for d in (dictionary.cfg.d_query, dictionary.cfg.d_key)
-        ],
-    )
+    n_tokens = 0
+    query_counts = torch.zeros(dictionary.cfg.d_query, device=dictionary.device)
+    key_counts = torch.zeros(dictionary.cfg.d_key, device=dictionary.device)
     for x in rows:
-        n_tokens += x[..., 0].numel()
-        batch = x.to(dictionary.device)
-        for total, acts in zip(
-            fired, (dictionary.encode_query(batch), dictionary.encode_key(batch)), strict=True
-        ):
-            total += (acts > 0).flatten(0, -2).sum(dim=0)
-    return FiringRates(*(total / n_tokens for total in fired))
+        n_tokens += x.shape[:-1].numel()
+        features = dictionary.features(x.to(dictionary.device))
+        query_counts += (features.query > 0).flatten(0, -2).sum(dim=0)
+        key_counts += (features.key > 0).flatten(0, -2).sum(dim=0)
+    return FiringRates(query_counts / n_tokens, key_counts / n_tokens)
 
 
 class PairTable:
-    """Sums over data for the pairs that matter most: hash tables of fixed size, one for each class of query features.
+    """Sums over data for the pairs that matter most, in hash tables of fixed size.
+
+    There is one table for each class of query features.
 
     Args:
         n_candidates: pairs wanted at the end.
@@ -151,7 +172,8 @@ class PairTable:
     """
 
     def __init__(self, n_candidates: int, n_queries: int, n_keys: int, n_heads: int):
-        self.n_candidates, self.sizes = n_candidates, (n_queries, n_keys, n_heads)
+        self.n_candidates = n_candidates
+        self.sizes = (n_queries, n_keys, n_heads)
         n_slots = self.check_memory(n_candidates, n_keys)
         self._keys = np.full((_TABLES, n_slots), -1, np.int64)
         self._sums = np.zeros((_TABLES, n_slots, 3), np.float32)
@@ -167,15 +189,14 @@ class PairTable:
         """
         if n_candidates < 1:
             raise ValueError(f"n_candidates must be at least 1, got {n_candidates}.")
-        n_slots = 1 << int(np.ceil(np.log2(max(8 * n_candidates / _TABLES, 8 * n_keys))))
-        needed, available = (
-            2 * _TABLES * n_slots * _BYTES_PER_SLOT,
-            psutil.virtual_memory().available,
-        )
+        n_entries = max(8 * n_candidates / _TABLES, 8 * n_keys)
+        n_slots = 1 << int(np.ceil(np.log2(n_entries)))
+        needed = 2 * _TABLES * n_slots * _BYTES_PER_SLOT
+        available = psutil.virtual_memory().available
         if needed > available:
             raise ValueError(
-                f"{n_candidates:,} candidates need {needed / 2**30:.1f} GiB while pairs are ranked and "
-                f"{available / 2**30:.1f} GiB are free: ask for fewer."
+                f"{n_candidates:,} candidates need {needed / 2**30:.1f} GiB while pairs are ranked "
+                f"and {available / 2**30:.1f} GiB are free: ask for fewer."
             )
         return n_slots
 
@@ -186,99 +207,125 @@ class PairTable:
         q_pos: np.ndarray,
         keys: ActiveEntries,
         k_pos: np.ndarray,
-        contributions: Tensor,
-        pattern: Tensor,
+        contributions: Float[Tensor, "q_entry k_entry"],
+        pattern: Float[Tensor, "pos_q pos_k"],
+        first_keys: np.ndarray,
     ) -> None:
-        """Add one head of one sequence: contributions [q_entry, k_entry], query entries sorted by feature."""
-        n_pos, (_, n_keys, n_heads) = len(pattern), self.sizes
-        firing, n_fired = kernels.first_firings(n_keys, 0, n_pos, keys.start, keys.feature)
-        local = kernels.numbers(firing, n_keys)[keys.feature]
+        """Add one head of one sequence.
+
+        Args:
+            features, q_pos: of the query entries, sorted by feature.
+            keys, k_pos: the key entries, sorted by position.
+            contributions: term of each pair of entries in the score.
+            first_keys: first allowed key of each query.
+        """
+        _, n_keys, n_heads = self.sizes
+        firing, n_fired = first_firings(n_keys, 0, len(pattern), keys.start, keys.feature)
+        k_local = numbers(firing, n_keys)[keys.feature]
         present, first_row = np.unique(features, return_index=True)
         first_row = np.append(first_row, len(features))
-        done, limit = np.zeros(_TABLES, np.int64), int(_FULL * self._keys.shape[1])
+        next_feature = np.zeros(_TABLES, np.int64)
+        limit = int(_FULL * self._keys.shape[1])
         while True:
-            kernels.add_statistics(
+            add_statistics(
                 self._keys,
                 self._sums,
                 self._filled,
-                done,
+                next_feature,
                 self._floor,
                 limit,
                 contributions.numpy(),
                 pattern.numpy(),
+                first_keys,
                 present,
                 first_row,
                 q_pos,
                 k_pos,
-                local,
+                k_local,
                 firing,
                 n_fired,
                 n_keys,
                 n_heads,
                 head,
             )
-            if (done == len(present)).all():
+            if (next_feature == len(present)).all():
                 return
             self._forget()
 
     def _forget(self) -> None:
         """Keep the strongest half of what the tables may hold."""
-        codes, sums = self._listed()
-        order = np.argsort(-sums[:, 0], kind="stable")[: int(_FULL * self._keys.size / 2)]
-        self._floor = np.float32(sums[order[-1], 0] / 8)
-        table_of = codes // (self.sizes[1] * self.sizes[2]) % _TABLES
+        codes, sums = self._entries()
+        n_strongest = int(_FULL * self._keys.size / 2)
+        strongest = np.argsort(-sums[:, 0], kind="stable")[:n_strongest]
+        self._floor = np.float32(sums[strongest[-1], 0] / 8)
+        _, n_keys, n_heads = self.sizes
+        table_numbers = codes[strongest] // (n_keys * n_heads) % _TABLES
         self._keys.fill(-1)
         self._sums.fill(0)
         for table in range(_TABLES):
-            kept = order[table_of[order] == table][: self._keys.shape[1] // 2]
-            kernels.insert_all(self._keys[table], self._sums[table], codes[kept], sums[kept])
-            self._filled[table] = len(kept)
+            rows = strongest[table_numbers == table][: self._keys.shape[1] // 2]
+            insert_all(self._keys[table], self._sums[table], codes[rows], sums[rows])
+            self._filled[table] = len(rows)
         logger.debug("forgot %d of %d pairs", len(codes) - int(self._filled.sum()), len(codes))
 
-    def _listed(self) -> tuple[np.ndarray, np.ndarray]:
-        used = self._keys >= 0
-        return self._keys[used], self._sums[used]
+    def _entries(self) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and sums of the pairs in the tables."""
+        is_filled = self._keys >= 0
+        return self._keys[is_filled], self._sums[is_filled]
 
     def best(self, n_queries: int, n_positions: int) -> SparseFeatureMap:
-        """The candidates, with sums turned into means over `n_queries` queries and `n_positions` (query, key) positions."""
-        codes, sums = self._listed()
-        n_queries_1, n_keys_1, n_heads = self.sizes
-        indices = np.stack(np.unravel_index(codes, (n_queries_1, n_keys_1, n_heads)), axis=1)
-        between_constants = (indices[:, 0] == n_queries_1 - 1) & (indices[:, 1] == n_keys_1 - 1)
+        """The candidates, with sums turned into means.
+
+        Args:
+            n_queries: queries seen.
+            n_positions: (query, allowed key) positions seen.
+        """
+        codes, sums = self._entries()
         if not np.isfinite(sums).all():
             raise ValueError(
-                "Features or patterns are not finite: check the layer inputs and the dictionary's weights."
+                "Features or patterns are not finite: check the layer inputs and the dictionary's "
+                "weights."
             )
+        indices = np.stack(np.unravel_index(codes, self.sizes), axis=1)
+        query_constant = self.sizes[0] - 1
+        key_constant = self.sizes[1] - 1
+        between_constants = (indices[:, :2] == (query_constant, key_constant)).all(axis=1)
         usable = np.flatnonzero((sums[:, 0] > 0) & ~between_constants)
         if not len(usable):
             raise ValueError(
-                "No pair of features ever fired together: train step 1 longer, or rank on more tokens."
+                "No pair of features ever fired together: train step 1 longer, or rank on more "
+                "tokens."
             )
-        chosen = usable[np.argsort(-sums[usable, 0], kind="stable")[: self.n_candidates]]
-        importance, effect, count = sums[chosen].T
-        statistics = np.stack(
-            [importance / n_queries, effect / count, count / n_positions], axis=1
-        ).astype(np.float32)
+        rows = usable[np.argsort(-sums[usable, 0], kind="stable")[: self.n_candidates]]
+        importance, effect, count = sums[rows].T
+        means = [importance / n_queries, effect / count, count / n_positions]
+        statistics = np.stack(means, axis=1).astype(np.float32)
         return SparseFeatureMap(
-            indices[chosen],
-            torch.ones(len(chosen)),
-            n_queries_1 - 1,
-            n_keys_1 - 1,
-            n_heads,
+            indices[rows],
+            torch.ones(len(rows)),
+            query_constant,
+            key_constant,
+            self.sizes[2],
             torch.from_numpy(statistics),
         )
 
 
 def _positions(entries: ActiveEntries) -> np.ndarray:
-    return np.repeat(np.arange(len(entries.start) - 1, dtype=np.int32), np.diff(entries.start))
+    """Position of each entry of one sequence."""
+    positions = np.arange(len(entries.start) - 1, dtype=np.int32)
+    return np.repeat(positions, np.diff(entries.start))
 
 
-def _rotated(
-    W: Tensor, features: np.ndarray, values: Tensor, positions: np.ndarray, spec
-) -> Tensor:
-    """Decoder rows of active entries, times activation, rotated to their positions: [entry, heads, d_head]."""
+def _rotated_rows(
+    W: Float[Tensor, "d heads d_head"],
+    features: np.ndarray,
+    values: Float[Tensor, " entry"],
+    positions: np.ndarray,
+    spec: AttentionSpec,
+) -> Float[Tensor, "entry heads d_head"]:
+    """Decoder rows of active entries, times activation, rotated to their positions."""
     vectors = W[torch.from_numpy(features).long()] * values[:, None, None]
-    return rotate(vectors[None], spec, torch.from_numpy(positions))[0]
+    return spec.rotate(vectors[None], torch.from_numpy(positions))[0]
 
 
 def _whole_features(features: np.ndarray) -> list[slice]:
@@ -288,4 +335,5 @@ def _whole_features(features: np.ndarray) -> list[slice]:
     for start in starts:
         if start - cuts[-1] >= _ROWS_AT_ONCE:
             cuts.append(int(start))
-    return [slice(a, b) for a, b in zip(cuts, [*cuts[1:], len(features)], strict=True)]
+    cuts.append(len(features))
+    return [slice(start, end) for start, end in pairwise(cuts)]

@@ -1,24 +1,23 @@
-"""Where the transcoders of step 1 start: one data point a feature, as encoder and as decoder.
+"""Where the transcoders of step 1 start: one data point per feature, as encoder and as decoder.
 
     data      encoder = centred data point of unit norm, decoder = that point through W_Q (W_K)
-    scores    two tokens are alike as keys where queries score them alike, k_1^T C k_2 = E_q[<q, k_1> <q, k_2>], and as
-              queries where centred keys do: the encoder is the gradient of that likeness, so that it does not read variance
-              of x which no score depends on
+    scores    two tokens are alike as keys where queries score them alike,
+              k_1^T C k_2 = E_q[<q, k_1> <q, k_2>], and as queries where centred keys do: the
+              encoder is the gradient of that likeness, so that it does not read variance of x which
+              no score depends on
 
-With few steps of training the second is far better where much of x is irrelevant to attention (docs/results.md, planted
-circuits), and equal to the first on SmolLM2.
+With few steps of training the second is far better where much of x is irrelevant to attention
+(docs/results.md, planted circuits), and equal to the first on SmolLM2.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sae_lens_qk.attention import AttentionSpec, rotate
+from sae_lens_qk.attention import AttentionSpec, Side
 from sae_lens_qk.weights import QKWeights
-
-Side = Literal["query", "key"]
 
 
 class Start(NamedTuple):
@@ -28,19 +27,23 @@ class Start(NamedTuple):
     decoders: Float[Tensor, "d d_out"]
 
 
-def from_data(
+def data_start(
     x: Float[Tensor, "tokens d_model"], d: int, side: Side, weights: QKWeights, seed: int
 ) -> Start:
-    """Random tokens; every token is taken once before one is taken twice."""
+    """Random tokens; every token is taken once before one is taken twice.
+
+    Args:
+        d: number of features.
+    """
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.cat(
-        [torch.randperm(len(x), generator=generator) for _ in range(1 + d // len(x))]
-    )[:d]
-    directions = nn.functional.normalize(x[chosen.to(x.device)] - x.mean(dim=0), dim=1)
-    return Start(directions, _through(directions, side, weights))
+    n_tokens = len(x)
+    rounds = [torch.randperm(n_tokens, generator=generator) for _ in range(1 + d // n_tokens)]
+    tokens = torch.cat(rounds)[:d].to(x.device)
+    directions = nn.functional.normalize(x[tokens] - x.mean(dim=0), dim=1)
+    return Start(directions, _outputs(directions, side, weights))
 
 
-def from_scores(
+def scores_start(
     x: Float[Tensor, "tokens d_model"],
     d: int,
     side: Side,
@@ -49,56 +52,67 @@ def from_scores(
     context_size: int,
     seed: int,
 ) -> Start:
-    """Tokens unlike those already chosen, drawn with probability (1 - likeness to the nearest)^2."""
+    """Tokens unlike those already in, drawn with probability (1 - likeness to the nearest)^2.
+
+    Args:
+        d: number of features.
+        context_size: length of the sequences, that of the offsets between queries and keys.
+    """
     generator = torch.Generator().manual_seed(seed)
     centred = x - x.mean(dim=0)
-    reads = _reads(x, side, weights, spec, context_size, generator)
-    seen = centred @ reads
-    unit = nn.functional.normalize(seen, dim=1)
-    chosen, nearest = [], unit.new_full((len(x),), -1.0)
+    directions = score_directions(x, side, weights, spec, context_size, generator)
+    readings = centred @ directions  # [tokens, d_out], what scores depend on
+    unit = nn.functional.normalize(readings, dim=1)
+    tokens: list[int] = []
+    nearest = unit.new_full((len(x),), -1.0)
     for _ in range(d):
-        chosen.append(
-            int(
-                torch.multinomial(
-                    (1 - nearest).clamp(min=1e-4).square().cpu(), 1, generator=generator
-                )
-            )
-        )
-        nearest = torch.maximum(nearest, unit @ unit[chosen[-1]])
-    encoders = nn.functional.normalize(unit[chosen] @ reads.T, dim=1)
-    return Start(
-        encoders,
-        _through(centred[chosen], side, weights)
-        / seen[chosen].norm(dim=1, keepdim=True).clamp(min=1e-12),
-    )
+        probability = (1 - nearest).clamp(min=1e-4).square().cpu()
+        token = int(torch.multinomial(probability, 1, generator=generator))
+        tokens.append(token)
+        nearest = torch.maximum(nearest, unit @ unit[token])
+    encoders = nn.functional.normalize(unit[tokens] @ directions.T, dim=1)
+    norms = readings[tokens].norm(dim=1, keepdim=True).clamp(min=1e-12)
+    return Start(encoders, _outputs(centred[tokens], side, weights) / norms)
 
 
-def _through(directions: Tensor, side: Side, weights: QKWeights) -> Float[Tensor, "d d_out"]:
+def _outputs(
+    directions: Float[Tensor, "d d_model"], side: Side, weights: QKWeights
+) -> Float[Tensor, "d d_out"]:
     W = weights.W_Q if side == "query" else weights.W_K
     return torch.einsum("nm,hmd->nhd", directions, W).flatten(1)
 
 
-def _reads(
-    x: Tensor,
+def score_directions(
+    x: Float[Tensor, "tokens d_model"],
     side: Side,
     weights: QKWeights,
     spec: AttentionSpec,
     context_size: int,
     generator: torch.Generator,
 ) -> Float[Tensor, "d_model d_out"]:
-    """G with G G^T = W C W^T summed over heads: what the other side's vectors, at random offsets, read of x."""
-    W, other = (
-        (weights.W_Q, weights.keys(x)) if side == "query" else (weights.W_K, weights.queries(x))
-    )
+    """G with G G^T = W C W^T summed over heads: what the other side reads of x.
+
+    C are the second moments of the other side's vectors at random offsets.
+    """
+    n_offsets = spec.n_offsets(context_size)
+    offsets = torch.randint(n_offsets, (len(x),), generator=generator).to(x.device)
     if side == "query":
-        other = other - other.mean(dim=0)  # what all keys share cancels in the softmax
-    offsets = torch.randint(context_size, (len(x),), generator=generator).to(x.device)
-    turned = rotate(other[None], spec, -offsets if side == "query" else offsets)[0]
-    moments = torch.einsum("thd,the->hde", turned, turned) / len(x)
-    if side == "query":
+        W = weights.W_Q
+        keys = weights.keys(x)
+        keys = keys - keys.mean(dim=0)  # what all keys share cancels in the softmax
+        moments = _moments(spec.rotate(keys[None], -offsets)[0])
         moments = moments.repeat_interleave(spec.heads_per_kv, dim=0)
     else:
+        W = weights.W_K
+        queries = weights.queries(x)
+        moments = _moments(spec.rotate(queries[None], offsets)[0])
         moments = moments.unflatten(0, (spec.n_kv_heads, spec.heads_per_kv)).sum(dim=1)
-    values, vectors = torch.linalg.eigh(moments)
-    roots = vectors * values.clamp(min=0).sqrt()[:, None]
+    eigenvalues, eigenvectors = torch.linalg.eigh(moments)
+    roots = eigenvectors * eigenvalues.clamp(min=0).sqrt()[:, None]  # [heads, d_head, d_head]
     return torch.cat(list(W @ roots), dim=1)
+
+
+def _moments(
+    vectors: Float[Tensor, "tokens heads d_head"],
+) -> Float[Tensor, "heads d_head d_head"]:
+    return torch.einsum("thd,the->hde", vectors, vectors) / len(vectors)

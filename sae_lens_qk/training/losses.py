@@ -1,5 +1,6 @@
 """Losses of both training steps, as functions of tensors."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -7,105 +8,130 @@ from jaxtyping import Bool, Float
 from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor
 
-from sae_lens_qk.attention import AttentionSpec, attention_scores, log_pattern, pattern_kl
-from sae_lens_qk.weights import OVWeights
+from sae_lens_qk.attention import AttentionSpec
 from sae_lens_qk.training.kernels import softmax_kl
+from sae_lens_qk.training.selection import Selection
 from sae_lens_qk.training.transcode import transcode
+from sae_lens_qk.weights import OVWeights
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss is NaN or infinite.
+
+    Training stops before the weights are touched; the last checkpoint is good.
+    """
+
+
+class PatternComparison(NamedTuple):
+    kl: Float[Tensor, "batch head pos_q"]
+    """KL(P || P') in nats."""
+    difference: Float[Tensor, "batch head pos_q pos_k"]
+    """P' - P."""
 
 
 class TruePattern(NamedTuple):
-    """The model's own pattern, what both steps are trained on."""
+    """The model's own pattern P, what both steps are trained on."""
 
     pattern: Float[Tensor, "batch head pos_q pos_k"]
     log_pattern: Float[Tensor, "batch head pos_q pos_k"]
+    spec: AttentionSpec
 
     @classmethod
     @torch.no_grad()
-    def of(cls, queries: Tensor, keys: Tensor, spec: AttentionSpec) -> "TruePattern":
-        """From true queries [batch, pos, head, d_head] and keys [batch, pos, kv_head, d_head]."""
-        log = log_pattern(attention_scores(queries, keys, spec))
-        return cls(log.exp(), log)
+    def from_scores(
+        cls, scores: Float[Tensor, "batch head pos_q pos_k"], spec: AttentionSpec
+    ) -> "TruePattern":
+        log_pattern = spec.log_pattern(scores)
+        return cls(log_pattern.exp(), log_pattern, spec)
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        queries: Float[Tensor, "batch pos head d_head"],
+        keys: Float[Tensor, "batch pos kv_head d_head"],
+        spec: AttentionSpec,
+    ) -> "TruePattern":
+        return cls.from_scores(spec.scores(queries, keys), spec)
 
     def kl(
         self, scores: Float[Tensor, "batch head pos_q pos_k"]
     ) -> Float[Tensor, "batch head pos_q"]:
-        """KL(P || P') in nats of each attention row, P' the softmax of scores, as `attention.pattern_kl`."""
-        return self.compare(scores)[0]
+        """KL(P || P') in nats of each attention row, P' the pattern of the scores."""
+        return self.compare(scores).kl
 
-    def compare(
-        self, scores: Float[Tensor, "batch head pos_q pos_k"]
-    ) -> tuple[Float[Tensor, "batch head pos_q"], Float[Tensor, "batch head pos_q pos_k"]]:
-        """KL(P || P') of each attention row and P' - P; compiled on the CPU."""
-        if scores.device.type != "cpu":
-            made = log_pattern(scores)
-            return pattern_kl(self.log_pattern, made), made.exp() - self.pattern
-        return _SoftmaxKL.apply(scores, *self)  # type: ignore[return-value]
+    def compare(self, scores: Float[Tensor, "batch head pos_q pos_k"]) -> PatternComparison:
+        """P and the pattern P' of the scores; compiled on the CPU."""
+        if scores.device.type == "cpu" and _is_softmax_of_scores(self.spec):
+            first_keys = self.spec.first_keys(scores.shape[-1])
+            kl, difference = _SoftmaxKL.apply(  # type: ignore[misc]
+                scores, self.pattern, self.log_pattern, first_keys
+            )
+            return PatternComparison(kl, difference)
+        log_pattern = self.spec.log_pattern(scores)
+        kl = self.spec.kl(self.log_pattern, log_pattern)
+        return PatternComparison(kl, log_pattern.exp() - self.pattern)
+
+
+def _is_softmax_of_scores(spec: AttentionSpec) -> bool:
+    """No cap, bias or sink: what the compiled loop computes, over any window of keys."""
+    return replace(spec, window=None).is_plain
 
 
 class _SoftmaxKL(torch.autograd.Function):
     """One pass for the divergence and its gradient, softmax - P, which is the second result."""
 
     @staticmethod
-    def forward(ctx, scores, pattern, log_true):  # type: ignore[override]
-        kl, gradient = (
-            scores.new_empty(scores.shape[:3]),
-            torch.empty_like(scores, memory_format=torch.contiguous_format),
-        )
+    def forward(ctx, scores, pattern, log_pattern, first_keys):  # type: ignore[override]
+        kl = scores.new_empty(scores.shape[:3])
+        difference = torch.empty_like(scores, memory_format=torch.contiguous_format)
         softmax_kl(
             kl.numpy(),
-            gradient.numpy(),
-            *(t.detach().contiguous().numpy() for t in (scores, pattern, log_true)),
+            difference.numpy(),
+            scores.detach().contiguous().numpy(),
+            pattern.detach().contiguous().numpy(),
+            log_pattern.detach().contiguous().numpy(),
+            first_keys,
         )
-        ctx.save_for_backward(gradient, pattern)
+        ctx.save_for_backward(difference, pattern)
         ctx.set_materialize_grads(False)
-        return kl, gradient
+        return kl, difference
 
     @staticmethod
-    def backward(ctx, grad_kl, grad_difference):  # type: ignore[override]
+    def backward(ctx, kl_grad, difference_grad):  # type: ignore[override]
         difference, pattern = ctx.saved_tensors
-        grad = 0.0 if grad_kl is None else difference * grad_kl[..., None]
-        if grad_difference is not None:  # of the softmax: P' (g - <P', g>)
-            made = difference + pattern
-            grad = grad + made * (
-                grad_difference - (made * grad_difference).sum(dim=-1, keepdim=True)
-            )
-        return grad, None, None
+        grad = 0.0
+        if kl_grad is not None:
+            grad = difference * kl_grad[..., None]
+        if difference_grad is not None:  # of the softmax: P' (g - <P', g>)
+            softmax = difference + pattern
+            mean = (softmax * difference_grad).sum(dim=-1, keepdim=True)
+            grad = grad + softmax * (difference_grad - mean)
+        return grad, None, None, None
 
 
-class Moved(NamedTuple):
-    """What the heads move with a pattern: out[i] = sum over heads of sum_j P[h,i,j] v[j,g(h)] W_O[h]."""
+class AttentionOutput(NamedTuple):
+    """What the heads add to the residual stream under a pattern, for fixed values."""
 
     values: Float[Tensor, "batch pos kv_head d_head"]
-    W_O: Float[Tensor, "head d_head d_model"]
+    weights: OVWeights
 
     @classmethod
     @torch.no_grad()
-    def of(cls, x: Float[Tensor, "batch pos d_model"], weights: OVWeights) -> "Moved":
-        values = (x @ weights.W_V.transpose(0, 1).flatten(1)).unflatten(
-            -1, weights.b_V.shape
-        ) + weights.b_V
-        return cls(values, weights.W_O)
-
-    def output(
-        self, pattern: Float[Tensor, "batch head pos_q pos_k"]
-    ) -> Float[Tensor, "batch pos_q d_model"]:
-        """For a pattern, or linear in it for a difference of two."""
-        (batch, n_heads, n_pos, _), n_kv_heads = pattern.shape, self.values.shape[2]
-        stacked = pattern.reshape(batch, n_kv_heads, n_heads // n_kv_heads * n_pos, n_pos)
-        z = (stacked @ self.values.transpose(1, 2)).reshape(batch, n_heads, n_pos, -1)
-        return z.transpose(1, 2).flatten(2) @ self.W_O.flatten(0, 1)
+    def of(cls, x: Float[Tensor, "batch pos d_model"], weights: OVWeights) -> "AttentionOutput":
+        return cls(weights.values(x), weights)
 
     def error(
         self,
         pattern: Float[Tensor, "batch head pos_q pos_k"],
         difference: Float[Tensor, "batch head pos_q pos_k"],
     ) -> Float[Tensor, ""]:
-        """Squared error of the output when the pattern is off by `difference`, over the variance of the output."""
+        """Squared error of the output, over its variance, if the pattern is off by a difference."""
         with torch.no_grad():
-            written = self.output(pattern).flatten(0, 1)
-        return relative_mse(
-            torch.zeros_like(written), self.output(difference).flatten(0, 1), written
-        )
+            output = self.weights.outputs(pattern, self.values).flatten(0, 1)
+        # the output is linear in the pattern
+        error = self.weights.outputs(difference, self.values).flatten(0, 1)
+        return _mean_square(error) / variance(output)
 
 
 def pattern_losses(
@@ -115,36 +141,65 @@ def pattern_losses(
     k_hat: Float[Tensor, "batch pos kv_head d_head"],
     spec: AttentionSpec,
 ) -> dict[str, Float[Tensor, ""]]:
-    """KL(P || P[q_hat, k_hat]), KL(P || P[q_hat, k]), KL(P || P[q, k_hat]): means over batch, head and query, in nats.
+    """KL(P || P[q_hat, k_hat]), KL(P || P[q_hat, k]), KL(P || P[q, k_hat]).
 
-    The half-reconstruction terms fix the gauge q -> A^T q, k -> A^-1 k that the full one leaves free.
+    Means over batch, head and query, in nats. The half-reconstruction terms fix the gauge
+    q -> A^T q, k -> A^-1 k that the full one leaves free.
+
     Source: kwynroe/sparse_QK, training loss since May 2024.
     """
-    true = TruePattern.of(queries, keys, spec)
-    pairs = {"kl_full": (q_hat, k_hat), "kl_query": (q_hat, keys), "kl_key": (queries, k_hat)}
-    return {name: true.kl(attention_scores(q, k, spec)).mean() for name, (q, k) in pairs.items()}
+    # Each vector enters two scores: rotate once, then score.
+    q = _rotated(queries, spec)
+    k = _rotated(keys, spec)
+    q_hat = _rotated(q_hat, spec)
+    k_hat = _rotated(k_hat, spec)
+    true = TruePattern.from_scores(spec.dot(q, k), spec)
+    return {
+        "kl_full": true.kl(spec.dot(q_hat, k_hat)).mean(),
+        "kl_query": true.kl(spec.dot(q_hat, k)).mean(),
+        "kl_key": true.kl(spec.dot(q, k_hat)).mean(),
+    }
+
+
+def _rotated(
+    vectors: Float[Tensor, "batch pos heads d_head"], spec: AttentionSpec
+) -> Float[Tensor, "batch pos heads d_head"]:
+    """In float32 at least, as `AttentionSpec.scores`."""
+    return spec.rotate(vectors.to(torch.promote_types(vectors.dtype, torch.float32)))
 
 
 def sqrt_penalty(
     acts: Float[Tensor, "tokens d"], W_dec: Float[Tensor, "d d_out"], eps: float = 1e-7
 ) -> Float[Tensor, ""]:
-    """mean over tokens of sum over features of sqrt(act * ||decoder row|| + eps): independent of the batch size."""
+    """Mean over tokens of the sum over features of sqrt(act * ||decoder row|| + eps).
+
+    Independent of the batch size.
+    """
+    norms = W_dec.norm(dim=1)
     if not acts.is_sparse:
-        return (acts * W_dec.norm(dim=1) + eps).sqrt().sum(dim=1).mean()
-    values, (_, feature) = acts.values(), acts.indices()
-    of_active = (values * W_dec.norm(dim=1)[feature] + eps).sqrt().sum()
-    return (of_active + (acts.numel() - len(values)) * eps**0.5) / len(acts)
+        return (acts * norms + eps).sqrt().sum(dim=1).mean()
+    values = acts.values()
+    _, feature = acts.indices()
+    active_sum = (values * norms[feature] + eps).sqrt().sum()
+    n_silent = acts.numel() - len(values)
+    return (active_sum + n_silent * eps**0.5) / len(acts)
 
 
 def relative_mse(
-    target: Float[Tensor, "tokens d_out"],
-    output: Float[Tensor, "tokens d_out"],
-    scale_from: Tensor | None = None,
+    target: Float[Tensor, "tokens d_out"], output: Float[Tensor, "tokens d_out"]
 ) -> Float[Tensor, ""]:
-    """Squared error over the variance of `scale_from` (default: of the target)."""
-    reference = target if scale_from is None else scale_from
-    variance = (reference - reference.mean(dim=0)).pow(2).sum(dim=1).mean()
-    return (output - target).pow(2).sum(dim=1).mean() / variance.clamp(min=1e-12)
+    """Squared error over the variance of the target."""
+    return _mean_square(output - target) / variance(target)
+
+
+def variance(vectors: Float[Tensor, "tokens d_out"]) -> Float[Tensor, ""]:
+    """Mean squared distance from the mean; at least 1e-12, to be divided by."""
+    return _mean_square(vectors - vectors.mean(dim=0)).clamp(min=1e-12)
+
+
+def _mean_square(vectors: Float[Tensor, "tokens d_out"]) -> Float[Tensor, ""]:
+    """Mean squared length."""
+    return vectors.pow(2).sum(dim=1).mean()
 
 
 def dead_feature_loss(
@@ -155,15 +210,39 @@ def dead_feature_loss(
     dead: Bool[Tensor, " d"],
     k: int,
 ) -> Float[Tensor, ""]:
-    """The k strongest dead features of each token reconstruct what the live ones left over; see `transcode.strengths`.
+    """The k strongest dead features of each token reconstruct what the live ones left over.
 
+    Args:
+        residual: of the target.
+        strength: see `selection.strengths`.
+        dead: features that have not fired for long.
+        k: dead features per token.
     Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", appendix A.2.
     """
     n_dead = int(dead.sum())
     if n_dead == 0:
         return residual.new_zeros(())
-    strongest = strength[:, dead].topk(min(k, n_dead), dim=1)
-    kept = torch.zeros_like(strength, dtype=torch.bool)
-    kept.scatter_(1, dead.nonzero()[:, 0][strongest.indices], strongest.values > 0)
-    made = transcode(half, x, strength, kept).output - half.b_dec
-    return relative_mse(residual.detach(), made) * min(1.0, n_dead / k)
+    selection = Selection("topk", min(k, n_dead))
+    fires = torch.zeros_like(strength, dtype=torch.bool)
+    fires[:, dead] = selection.fires(strength[:, dead]).fires
+    reconstruction = transcode(half, x, fires).output - half.b_dec
+    return relative_mse(residual.detach(), reconstruction) * min(1.0, n_dead / k)
+
+
+def total_loss(losses: dict[str, Float[Tensor, ""]], step: int, name: str) -> Float[Tensor, ""]:
+    """Sum of the losses.
+
+    Args:
+        step: number of the training step.
+        name: what the sum is called in the error.
+    Raises:
+        NonFiniteLossError: it is NaN or infinite.
+    """
+    total = torch.stack(list(losses.values())).sum()
+    if not total.isfinite():
+        terms = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
+        raise NonFiniteLossError(
+            f"The {name} is {total.item()} at step {step} ({terms}): training stopped before the "
+            "update. Check the inputs, or resume with a lower lr."
+        )
+    return total

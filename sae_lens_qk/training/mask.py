@@ -1,7 +1,10 @@
-"""Step 2: a mask over candidate pairs, as a SAELens TrainingSAE; the transcoders stay frozen or are tuned along."""
+"""Step 2: a mask over candidate pairs, as a SAELens TrainingSAE.
+
+The transcoders stay frozen or are tuned along.
+"""
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +14,36 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from sae_lens import register_sae_training_class
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
-from sae_lens.saes.sae import TrainCoefficientConfig, TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
 from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sae_lens_qk.attention import attention_scores
 from sae_lens_qk.config import MASK_ARCHITECTURE, BilinearQKConfig, MaskTrainingConfig
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.feature_map import SparseFeatureMap
-from sae_lens_qk.weights import OVWeights, QKWeights
-from sae_lens_qk.scoring.scorer import PairScorer
+from sae_lens_qk.feature_map import Features, SparseFeatureMap
 from sae_lens_qk.scoring.pairs import constant_scores
-from sae_lens_qk.training.losses import Moved, TruePattern
-from sae_lens_qk.training.transcode import Transcoded, strengths, transcode
-from sae_lens_qk.training.transcoders import NonFiniteLossError, batch_cutoff, strength_threshold
+from sae_lens_qk.scoring.scorer import PairScorer
+from sae_lens_qk.training.losses import AttentionOutput, TruePattern, total_loss
+from sae_lens_qk.training.selection import Selection, calibrated_threshold
+from sae_lens_qk.training.sequences import SequenceTrainingSAE
+from sae_lens_qk.training.transcode import Transcoded, transcode
+from sae_lens_qk.weights import OVWeights, QKWeights
 
 
-class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
+class MaskTrainingSAE(SequenceTrainingSAE[MaskTrainingConfig]):
     """A mask m in [0, 1] over candidate pairs.
 
         loss = KL(P || P[m]) + lambda_m * sum over pairs of sqrt(m + 1e-7)
-               (+ coefficient * KL(P || P[q_hat, k_hat]) where the transcoders are tuned along,
-                + output_coefficient * squared error of what the heads write, beside each of both)
+               (+ unmasked_coefficient * KL(P || P[q_hat, k_hat]) where the transcoders are tuned,
+                + output_coefficient * squared error of the attention output, next to each of both)
 
-    m starts at 1 and is clamped before each step and on saving (SAETrainer has no hook after the optimizer step).
-    During the first `prune_steps` steps the number of pairs falls geometrically to `max_pairs`; those with the smallest
-    m^2 * importance (`rank_pairs`) leave for good.
+    m starts at 1 and is clamped before each step and on saving (SAETrainer has no hook after the
+    optimizer step). During the first `prune_steps` steps the number of pairs falls geometrically to
+    `mask.n_pairs`; those with the smallest m^2 * importance (`rank_pairs`) leave for good.
 
-    SAETrainer has one learning rate, that of the transcoders when they are tuned; the parameter is m / mask_speed.
+    SAETrainer has one learning rate, that of the transcoders when they are tuned; the parameter is
+    m / mask_speed.
     """
 
     cfg: MaskTrainingConfig
@@ -48,24 +52,21 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
 
     def __init__(self, cfg: MaskTrainingConfig, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
-        self._context_size: int | None = None
+        self._ov_weights: OVWeights | None = None
         self._scorer: PairScorer | None = None
 
     @override
     def initialize_weights(self) -> None:
-        names = set(BilinearQKConfig.__dataclass_fields__) - {"d_sae", "metadata"}
-        values = {name: getattr(self.cfg, name) for name in names}
-        self.dictionary = BilinearQKDictionary(
-            BilinearQKConfig(**values, metadata=self.cfg.metadata)
-        )
-        self.dictionary.requires_grad_(self.cfg.fine_tune)
+        fine_tune = self.cfg.mask.fine_tune
+        names = {field.name for field in fields(BilinearQKConfig)} - {"d_sae"}
+        config = BilinearQKConfig(**{name: getattr(self.cfg, name) for name in names})
+        self.dictionary = BilinearQKDictionary(config)
+        self.dictionary.requires_grad_(fine_tune)
         for half in (self.dictionary.query, self.dictionary.key):
-            half.b_dec.requires_grad_(self.cfg.fine_tune and self.cfg.decoder_bias)
-        n_pairs = self.cfg.n_pairs
-        self.scaled_mask = nn.Parameter(
-            torch.ones(n_pairs, device=self.device) / self.cfg.mask_speed
-        )
-        self.register_buffer("alive", torch.ones(n_pairs, dtype=torch.bool, device=self.device))
+            half.b_dec.requires_grad_(fine_tune and self.cfg.decoder_bias)
+        ones = torch.ones(self.cfg.n_pairs, device=self.device)
+        self.scaled_mask = nn.Parameter(ones / self.cfg.mask.mask_speed)
+        self.register_buffer("alive", ones.bool())
 
     def attach(
         self,
@@ -75,21 +76,22 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
         candidates: SparseFeatureMap | None = None,
         ov: OVWeights | None = None,
     ) -> None:
-        """Give the true W_Q and W_K, and for a new run the dictionary and its candidate pairs with their statistics.
+        """Give the true W_Q and W_K, and for a new run the dictionary and its candidate pairs.
 
         Args:
-            weights: from `sae_lens_qk.host.qk_weights`; not saved with the checkpoints.
+            weights: `AttentionLayer.qk_weights`; not saved with the checkpoints.
             context_size: length of the sequences that batches are made of.
-            ov: from `sae_lens_qk.host.ov_weights`; what `output_coefficient` needs.
+            dictionary: whose transcoders the mask is trained on; None: as loaded.
+            candidates: pairs with their statistics.
+            ov: `AttentionLayer.ov_weights`; what `output_coefficient` needs.
         Raises:
             ValueError: no `ov` where it is needed.
         """
-        if self.cfg.output_coefficient and ov is None:
-            raise ValueError(
-                "output_coefficient needs what the heads move: pass ov=qk.host.ov_weights(model, layer)."
-            )
-        self._weights, self._context_size = [weights.to(self.device)], context_size
-        self._ov = [ov.to(self.device)] if ov and self.cfg.output_coefficient else []
+        needs_output = self.cfg.mask.output_coefficient != 0
+        if needs_output and ov is None:
+            raise ValueError("output_coefficient needs W_V and W_O: pass ov=layer.ov_weights.")
+        self._attach_layer(weights, context_size)
+        self._ov_weights = ov.to(self.device) if ov and needs_output else None
         if dictionary is None:
             return
         assert candidates is not None and len(candidates) == self.cfg.n_pairs
@@ -101,11 +103,11 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
     @property
     def mask(self) -> Float[Tensor, " pair"]:
         """m in [0, 1], 0 where pruned."""
-        return (self.scaled_mask * self.cfg.mask_speed).clamp(0, 1) * self.alive
+        return (self.scaled_mask * self.cfg.mask.mask_speed).clamp(0, 1) * self.alive
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
-        return {"mask_sparsity": self.cfg.sparsity_coefficient}
+        return {"mask_sparsity": self.cfg.mask.sparsity_coefficient}
 
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,139 +118,139 @@ class MaskTrainingSAE(TrainingSAE[MaskTrainingConfig]):
     def decode(self, feature_acts: Tensor) -> Tensor:
         return self.dictionary.decode(feature_acts)
 
+    # Training
+
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        if self._context_size is None:
-            raise RuntimeError(
-                "This training SAE does not know its model: call sae.attach(...) before training."
-            )
-        step, d = step_input.n_training_steps, self.dictionary
-        x = step_input.sae_in.unflatten(0, (-1, self._context_size))
+        step = step_input.n_training_steps
+        settings = self.cfg.mask
+        spec = self.dictionary.spec
+        self._clamp_and_prune(step)
         with torch.no_grad():
-            self.scaled_mask.clamp_(0, 1 / self.cfg.mask_speed)
-            self._prune(step)
-            q, k = self._weights[0].queries(x), self._weights[0].keys(x)
-            true = TruePattern.of(q, k, d.spec)
-        moved = Moved.of(x, self._ov[0]) if self._ov else None
-        tuned = None
-        if self.cfg.fine_tune:
-            tuned = (
-                self._transcode(d.query, x, self.cfg.k_query),
-                self._transcode(d.key, x, self.cfg.k_key),
-            )
-            query_acts, key_acts = (
-                side.acts.to_dense().unflatten(0, x.shape[:2]) for side in tuned
-            )
+            q = self.weights.queries(step_input.sae_in)
+            k = self.weights.keys(step_input.sae_in)
+        x = self.sequences(step_input.sae_in)
+        true = TruePattern.of(self.sequences(q), self.sequences(k), spec)
+        output = AttentionOutput.of(x, self._ov_weights) if self._ov_weights else None
+        mask = self.scaled_mask[self.alive] * settings.mask_speed
+
+        if settings.fine_tune:
+            query = self._transcode(self.dictionary.query, step_input.sae_in)
+            key = self._transcode(self.dictionary.key, step_input.sae_in)
+            query_acts = self.sequences(query.acts.to_dense())
+            key_acts = self.sequences(key.acts.to_dense())
+            features = Features(query_acts, key_acts)
         else:
+            query = key = None
             with torch.no_grad():
-                query_acts, key_acts = d.encode_query(x), d.encode_key(x)
-        mask = self.scaled_mask[self.alive] * self.cfg.mask_speed
-        scores = self._scores(mask, query_acts, key_acts)
-        losses = self._divergence(true, scores, moved)
-        if not (self.cfg.polish and step >= self.cfg.prune_steps):
-            losses["mask_sparsity"] = (
-                step_input.coefficients["mask_sparsity"] * (mask + 1e-7).sqrt().sum()
-            )
-        if tuned and self.cfg.unmasked_coefficient:
-            made = tuned[0].output.view_as(q), tuned[1].output.view_as(k)
-            unmasked = self._divergence(true, attention_scores(*made, d.spec), moved)
-            losses |= {
-                f"{name}_unmasked": self.cfg.unmasked_coefficient * loss
-                for name, loss in unmasked.items()
-            }
-        loss = torch.stack(list(losses.values())).sum()
-        if not loss.isfinite():
-            raise NonFiniteLossError(
-                f"The mask loss is {loss.item()} at step {step}: training stopped before the update."
-            )
-        acts = torch.cat([query_acts, key_acts], dim=-1).flatten(0, 1).detach()
-        outputs = torch.cat([q.flatten(0, 1).flatten(1), k.flatten(0, 1).flatten(1)], dim=1)
+                features = self.dictionary.features(x)
+        losses = self._divergence(true, self._scores(mask, features), output)
+        if step < self.cfg.prune_steps or not settings.polish:
+            penalty = (mask + 1e-7).sqrt().sum()
+            losses["mask_sparsity"] = step_input.coefficients["mask_sparsity"] * penalty
+        if query and key and settings.unmasked_coefficient:
+            q_hat = self.sequences(spec.split_queries(query.output))
+            k_hat = self.sequences(spec.split_keys(key.output))
+            unmasked = self._divergence(true, spec.scores(q_hat, k_hat), output)
+            for name, loss in unmasked.items():
+                losses[f"{name}_unmasked"] = settings.unmasked_coefficient * loss
+
+        acts = torch.cat(features, dim=-1).flatten(0, 1).detach()
+        outputs = torch.cat([q.flatten(1), k.flatten(1)], dim=1)
         return TrainStepOutput(
             sae_in=outputs,
             sae_out=outputs,
             feature_acts=acts,
             hidden_pre=acts,
-            loss=loss,
+            loss=total_loss(losses, step, "mask loss"),
             losses=losses,
             metrics={"n_pairs": int((mask > 0).sum())},
         )
 
     def _divergence(
-        self, true: TruePattern, scores: Tensor, moved: Moved | None
-    ) -> dict[str, Tensor]:
+        self,
+        true: TruePattern,
+        scores: Float[Tensor, "batch head pos_q pos_k"],
+        output: AttentionOutput | None,
+    ) -> dict[str, Float[Tensor, ""]]:
         kl, difference = true.compare(scores)
-        if moved is None:
-            return {"kl": kl.mean()}
-        return {
-            "kl": kl.mean(),
-            "output": self.cfg.output_coefficient * moved.error(true.pattern, difference),
-        }
+        losses = {"kl": kl.mean()}
+        if output is not None:
+            error = output.error(true.pattern, difference)
+            losses["output"] = self.cfg.mask.output_coefficient * error
+        return losses
 
-    def _transcode(self, half: Transcoder, x: Tensor, k: float) -> Transcoded:
-        """With the k strongest features a token: thresholds would let L0 drift. None of the query at position 0."""
-        x = x.flatten(0, 1)
-        strength = strengths(half, x)
+    def _transcode(self, half: Transcoder, x: Float[Tensor, "tokens d_model"]) -> Transcoded:
+        """With the k strongest features per token: thresholds would let L0 drift."""
         if half is self.dictionary.query:
-            strength[:: self._context_size] = -torch.inf
-        kept = (strength >= batch_cutoff(strength, k)) & (strength > 0)
-        return transcode(half, x, strength, kept)
+            selection = Selection("batchtopk", self.cfg.k_query, self._context_size)
+        else:
+            selection = Selection("batchtopk", self.cfg.k_key)
+        return transcode(half, x, selection.fires(selection.strengths(half, x)).fires)
 
-    def _scores(self, mask: Tensor, query_acts: Tensor, key_acts: Tensor) -> Tensor:
-        decoders, spec = self.dictionary.decoders, self.dictionary.spec
-        if self._scorer is None or self.cfg.fine_tune:
-            self._scorer = PairScorer(
-                self.dictionary.feature_map.indices[self.alive], decoders, spec
-            )
-        return self._scorer(mask, query_acts, key_acts) + constant_scores(
-            decoders, spec, query_acts.shape[1]
-        )
+    def _scores(
+        self, mask: Float[Tensor, " pair"], features: Features
+    ) -> Float[Tensor, "batch head pos_q pos_k"]:
+        spec = self.dictionary.spec
+        decoders = self.dictionary.decoders
+        if self._scorer is None or self.cfg.mask.fine_tune:  # decoders move when tuned
+            indices = self.dictionary.feature_map.indices[self.alive]
+            self._scorer = PairScorer(indices, decoders, spec)
+        n_pos = features.query.shape[1]
+        return self._scorer(mask, *features) + constant_scores(decoders, spec, n_pos)
 
-    def _prune(self, step: int) -> None:
-        done = min(1.0, step / self.cfg.prune_steps) if self.cfg.prune_steps else 1.0
-        if step % self.cfg.prune_every and done < 1.0:
+    # Pruning
+
+    @torch.no_grad()
+    def _clamp_and_prune(self, step: int) -> None:
+        self.scaled_mask.clamp_(0, 1 / self.cfg.mask.mask_speed)
+        n_steps = self.cfg.prune_steps
+        progress = min(1.0, step / n_steps) if n_steps else 1.0
+        if step % self.cfg.prune_every and progress < 1.0:
             return
-        n_all, n_end = len(self.alive), min(self.cfg.max_pairs, len(self.alive))
-        n_keep = round(n_all * (n_end / n_all) ** done)
-        if int(self.alive.sum()) > n_keep:
-            self._keep(n_keep)
+        n_start = len(self.alive)
+        n_end = min(self.cfg.mask.n_pairs, n_start)
+        n_pairs = round(n_start * (n_end / n_start) ** progress)
+        if int(self.alive.sum()) > n_pairs:
+            strongest = self._masked_importance().topk(n_pairs).indices
+            self.alive.fill_(False)
+            self.alive[strongest] = True
+            self._scorer = None
 
-    def _keep(self, n: int) -> None:
-        kept = self._cost().topk(n).indices
-        self.alive.fill_(False)
-        self.alive[kept] = True
-        self._scorer = None
+    def _masked_importance(self) -> Float[Tensor, " pair"]:
+        """m^2 importance: to leading order the rise of the loss if a pair left.
 
-    def _cost(self) -> Float[Tensor, " pair"]:
-        """m^2 importance: to leading order the rise of the loss if a pair left; -inf for those that have."""
-        cost = self.mask.square() * self.dictionary.feature_map.statistics[:, 0]
-        return cost.masked_fill(~self.alive, -torch.inf)
+        -inf for pairs that have left.
+        """
+        importance = self.dictionary.feature_map.statistics[:, 0]
+        return (self.mask.square() * importance).masked_fill(~self.alive, -torch.inf)
+
+    # Calibration and export
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Float[Tensor, "tokens d_model"]]) -> None:
-        """After tuning, set the published thresholds so that mean L0 over the batches is what training held."""
+        """After tuning, set the published thresholds: mean L0 is then what training held."""
         batches = [x.to(self.device) for x in batches]
-        for half, k in (
-            (self.dictionary.query, self.cfg.k_query),
-            (self.dictionary.key, self.cfg.k_key),
-        ):
-            half.get_parameter("threshold").copy_(
-                strength_threshold(half, batches, k) / half.W_dec.norm(dim=1)
-            )
-
-    @override
-    def calculate_aux_loss(self, *args: Any, **kwargs: Any) -> Tensor | dict[str, Tensor]:
-        raise NotImplementedError("The mask loss is computed in training_forward_pass.")
+        query = self.dictionary.query
+        key = self.dictionary.key
+        for half, k in ((query, self.cfg.k_query), (key, self.cfg.k_key)):
+            threshold = calibrated_threshold(half, batches, k)
+            half.get_parameter("threshold").copy_(threshold / half.W_dec.norm(dim=1))
 
     @torch.no_grad()
     def to_dictionary(self) -> BilinearQKDictionary:
-        """The dictionary with its trained map: weights clamped to [0, 1], zeros dropped, at most `max_pairs`."""
-        kept = self._cost().topk(min(self.cfg.max_pairs, len(self.alive))).indices
-        kept = kept[self.mask[kept] > 0]
-        finished = BilinearQKDictionary(replace(self.dictionary.cfg, n_pairs=0))
-        finished.query.load_state_dict(self.dictionary.query.state_dict())
-        finished.key.load_state_dict(self.dictionary.key.state_dict())
-        finished.set_feature_map(self.dictionary.feature_map.reweighted(self.mask).select(kept))
-        return finished
+        """The dictionary with its trained map.
+
+        Weights are clamped to [0, 1], zeros dropped; at most `mask.n_pairs` pairs.
+        """
+        n_pairs = min(self.cfg.mask.n_pairs, len(self.alive))
+        rows = self._masked_importance().topk(n_pairs).indices
+        rows = rows[self.mask[rows] > 0]
+        trained = BilinearQKDictionary(replace(self.dictionary.cfg, n_pairs=0))
+        trained.query.load_state_dict(self.dictionary.query.state_dict())
+        trained.key.load_state_dict(self.dictionary.key.state_dict())
+        trained.set_feature_map(self.dictionary.feature_map.reweighted(self.mask).select(rows))
+        return trained
 
     @override
     def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:

@@ -1,10 +1,14 @@
-"""BilinearQKTrainingRunner: both training steps in SAELens's trainer, from a config to a saved dictionary."""
+"""BilinearQKTrainingRunner: both training steps in SAELens's trainer.
+
+From a config to a saved dictionary.
+"""
 
 import copy
 import logging
 import os
+import warnings
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +20,47 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
-from sae_lens_qk.config import BilinearQKRunnerConfig, MaskTrainingConfig, QKFields
+from sae_lens_qk.config import DictionaryFields, MaskTrainingConfig
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.host.support import Model, model_mode
-from sae_lens_qk.host.layer import attention_spec, hook_names, layer_inputs, ov_weights, qk_weights
-from sae_lens_qk.host.proof import prove_once
+from sae_lens_qk.host.layer import AttentionLayer
 from sae_lens_qk.host.models import load_model
-from sae_lens_qk.host.proof import check_model
-from sae_lens_qk.text import load_text
+from sae_lens_qk.host.proof import prove_once, proven_layer
+from sae_lens_qk.host.support import Model
 from sae_lens_qk.inputs import InputCache, fill_cache
+from sae_lens_qk.run_config import BilinearQKRunnerConfig
+from sae_lens_qk.text import load_text
 from sae_lens_qk.training.candidates import PairTable, firing_rates, rank_pairs
 from sae_lens_qk.training.mask import MaskTrainingSAE
 from sae_lens_qk.training.transcoders import TranscodersTrainingSAE
 
 logger = logging.getLogger("sae_lens_qk")
 
-_TRANSCODERS, _MASK, _STEP_1_DONE = "transcoders", "mask", "transcoders_final"
+Texts = Dataset | IterableDataset
+
+# Folders under the checkpoint path
+_TRANSCODERS = "transcoders"
+_MASK = "mask"
+_STEP_1_DONE = "transcoders_final"
+
+_START_ROWS = 64
 _CALIBRATION_ROWS = 160
 
 
 class BilinearQKTrainingRunner:
-    """Train a dictionary as configured: transcoders (step 1), then the mask over feature pairs (step 2).
+    """Train a dictionary as configured: transcoders (step 1), then the mask over pairs (step 2).
 
-    Checkpoints go to `<checkpoint_path>/transcoders/<tokens>` and `<checkpoint_path>/mask/<tokens>`; the finished
-    dictionary to `output_path`. With `resume_from_checkpoint=<checkpoint_path>` a run goes on from its newest checkpoint.
+    Checkpoints go to `<checkpoint_path>/transcoders/<tokens>` and
+    `<checkpoint_path>/mask/<tokens>`; the finished dictionary to `output_path`. With
+    `resume_from_checkpoint=<checkpoint_path>` a run goes on from its newest checkpoint.
 
     Args:
         cfg: not changed by training.
+        override_dataset: instead of `cfg.dataset_path`; column `cfg.text_column`, or `tokens` /
+            `input_ids`.
         override_model: a bridge or HookedTransformer instead of `cfg.model_name`.
-        override_dataset: instead of `cfg.dataset_path`; column `cfg.text_column`, or `tokens` / `input_ids`.
+    Attributes:
+        cfg: the config, with what belongs to the model filled in.
+        layer: the layer whose attention is decomposed.
     Raises:
         ValueError: a config that cannot run on this model or dataset, before anything is written.
     """
@@ -52,49 +68,44 @@ class BilinearQKTrainingRunner:
     def __init__(
         self,
         cfg: BilinearQKRunnerConfig,
-        override_model: Model | None = None,
-        override_dataset: Dataset | IterableDataset | None = None,
+        override_dataset: Texts | Model | None = None,
+        override_model: Model | Texts | None = None,
     ):
-        self.model: Model = override_model or load_model(
-            cfg.model_name, cfg.llm_device or cfg.device
-        )
-        spec = attention_spec(
-            self.model, cfg.layer
-        )  # raises for a layer out of range or an unsupported model
-        mode = model_mode(self.model)
-        if mode == "hooked":
+        model, dataset = _in_order(override_model, override_dataset)
+        if model is None:
+            model = load_model(cfg.model_name, cfg.llm_device or cfg.device)
+        self.layer = AttentionLayer(model, cfg.layer)
+        spec = self.layer.spec  # raises for an unsupported model
+        if self.layer.mode == "hooked":
             raise ValueError(
-                "An unprocessed HookedTransformer has no hook at the input of W_Q and W_K: train on a bridge "
-                "(qk.load_model) or on HookedTransformer.from_pretrained."
+                "An unprocessed HookedTransformer has no hook at the input of W_Q and W_K: train "
+                "on a bridge (qk.load_model) or on HookedTransformer.from_pretrained."
             )
-        prove_once(self.model, cfg.layer)
-        self.weights = qk_weights(self.model, cfg.layer)
-        shared: dict[str, Any] = dict(
+        prove_once(self.layer)
+        sae_cfg = replace(
+            cfg.sae,
             d_in=spec.d_model,
             attention=spec.to_dict(),
             model_name=cfg.model_name,
-            model_mode=mode,
-            layer=cfg.layer,
-            hook_name=hook_names(self.model, cfg.layer).input,
-            fingerprint=list(self.weights.fingerprint()),
+            model_mode=self.layer.mode,
+            layer=self.layer.index,
+            hook_name=self.layer.names.input,
+            fingerprint=list(self.layer.qk_weights.fingerprint()),
             device=cfg.device,
             dtype=cfg.dtype,
         )
-        self.cfg = replace(cfg, hook_name=shared["hook_name"], sae=replace(cfg.sae, **shared))
-        self.dataset = (
-            override_dataset
-            if override_dataset is not None
-            else load_text(cfg.dataset_path, cfg.text_column, cfg.streaming)
-        )
+        self.cfg = replace(cfg, hook_name=sae_cfg.hook_name, sae=sae_cfg)
+        if dataset is None:
+            dataset = load_text(cfg.dataset_path, cfg.text_column, cfg.streaming)
+        self.dataset = dataset
         self._start = self._given_transcoders()
         if cfg.mask.training_tokens:
-            start = self._start.cfg if self._start else cfg.sae
-            PairTable.check_memory(cfg.mask.n_candidates, start.d_key + 1)
-            if cfg.mask.fine_tune_lr and start.half_architecture != "jumprelu_transcoder":
-                raise ValueError(
-                    "mask.fine_tune_lr needs batchtopk or topk transcoders: nothing would hold the L0 of relu."
-                )
+            self._check_mask_step()
         self._check_data()
+
+    @property
+    def model(self) -> Model:
+        return self.layer.model
 
     def run(self) -> BilinearQKDictionary:
         """Train both steps and save.
@@ -116,18 +127,21 @@ class BilinearQKTrainingRunner:
             dictionary.save_model(self.cfg.output_path)
         return dictionary
 
+    # The two steps
+
     def _run_transcoders(self, cache: InputCache | None) -> BilinearQKDictionary:
-        sae = TranscodersTrainingSAE(replace(self.cfg.sae, metadata=SAEMetadata()))
+        sae = TranscodersTrainingSAE(replace(self.cfg.sae, metadata=self._metadata()))
         checkpoint = self._newest_checkpoint(_TRANSCODERS)
-        first = None if checkpoint else torch.cat(list(self._some_rows(cache, 64))).flatten(0, 1)
-        sae.attach(self.weights, self.cfg.context_size, first)
-        self._fit(sae, self.cfg, _TRANSCODERS, cache, checkpoint, seed=self.cfg.seed)
+        first_batch = None
+        if checkpoint is None:
+            first_batch = torch.cat(list(self.first_rows(_START_ROWS, cache))).flatten(0, 1)
+        sae.attach(self.layer.qk_weights, self.cfg.context_size, first_batch)
+        self._fit(sae, self.cfg, _TRANSCODERS, cache, checkpoint, self.cfg.seed)
         if self.cfg.sae.activation != "relu":
-            rows = (batch.flatten(0, 1) for batch in self._some_rows(cache, _CALIBRATION_ROWS))
-            sae.cfg.metadata.calibration = sae.calibrate(
-                rows
-            )  # L0 and KL before and after, published in cfg.json
-            logger.info("thresholds calibrated to mean L0 = k: %s", sae.cfg.metadata.calibration)
+            # L0 and KL before and after, published in cfg.json
+            calibration = sae.calibrate(self._calibration_batches(cache))
+            sae.cfg.metadata.calibration = calibration
+            logger.info("thresholds calibrated to mean L0 = k: %s", calibration)
         dictionary = sae.to_dictionary()
         if self.cfg.checkpoint_path is not None:
             dictionary.save_model(Path(self.cfg.checkpoint_path) / _STEP_1_DONE)
@@ -136,64 +150,62 @@ class BilinearQKTrainingRunner:
     def _run_mask(
         self, dictionary: BilinearQKDictionary, cache: InputCache | None
     ) -> BilinearQKDictionary:
-        settings, checkpoint = self.cfg.mask, self._newest_checkpoint(_MASK)
+        settings = self.cfg.mask
+        weights = self.layer.qk_weights
+        checkpoint = self._newest_checkpoint(_MASK)
         # ranking is deterministic, so a resumed run finds the same candidates
         n_rows = max(2, settings.ranking_tokens // self.cfg.context_size)
         if settings.compact:
-            rates = firing_rates(dictionary, self._some_rows(cache, n_rows))
+            rates = firing_rates(dictionary, self.first_rows(n_rows, cache))
             dictionary = dictionary.compact(rates.query > 0, rates.key > 0)
         candidates = rank_pairs(
-            dictionary, self.weights, self._some_rows(cache, n_rows), settings.n_candidates
+            dictionary, weights, self.first_rows(n_rows, cache), settings.n_candidates
         )
-        steps = settings.training_tokens // self.cfg.mask_batch_size_tokens
-        shared = {
-            name: value
-            for name, value in vars(dictionary.cfg).items()
-            if name in QKFields.__dataclass_fields__
-        }
-        fine_tune = settings.fine_tune_lr > 0
-        # tuning holds the L0 that the dictionary has
-        rates = (
-            firing_rates(dictionary, self._some_rows(cache, _CALIBRATION_ROWS))
-            if fine_tune
-            else None
-        )
-        mask_cfg = MaskTrainingConfig(
-            **{**shared, "n_pairs": len(candidates)},
-            d_in=dictionary.cfg.d_in,
+        sae = MaskTrainingSAE(self._mask_config(dictionary, len(candidates), cache))
+        ov_weights = self.layer.ov_weights
+        sae.attach(weights, self.cfg.context_size, dictionary, candidates, ov_weights)
+        self._fit(sae, self.cfg.mask_step(), _MASK, cache, checkpoint, self.cfg.seed + 1)
+        if not settings.fine_tune:
+            return sae.to_dictionary()
+        sae.calibrate(self._calibration_batches(cache))
+        tuned = sae.to_dictionary()
+        # the candidates' statistics are those of the untuned transcoders
+        ranked = rank_pairs(tuned, weights, self.first_rows(n_rows, cache), settings.n_candidates)
+        tuned.set_feature_map(tuned.feature_map.measured_as(ranked))
+        return tuned
+
+    def _mask_config(
+        self, dictionary: BilinearQKDictionary, n_candidates: int, cache: InputCache | None
+    ) -> MaskTrainingConfig:
+        """The run's settings of step 2, for this dictionary."""
+        cfg = dictionary.cfg
+        settings = self.cfg.mask
+        shared = {field.name: getattr(cfg, field.name) for field in fields(DictionaryFields)}
+        shared["n_pairs"] = n_candidates
+        if settings.fine_tune:  # tuning holds the L0 that the dictionary has
+            rates = firing_rates(dictionary, self.first_rows(_CALIBRATION_ROWS, cache))
+            shared["k_query"] = float(rates.query.sum())
+            shared["k_key"] = float(rates.key.sum())
+        n_steps = settings.training_tokens // self.cfg.mask_batch_size_tokens
+        return MaskTrainingConfig(
+            **shared,
+            d_in=cfg.d_in,
             dtype=self.cfg.dtype,
             device=self.cfg.device,
-            half_architecture=dictionary.cfg.half_architecture,
-            metadata=copy.deepcopy(dictionary.cfg.metadata),
-            sparsity_coefficient=settings.sparsity_coefficient,
-            max_pairs=settings.n_pairs,
-            prune_steps=int(steps * settings.prune_until),
-            polish=settings.polish,
-            fine_tune=fine_tune,
-            mask_speed=settings.lr / settings.fine_tune_lr if fine_tune else 1.0,
-            k_query=float(rates.query.sum()) if rates else 0.0,
-            k_key=float(rates.key.sum()) if rates else 0.0,
-            unmasked_coefficient=settings.unmasked_coefficient,
-            output_coefficient=settings.output_coefficient,
+            half_architecture=cfg.half_architecture,
+            metadata=self._metadata(cfg.metadata),
+            mask=settings,
+            prune_steps=int(n_steps * settings.prune_until),
         )
-        sae = MaskTrainingSAE(mask_cfg)
-        sae.attach(
-            self.weights,
-            self.cfg.context_size,
-            dictionary,
-            candidates,
-            ov_weights(self.model, self.cfg.layer),
-        )
-        self._fit(sae, self.cfg.mask_step(), _MASK, cache, checkpoint, seed=self.cfg.seed + 1)
-        if not fine_tune:
-            return sae.to_dictionary()
-        sae.calibrate(batch.flatten(0, 1) for batch in self._some_rows(cache, _CALIBRATION_ROWS))
-        tuned = sae.to_dictionary()
-        measured = rank_pairs(
-            tuned, self.weights, self._some_rows(cache, n_rows), settings.n_candidates
-        )
-        tuned.set_feature_map(tuned.feature_map.measured_as(measured))
-        return tuned
+
+    def _metadata(self, metadata: SAEMetadata | None = None) -> SAEMetadata:
+        """What SAELens's tools read: which model, which hook, which texts."""
+        metadata = SAEMetadata() if metadata is None else copy.deepcopy(metadata)
+        metadata.model_name = self.cfg.model_name
+        metadata.hook_name = self.cfg.hook_name
+        metadata.context_size = self.cfg.context_size
+        metadata.prepend_bos = self.cfg.prepend_bos
+        return metadata
 
     def _fit(
         self,
@@ -208,23 +220,15 @@ class BilinearQKTrainingRunner:
         trainer_cfg = cfg.to_sae_trainer_config()
         if self.cfg.checkpoint_path is not None:
             trainer_cfg.checkpoint_path = str(Path(self.cfg.checkpoint_path) / step)
-        store = self._store(cfg) if cache is None else None
-        data: Iterator[Tensor] = (
-            store if store is not None else cache.batches(cfg.rows_per_batch, seed=seed)
-        )  # type: ignore[union-attr]
-        trainer = ProgressTrainer(trainer_cfg, sae, data)  # type: ignore[arg-type]
+        data: Any
+        if cache is None:
+            data = self.store(cfg)
+        else:
+            data = cache.batches(cfg.rows_per_batch, seed=seed)
+        trainer = ProgressTrainer(trainer_cfg, sae, data)
         if checkpoint is not None:
             logger.info("resuming %s from %s", step, checkpoint)
-            trainer.load_trainer_state(checkpoint)
-            trainer.n_training_steps += 1  # the host saves it before counting the step
-            trainer.checkpoint_thresholds = [
-                t for t in trainer.checkpoint_thresholds if t > trainer.n_training_samples
-            ]
-            sae.load_weights_from_checkpoint(checkpoint)
-            if store is not None:
-                self._skip_rows(store, trainer.n_training_samples // self.cfg.context_size)
-            else:
-                data.step = trainer.n_training_steps  # type: ignore[union-attr]
+            self._resume(trainer, data, checkpoint)
         try:
             trainer.fit()
         except KeyboardInterrupt:
@@ -236,15 +240,130 @@ class BilinearQKTrainingRunner:
             )
             raise
 
+    # Resuming
+
+    def _resume(self, trainer: "ProgressTrainer", data: Any, checkpoint: Path) -> None:
+        """Weights, optimizer and data as they were at the checkpoint."""
+        trainer.load_trainer_state(checkpoint)
+        trainer.n_training_steps += 1  # the host saves it before counting the step
+        trainer.checkpoint_thresholds = [
+            threshold
+            for threshold in trainer.checkpoint_thresholds
+            if threshold > trainer.n_training_samples
+        ]
+        trainer.sae.load_weights_from_checkpoint(checkpoint)
+        if isinstance(data, ActivationsStore):
+            self._skip_rows(data, trainer.n_training_samples // self.cfg.context_size)
+        else:
+            data.step = trainer.n_training_steps
+
     def _skip_rows(self, store: ActivationsStore, n_rows: int) -> None:
-        """Draw the rows a resumed run has seen, without forward passes and as the store would have: at the end of an epoch
-        it drops a partly filled batch. (The store's own state counts documents, which are not whole rows.)"""
-        full, rest = divmod(n_rows, self.cfg.store_batch_size_prompts)
-        for size in [self.cfg.store_batch_size_prompts] * full + [rest] * (rest > 0):
+        """Draw the rows a resumed run has seen, without forward passes and as the store would have.
+
+        At the end of an epoch it drops a partly filled batch. (The store's own state counts
+        documents, which are not whole rows.)
+        """
+        batch_size = self.cfg.store_batch_size_prompts
+        n_full, n_last = divmod(n_rows, batch_size)
+        sizes = [batch_size] * n_full
+        if n_last:
+            sizes.append(n_last)
+        for size in sizes:
             try:
                 store.get_batch_tokens(batch_size=size, raise_at_epoch_end=True)
             except StopIteration:
                 store.get_batch_tokens(batch_size=size)
+
+    def _newest_checkpoint(self, step: str) -> Path | None:
+        if self.cfg.resume_from_checkpoint is None:
+            return None
+        folder = Path(self.cfg.resume_from_checkpoint) / step
+        complete = [path.parent for path in folder.glob("*/trainer_state.pt")]
+        numbered = [path for path in complete if path.name.isdigit()]
+        return max(numbered, key=lambda path: int(path.name), default=None)
+
+    def _finished_step_1(self) -> BilinearQKDictionary | None:
+        if self.cfg.resume_from_checkpoint is None:
+            return None
+        folder = Path(self.cfg.resume_from_checkpoint)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no run to resume at {folder}.")
+        finished = folder / _STEP_1_DONE
+        if not finished.is_dir():
+            return None
+        return BilinearQKDictionary.load_from_disk(finished, self.cfg.device)
+
+    def _given_transcoders(self) -> BilinearQKDictionary | None:
+        """The dictionary that `from_pretrained_path` names, if it is of this layer."""
+        path = self.cfg.from_pretrained_path
+        if path is None:
+            return None
+        dictionary = BilinearQKDictionary.from_pretrained(path, device=self.cfg.device)
+        proven_layer(dictionary.cfg, self.model)
+        if dictionary.cfg.layer != self.cfg.layer:
+            raise ValueError(
+                f"{path} is of layer {dictionary.cfg.layer}, the run of {self.cfg.layer}."
+            )
+        return dictionary
+
+    # Data
+
+    def store(self, cfg: BilinearQKRunnerConfig | None = None) -> ActivationsStore:
+        """SAELens's store of layer inputs, at the start of the data; default: for step 1."""
+        store_cfg: Any = cfg or self.cfg
+        return ActivationsStore.from_config(self.model, store_cfg, override_dataset=self.dataset)
+
+    def fill_input_cache(self) -> InputCache:
+        """The cache that `cfg.input_cache_path` names, filled as far as the config asks."""
+        cfg = self.cfg
+        assert cfg.input_cache_path is not None
+        identity = {
+            "model_name": cfg.model_name,
+            "hook_name": cfg.hook_name,
+            "context_size": cfg.context_size,
+            "d_in": cfg.sae.d_in,
+            "dataset": cfg.dataset_path or getattr(self.dataset, "_fingerprint", ""),
+            "fingerprint": cfg.sae.fingerprint[:8],
+        }
+        if cfg.autocast_lm:
+            identity["autocast_lm"] = True
+        n_rows = (cfg.input_cache_tokens or cfg.training_tokens) // cfg.context_size
+        return fill_cache(self.store(), os.path.expandvars(cfg.input_cache_path), n_rows, identity)
+
+    def first_rows(
+        self, n_rows: int, cache: InputCache | None = None
+    ) -> Iterator[Float[Tensor, "batch pos d_model"]]:
+        """The first rows of the data, batch by batch: for start, calibration and ranking.
+
+        Args:
+            n_rows: without a cache rounded up to whole batches of step 1.
+            cache: where to read them; None: the model computes them.
+        """
+        batch_size = self.cfg.rows_per_batch
+        if cache is not None:
+            for start in range(0, min(n_rows, cache.n_rows), batch_size):
+                yield cache.rows(slice(start, min(start + batch_size, n_rows)))
+            return
+        store = self.store()
+        for _ in range(0, n_rows, batch_size):
+            yield next(store).unflatten(0, (batch_size, self.cfg.context_size))
+
+    def _calibration_batches(
+        self, cache: InputCache | None
+    ) -> Iterator[Float[Tensor, "tokens d_model"]]:
+        for x in self.first_rows(_CALIBRATION_ROWS, cache):
+            yield x.flatten(0, 1)
+
+    def _check_mask_step(self) -> None:
+        """Step 2 can run on the transcoders it will get."""
+        settings = self.cfg.mask
+        start = self._start.cfg if self._start else self.cfg.sae
+        PairTable.check_memory(settings.n_candidates, start.d_key + 1)
+        if settings.fine_tune and start.half_architecture != "jumprelu_transcoder":
+            raise ValueError(
+                "mask.fine_tune_lr needs batchtopk or topk transcoders: "
+                "nothing would hold the L0 of relu."
+            )
 
     def _check_data(self) -> None:
         """One batch from the store against a direct forward pass: whole sequences, in order.
@@ -253,88 +372,39 @@ class BilinearQKTrainingRunner:
             ValueError: the dataset is shorter than one batch.
             RuntimeError: the store's order is not the dataset's.
         """
-        store, n_rows = self._store(), self.cfg.rows_per_batch
+        store = self.store()
+        n_rows = self.cfg.rows_per_batch
+        context_size = self.cfg.context_size
         try:
             tokens = store.get_batch_tokens(batch_size=n_rows, raise_at_epoch_end=True)
         except (StopIteration, RuntimeError) as end:
             raise ValueError(
-                f"The dataset is shorter than one batch of {n_rows} rows of {self.cfg.context_size} tokens: "
+                f"The dataset is shorter than one batch of {n_rows} rows of {context_size} tokens: "
                 "give a longer dataset or a smaller train_batch_size_tokens."
             ) from end
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.cfg.autocast_lm):
-            expected = layer_inputs(self.model, self.cfg.layer, tokens)
-        batch = next(self._store()).unflatten(0, (n_rows, self.cfg.context_size))
+            expected = self.layer.inputs(tokens)
+        batch = next(self.store()).unflatten(0, (n_rows, context_size))
         difference = float((batch - expected.to(batch)).abs().max())
         if difference > 1e-4 * max(1.0, float(batch.abs().max())):
             raise RuntimeError(
-                f"SAELens's store does not serve the dataset's sequences in order (difference {difference:.2g}): the "
-                "installed sae-lens version is not one this package was tested with."
+                "SAELens's store does not serve the dataset's sequences in order (difference "
+                f"{difference:.2g}): the installed sae-lens version is not one this package was "
+                "tested with."
             )
 
-    def _store(self, cfg: BilinearQKRunnerConfig | None = None) -> ActivationsStore:
-        return ActivationsStore.from_config(
-            self.model, cfg or self.cfg, override_dataset=self.dataset
-        )  # type: ignore[arg-type]
 
-    def fill_input_cache(self) -> InputCache:
-        """The cache of layer inputs that `cfg.input_cache_path` names, filled as far as the config asks."""
-        cfg = self.cfg
-        assert cfg.input_cache_path is not None
-        identity = dict(
-            model_name=cfg.model_name,
-            hook_name=cfg.hook_name,
-            context_size=cfg.context_size,
-            d_in=cfg.sae.d_in,
-            dataset=cfg.dataset_path or getattr(self.dataset, "_fingerprint", ""),
-            fingerprint=cfg.sae.fingerprint[:8],
-            **({"autocast_lm": True} if cfg.autocast_lm else {}),
-        )
-        n_rows = (cfg.input_cache_tokens or cfg.training_tokens) // cfg.context_size
-        return fill_cache(self._store(), os.path.expandvars(cfg.input_cache_path), n_rows, identity)
-
-    def _some_rows(
-        self, cache: InputCache | None, n_rows: int
-    ) -> Iterator[Float[Tensor, "batch pos d_model"]]:
-        """The first rows of the data, in small batches: for initialisation, calibration and ranking."""
-        size = self.cfg.rows_per_batch
-        if cache is not None:
-            for row in range(0, min(n_rows, cache.n_rows), size):
-                yield cache.rows(slice(row, min(row + size, n_rows)))
-            return
-        store = self._store()
-        for _ in range(0, n_rows, size):
-            yield next(store).unflatten(0, (size, self.cfg.context_size))
-
-    def _newest_checkpoint(self, step: str) -> Path | None:
-        if self.cfg.resume_from_checkpoint is None:
-            return None
-        folder = Path(self.cfg.resume_from_checkpoint) / step
-        complete = [
-            path.parent for path in folder.glob("*/trainer_state.pt") if path.parent.name.isdigit()
-        ]
-        return max(complete, key=lambda path: int(path.name), default=None)
-
-    def _given_transcoders(self) -> BilinearQKDictionary | None:
-        if self.cfg.from_pretrained_path is None:
-            return None
-        given = BilinearQKDictionary.from_pretrained(
-            self.cfg.from_pretrained_path, device=self.cfg.device
-        )
-        check_model(given, self.model)
-        if given.cfg.layer != self.cfg.layer:
-            raise ValueError(
-                f"{self.cfg.from_pretrained_path} is of layer {given.cfg.layer}, the run of {self.cfg.layer}."
-            )
-        return given
-
-    def _finished_step_1(self) -> BilinearQKDictionary | None:
-        if self.cfg.resume_from_checkpoint is None:
-            return None
-        folder = Path(self.cfg.resume_from_checkpoint)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"There is no run to resume at {folder}.")
-        done = folder / _STEP_1_DONE
-        return BilinearQKDictionary.load_from_disk(done, self.cfg.device) if done.is_dir() else None
+def _in_order(model: Any, dataset: Any) -> tuple[Any, Any]:
+    """The model and the dataset, wherever they were given: 0.1 took the model first."""
+    if not isinstance(dataset, Model):
+        return model, dataset
+    warnings.warn(
+        "BilinearQKTrainingRunner takes (cfg, override_dataset, override_model), as SAELens's "
+        "runner does: give override_model by name.",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return dataset, model
 
 
 class ProgressTrainer(SAETrainer[Any, Any]):
