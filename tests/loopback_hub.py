@@ -1,8 +1,9 @@
-"""A Hugging Face Hub on 127.0.0.1 for the real huggingface_hub client: models in memory, faults on request.
+"""A Hugging Face Hub on 127.0.0.1 for the real huggingface_hub client.
 
-It knows what the client asks of model repositories (creation, commits over LFS, downloads, listings, pull requests,
-branches) and answers as the Hub does, with its status codes, `X-Error-Code` and messages. No Xet, datasets, spaces, tags,
-deletion of repositories or pages of a listing.
+Models in memory, faults on request. It knows what loading and pushing ask of model repositories
+(creation, commits over LFS, downloads, listings, pull requests, branches) and answers as the Hub
+does, with its status codes, `X-Error-Code` and messages. No users' pages, Xet, ranges, datasets,
+spaces, tags, deletion of folders or repositories, history, or pages of a listing.
 """
 
 import base64
@@ -12,21 +13,16 @@ import re
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from email.message import Message
 from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
-
-REGULAR_LIMIT = 10 * 1024**2
-"""Bytes above which the Hub puts a file of any name into LFS."""
 
 _GIT_ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 _DATE = "2026-01-01T00:00:00.000Z"
@@ -53,7 +49,10 @@ class Commit(NamedTuple):
 
 
 class HubError(Exception):
-    """An error of the Hub: `code` becomes X-Error-Code, by which the client chooses its exception."""
+    """An error of the Hub.
+
+    `code` becomes X-Error-Code, by which the client chooses its exception.
+    """
 
     def __init__(
         self,
@@ -65,20 +64,17 @@ class HubError(Exception):
     ):
         super().__init__(message)
         codes = {"X-Error-Code": code} if code else {}
-        line = (
-            " ".join(message.split()).encode("latin-1", "replace").decode("latin-1")
-        )  # all that fits in a header
-        self.answer = _reply(
-            {"error": message, **body},
-            status,
-            {**codes, "X-Error-Message": line, **(headers or {})},
-        )
+        # a header holds one line, of these characters alone
+        line = " ".join(message.split()).encode("latin-1", "replace").decode("latin-1")
+        headers = {**codes, "X-Error-Message": line, **(headers or {})}
+        self.answer = _reply({"error": message, **body}, status, headers)
 
 
 class LoopbackHub:
-    """`with LoopbackHub() as hub:` serves at `hub.url`, which is fixed before the first connection is accepted.
+    """`with LoopbackHub() as hub:` serves at `hub.url`.
 
-    Repositories are made over HTTP or here on the server's side, and read back with `files` and `commits`.
+    The address is fixed before the first connection is accepted. Repositories are made over HTTP or
+    here on the server's side, and read back with `files` and `commits`.
     """
 
     def __init__(self) -> None:
@@ -106,16 +102,18 @@ class LoopbackHub:
             self._thread.start()
 
     def stop(self) -> None:
-        """Refuse every connection, those kept open by a client too, until `start`; repositories stay."""
+        """Refuse every connection until `start`, those kept open by a client too.
+
+        Repositories stay.
+        """
         if self._thread is not None:
             self._server.shutdown()
             self._thread.join()
             self._thread = None
             self._server.hang_up()
             self._server.server_close()
-            self._server = _Server(
-                self, self._server.server_port
-            )  # bound but not listening: nobody else gets the port
+            # bound but not listening: nobody else gets the port
+            self._server = _Server(self, self._server.server_port)
 
     def close(self) -> None:
         """Stop for good and give the port back."""
@@ -140,10 +138,10 @@ class LoopbackHub:
         with self._lock:
             if repo_id in self._repos:
                 raise ValueError(f"{repo_id} exists")
-            repo = self._repos[repo_id] = _Repo(repo_id, private, gated, self._serial)
-            return repo.append(
-                "main", {".gitattributes": _GIT_ATTRIBUTES}, "initial commit", "system"
-            ).oid
+            repo = _Repo(repo_id, private, gated, self._serial)
+            self._repos[repo_id] = repo
+            files = {".gitattributes": _GIT_ATTRIBUTES}
+            return repo.append("main", files, "initial commit", "system").oid
 
     def commit(
         self,
@@ -157,13 +155,12 @@ class LoopbackHub:
         """Commit on a branch behind the client's back."""
         with self._lock:
             repo = self._repos[repo_id]
-            kept = {
-                path: data
-                for path, data in repo.at(revision).files.items()
-                if path not in set(delete)
-            }
-            repo.objects.update({sha256(data).hexdigest(): data for data in files.values()})
-            return repo.append(revision, {**kept, **files}, message, "system").oid
+            present = dict(repo.at(revision).files)
+            for path in delete:
+                present.pop(path, None)
+            for data in files.values():
+                repo.objects[sha256(data).hexdigest()] = data
+            return repo.append(revision, {**present, **files}, message, "system").oid
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         """The content of every file."""
@@ -188,8 +185,6 @@ class LoopbackHub:
         drop: bool = False,
         truncate: int | None = None,
         flip_byte: int | None = None,
-        delay: float = 0.0,
-        skip: int = 0,
     ) -> None:
         """Spoil requests; where several faults match, the oldest that is not used up.
 
@@ -201,22 +196,19 @@ class LoopbackHub:
             message: X-Error-Message to go with `status`.
             headers: Further headers to go with `status`.
             times: How many requests; None is every one.
-            drop: Alone: hang up half-way through the body of the request, which is not done. With `truncate`: do the
-                request, announce the whole answer, hang up after `truncate` bytes of its body.
-            truncate: Send only so many bytes of the body. Without `drop` the Content-Length is that of what is sent.
+            drop: Alone: hang up half-way through the body of the request, which is not done. With
+                `truncate`: do the request, announce the whole answer, hang up after `truncate`
+                bytes of its body.
+            truncate: Send only so many bytes of the body. Without `drop` the Content-Length is that
+                of what is sent.
             flip_byte: Invert this byte of the body of the answer.
-            delay: Seconds to wait first.
-            skip: How many matching requests pass unharmed before.
         """
-        error = (
-            HubError(status, message or "Injected fault", error_code, headers)
-            if status is not None
-            else None
-        )
+        error = None
+        if status is not None:
+            error = HubError(status, message or "Injected fault", error_code, headers)
+        fault = _Fault(method, pattern, error, times, drop, truncate, flip_byte)
         with self._lock:
-            self._faults.append(
-                _Fault(method, pattern, error, times, drop, truncate, flip_byte, delay, skip)
-            )
+            self._faults.append(fault)
 
     def _next_fault(self, method: str, path: str) -> "_Fault":
         with self._lock:
@@ -235,19 +227,12 @@ class LoopbackHub:
         with self._lock:
             try:
                 user = self._user(headers)
-                for methods, pattern, endpoint in _ROUTES:
-                    if method in methods and (match := pattern.fullmatch(target.path)):
-                        parts = {
-                            name: unquote(part)
-                            for name, part in match.groupdict(default="").items()
-                        }
-                        return endpoint(_Call(self, user, query, headers, body, **parts))
-                raise HubError(404, "Sorry, we can't find the page you are looking for.")
+                endpoint, parts = _route(method, target.path)
+                return endpoint(_Call(self, user, query, body, **parts))
             except HubError as error:
                 return error.answer
-            except (
-                Exception
-            ) as error:  # a mistake in this file: with a status that the client does not retry
+            except Exception as error:
+                # a mistake in this file: with a status that the client does not retry
                 return HubError(501, f"{method} {path} broke the loopback Hub: {error!r}").answer
 
     def _user(self, headers: Message) -> "_User | None":
@@ -273,12 +258,13 @@ class _Repo:
     gated: bool
     serial: Iterator[int]
     """Keeps the names of two commits of the same content apart, as the date does in git."""
-    known: dict[str, Commit] = field(default_factory=dict)
+    log: dict[str, Commit] = field(default_factory=dict)
+    """Commits by name."""
     refs: dict[str, str] = field(default_factory=dict)
     """Branches by name, pull requests as refs/pr/N."""
     objects: dict[str, bytes] = field(default_factory=dict)
     """LFS content by sha256."""
-    pull_authors: dict[str, str] = field(default_factory=dict)
+    n_pulls: int = 0
 
     @property
     def namespace(self) -> str:
@@ -286,15 +272,15 @@ class _Repo:
 
     def at(self, revision: str) -> Commit:
         oid = self.refs.get(revision, revision)
-        if oid not in self.known:
+        if oid not in self.log:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return self.known[oid]
+        return self.log[oid]
 
     def history(self, revision: str) -> Iterator[Commit]:
         commit = self.at(revision)
         yield commit
         while commit.parent is not None:
-            commit = self.known[commit.parent]
+            commit = self.log[commit.parent]
             yield commit
 
     def append(
@@ -307,12 +293,11 @@ class _Repo:
     ) -> Commit:
         """Commit on `ref`, a new one if need be, on top of `parent` or of what it points to."""
         parent_oid = parent.oid if parent else self.refs.get(ref)
-        oid = sha1(
-            f"{self.repo_id} {next(self.serial)} {parent_oid} {message}".encode()
-        ).hexdigest()
-        self.known[oid] = Commit(oid, message, dict(sorted(files.items())), parent_oid, author)
+        identity = f"{self.repo_id} {next(self.serial)} {parent_oid} {message}"
+        oid = sha1(identity.encode()).hexdigest()
+        self.log[oid] = Commit(oid, message, dict(sorted(files.items())), parent_oid, author)
         self.refs[ref] = oid
-        return self.known[oid]
+        return self.log[oid]
 
 
 class _Answer(NamedTuple):
@@ -322,9 +307,8 @@ class _Answer(NamedTuple):
 
 
 def _reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> _Answer:
-    return _Answer(
-        status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})}
-    )
+    headers = {"Content-Type": "application/json", **(headers or {})}
+    return _Answer(status, json.dumps(value).encode(), headers)
 
 
 @dataclass
@@ -336,19 +320,11 @@ class _Fault:
     drop: bool = False
     truncate: int | None = None
     flip_byte: int | None = None
-    delay: float = 0.0
-    skip: int = 0
 
     def takes(self, method: str, path: str) -> bool:
         """Whether it spoils this request, which is then counted."""
-        if (
-            self.times == 0
-            or not re.fullmatch(self.method, method)
-            or not re.search(self.pattern, path)
-        ):
-            return False
-        if self.skip:
-            self.skip -= 1
+        matches = re.fullmatch(self.method, method) and re.search(self.pattern, path)
+        if self.times == 0 or not matches:
             return False
         if self.times is not None:
             self.times -= 1
@@ -369,7 +345,6 @@ class _Call:
     hub: LoopbackHub
     user: _User | None
     query: Mapping[str, str]
-    headers: Message
     body: bytes
     repo_id: str = ""
     revision: str = ""
@@ -384,11 +359,14 @@ class _Call:
         return self.query.get("create_pr") == "1"
 
     def known_user(self) -> _User:
-        """The client reads a 401 without a code as RepoNotFound, but on https only: here the code has to say so."""
+        """Who calls.
+
+        The client reads a 401 without a code as RepoNotFound, but on https only: here the code has
+        to say so.
+        """
         if self.user is None:
-            raise HubError(
-                401, "Invalid username or password.", "RepoNotFound" if self.repo_id else None
-            )
+            code = "RepoNotFound" if self.repo_id else None
+            raise HubError(401, "Invalid username or password.", code)
         return self.user
 
     def readable(self) -> _Repo:
@@ -399,14 +377,11 @@ class _Call:
             raise HubError(404, "Repository not found", "RepoNotFound")
         return repo
 
-    def writable(self, ref: str | None) -> _Repo:
-        """Who may read may open a pull request, and go on with their own."""
-        repo, user = self.readable(), self.known_user()
-        if not (
-            self.owns(repo)
-            or self.creates_pull_request
-            or repo.pull_authors.get(ref or "") == user.name
-        ):
+    def writable(self) -> _Repo:
+        """Who may read may open a pull request."""
+        repo = self.readable()
+        self.known_user()
+        if not (self.owns(repo) or self.creates_pull_request):
             raise HubError(
                 403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request"
             )
@@ -416,24 +391,15 @@ class _Call:
         return self.user is not None and self.user.owns(repo.namespace)
 
 
-def _whoami(call: _Call) -> _Answer:
-    user = call.known_user()
-    orgs = [
-        {"type": "org", "name": org, "fullname": org, "roleInOrg": "admin"} for org in user.orgs
-    ]
-    token = {"type": "access_token", "accessToken": {"displayName": "loopback", "role": "write"}}
-    return _reply(
-        {"type": "user", "name": user.name, "fullname": user.name, "orgs": orgs, "auth": token}
-    )
-
-
 def _validate_yaml(call: _Call) -> _Answer:
-    """Only that the metadata is a YAML mapping of plain values; the Hub knows the licences and tasks too."""
+    """Only that the metadata is a YAML mapping of plain values.
+
+    The Hub knows the licences and tasks too.
+    """
     block = _YAML_BLOCK.match(call.json["content"])
     if block is None:
-        return _reply(
-            {"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]}
-        )
+        warning = {"message": "empty or missing yaml metadata in repo card"}
+        return _reply({"errors": [], "warnings": [warning]})
     try:
         metadata = yaml.safe_load(block[1])
     except yaml.YAMLError as error:
@@ -446,104 +412,63 @@ def _validate_yaml(call: _Call) -> _Answer:
 
 
 def _create_repo(call: _Call) -> _Answer:
-    user, wanted = call.known_user(), call.json
-    namespace = wanted.get("organization") or user.name
-    repo_id = f"{namespace}/{wanted['name']}"
+    user = call.known_user()
+    namespace = call.json.get("organization") or user.name
+    repo_id = f"{namespace}/{call.json['name']}"
     url = f"{call.hub.url}/{repo_id}"
-    if wanted.get("type", "model") != "model":
-        raise HubError(501, f"The loopback Hub has no {wanted['type']}")
     if not user.owns(namespace):
         raise HubError(
             403, f'You don\'t have the rights to create a model under the namespace "{namespace}"'
         )
     if repo_id in call.hub._repos:
         raise HubError(409, "You already created this model repo", url=url)
-    call.hub.create_repo(repo_id, private=wanted.get("visibility") == "private")
+    call.hub.create_repo(repo_id, private=call.json.get("visibility") == "private")
     return _reply({"url": url, "name": repo_id})
 
 
 def _info(call: _Call) -> _Answer:
     repo = call.readable()
     commit = repo.at(call.revision or "main")
-    return _reply(
-        {
-            "id": repo.repo_id,
-            "modelId": repo.repo_id,
-            "author": repo.namespace,
-            "sha": commit.oid,
-            "lastModified": _DATE,
-            "createdAt": _DATE,
-            "private": repo.private,
-            "gated": "manual" if repo.gated else False,
-            "disabled": False,
-            "downloads": 0,
-            "likes": 0,
-            "tags": [],
-            "siblings": [
-                _sibling(path, data, "blobs" in call.query) for path, data in commit.files.items()
-            ],
-        }
-    )
-
-
-def _sibling(path: str, data: bytes, with_blob: bool) -> dict[str, Any]:
-    if not with_blob:
-        return {"rfilename": path}
-    entry = _file_entry(path, data)
-    lfs = {"lfs": {**entry["lfs"], "sha256": entry["lfs"]["oid"]}} if "lfs" in entry else {}
-    return {"rfilename": path, "size": entry["size"], "blobId": entry["oid"], **lfs}
+    info = {
+        "id": repo.repo_id,
+        "modelId": repo.repo_id,
+        "author": repo.namespace,
+        "sha": commit.oid,
+        "lastModified": _DATE,
+        "createdAt": _DATE,
+        "private": repo.private,
+        "gated": "manual" if repo.gated else False,
+        "disabled": False,
+        "downloads": 0,
+        "likes": 0,
+        "tags": [],
+        "siblings": [{"rfilename": path} for path in commit.files],
+    }
+    return _reply(info)
 
 
 def _tree(call: _Call) -> _Answer:
-    folder = f"{call.path}/" if call.path else ""
-    every = _entries(call.readable().at(call.revision).files)
-    entries = [entry for path, entry in every.items() if path.startswith(folder)]
-    if folder and not entries:
-        raise HubError(404, f"{call.path} does not exist on {call.revision}", "EntryNotFound")
-    recursive = call.query.get("recursive") == "true"
-    return _reply(
-        [entry for entry in entries if recursive or "/" not in entry["path"][len(folder) :]]
-    )
-
-
-def _paths_info(call: _Call) -> _Answer:
-    """Paths that do not exist are left out."""
-    entries = _entries(call.readable().at(call.revision).files)
-    wanted = parse_qs(call.body.decode())["paths"]
-    return _reply([entries[path] for path in wanted if path in entries])
-
-
-def _commits(call: _Call) -> _Answer:
-    return _reply(
-        [
-            {
-                "id": commit.oid,
-                "title": commit.message.split("\n")[0],
-                "message": commit.message,
-                "date": _DATE,
-                "authors": [{"user": commit.author}],
-            }
-            for commit in call.readable().history(call.revision)
-        ]
-    )
+    """Every file of the repository; the client asks for no less."""
+    files = call.readable().at(call.revision).files
+    return _reply([_file_entry(path, data) for path, data in files.items()])
 
 
 def _refs(call: _Call) -> _Answer:
-    refs = call.readable().refs.items()
-    branches = [
-        {"name": n, "ref": f"refs/heads/{n}", "targetCommit": oid}
-        for n, oid in refs
-        if not n.startswith("refs/")
-    ]
-    pulls = [
-        {"name": n, "ref": n, "targetCommit": oid} for n, oid in refs if n.startswith("refs/pr/")
-    ]
-    asked = {"pullRequests": pulls} if "include_prs" in call.query else {}
-    return _reply({"branches": branches, "converts": [], "tags": [], **asked})
+    branches = []
+    pulls = []
+    for name, oid in call.readable().refs.items():
+        if name.startswith("refs/pr/"):
+            pulls.append({"name": name, "ref": name, "targetCommit": oid})
+        else:
+            branches.append({"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid})
+    refs = {"branches": branches, "converts": [], "tags": []}
+    if "include_prs" in call.query:
+        refs["pullRequests"] = pulls
+    return _reply(refs)
 
 
 def _create_branch(call: _Call) -> _Answer:
-    repo = call.writable(None)
+    repo = call.writable()
     if call.revision.startswith("refs/"):
         raise HubError(400, f"Invalid reference for a branch: {call.revision}")
     if call.revision in repo.refs:
@@ -553,32 +478,39 @@ def _create_branch(call: _Call) -> _Answer:
 
 
 def _preupload(call: _Call) -> _Answer:
-    """`oid` names the content that is already there, so that the client can leave an unchanged file out."""
-    present = call.writable(call.revision).at(call.revision).files
+    """How each file is to be sent.
+
+    `oid` names the content that is already there, so that the client can leave an unchanged file
+    out.
+    """
+    present = call.writable().at(call.revision).files
     files = []
-    for wanted in call.json["files"]:
-        path = wanted["path"]
-        mode = "lfs" if _is_lfs(path, wanted["size"]) else "regular"
-        oid = {"oid": _etag(path, present[path])} if path in present else {}
-        files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **oid})
+    for announced in call.json["files"]:
+        path = announced["path"]
+        mode = "lfs" if _is_lfs(path, announced["size"]) else "regular"
+        file = {"path": path, "uploadMode": mode, "shouldIgnore": False}
+        if path in present:
+            file["oid"] = _etag(path, present[path])
+        files.append(file)
     return _reply({"files": files})
 
 
 def _lfs_batch(call: _Call) -> _Answer:
-    """An object without actions is already there. A client that names no ref is about to open a pull request."""
-    ref = call.json.get("ref")
-    repo = call.writable(ref["name"]) if ref else call.readable()
+    """Where to send each object; one without actions is already there.
+
+    A client that names no ref is about to open a pull request.
+    """
+    repo = call.writable() if call.json.get("ref") else call.readable()
     call.known_user()
+    verify = {"href": f"{call.hub.url}/{repo.repo_id}.git/info/lfs/objects/verify"}
     objects = []
-    for wanted in call.json["objects"]:
-        upload = {"href": f"{call.hub.url}/lfs/{repo.repo_id}/{wanted['oid']}"}
-        verify = {"href": f"{call.hub.url}/{repo.repo_id}.git/info/lfs/objects/verify"}
-        missing = (
-            {}
-            if wanted["oid"] in repo.objects
-            else {"actions": {"upload": upload, "verify": verify}}
-        )
-        objects.append({"oid": wanted["oid"], "size": wanted["size"], **missing})
+    for announced in call.json["objects"]:
+        oid = announced["oid"]
+        lfs_object = {"oid": oid, "size": announced["size"]}
+        if oid not in repo.objects:
+            upload = {"href": f"{call.hub.url}/lfs/{repo.repo_id}/{oid}"}
+            lfs_object["actions"] = {"upload": upload, "verify": verify}
+        objects.append(lfs_object)
     return _reply({"transfer": "basic", "objects": objects})
 
 
@@ -601,46 +533,39 @@ def _lfs_verify(call: _Call) -> _Answer:
 
 
 def _commit(call: _Call) -> _Answer:
-    repo, user = call.writable(call.revision), call.known_user()
+    repo = call.writable()
+    user = call.known_user()
     if call.revision not in repo.refs:
         raise HubError(404, f"Invalid rev id: {call.revision}", "RevisionNotFound")
-    header, *operations = (json.loads(line) for line in call.body.splitlines())
+    header, *operations = [json.loads(line) for line in call.body.splitlines()]
     parent = _parent(repo, call, header["value"].get("parentCommit"))
     files = dict(parent.files)
     for operation in operations:
         _apply(repo, files, operation["key"], operation["value"])
-    message = "\n\n".join(
-        filter(None, (header["value"]["summary"], header["value"].get("description")))
-    )
-    ref, pull = call.revision, {}
+    paragraphs = [header["value"]["summary"], header["value"].get("description")]
+    message = "\n\n".join(filter(None, paragraphs))
+    ref = call.revision
+    reply = {"success": True}
     if call.creates_pull_request:
-        number = len(repo.pull_authors) + 1
-        ref, pull = (
-            f"refs/pr/{number}",
-            {"pullRequestUrl": f"{call.hub.url}/{repo.repo_id}/discussions/{number}"},
-        )
-        repo.pull_authors[ref] = user.name
+        repo.n_pulls += 1
+        ref = f"refs/pr/{repo.n_pulls}"
+        reply["pullRequestUrl"] = f"{call.hub.url}/{repo.repo_id}/discussions/{repo.n_pulls}"
     oid = repo.append(ref, files, message, user.name, parent).oid
-    return _reply(
-        {
-            "success": True,
-            "commitOid": oid,
-            "commitUrl": f"{call.hub.url}/{repo.repo_id}/commit/{oid}",
-            **pull,
-        }
-    )
+    reply["commitOid"] = oid
+    reply["commitUrl"] = f"{call.hub.url}/{repo.repo_id}/commit/{oid}"
+    return _reply(reply)
 
 
-def _parent(repo: _Repo, call: _Call, wanted: str | None) -> Commit:
-    """The tip of the branch, which has to be the parent that the client names, if it does, by the start of its name.
+def _parent(repo: _Repo, call: _Call, oid: str | None) -> Commit:
+    """The tip of the branch, which has to be the parent that the client names, if it does.
 
     A pull request may start from any commit.
     """
     tip = repo.at(call.revision)
-    if wanted is None or tip.oid.startswith(wanted):
+    if oid in (None, tip.oid):
         return tip
     if call.creates_pull_request:
-        return repo.at(next((oid for oid in repo.known if oid.startswith(wanted)), wanted))
+        return repo.at(oid)
     raise HubError(412, "A commit has happened since. Please refresh and try again.")
 
 
@@ -653,16 +578,10 @@ def _apply(repo: _Repo, files: dict[str, bytes], kind: str, value: Mapping[str, 
         if data is None or len(data) != value.get("size", len(data)):
             raise HubError(400, f"LFS pointer pointed to a file that does not exist: {path}")
         files[path] = data
-    elif kind in ("deletedFile", "deletedFolder"):
-        gone = (
-            {path} & files.keys()
-            if kind == "deletedFile"
-            else {p for p in files if p.startswith(f"{path.rstrip('/')}/")}
-        )
-        if not gone:
+    elif kind == "deletedFile":
+        if path not in files:
             raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
-        for name in gone:
-            del files[name]
+        del files[path]
     else:
         raise HubError(400, f"Unknown operation {kind}")
 
@@ -674,74 +593,56 @@ def _resolve(call: _Call) -> _Answer:
     if repo.gated and not call.owns(repo):
         restricted = f"Access to model {repo.repo_id} is restricted"
         if call.user is None:
-            raise HubError(
-                401,
-                f"{restricted}. You must have access to it and be authenticated to access it.",
-                "GatedRepo",
-            )
+            message = f"{restricted}. You must have access to it and be authenticated to access it."
+            raise HubError(401, message, "GatedRepo")
         raise HubError(403, f"{restricted} and you are not in the authorized list.", "GatedRepo")
     if call.path not in commit.files:
         raise HubError(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": commit.oid})
     data = commit.files[call.path]
+    etag = f'"{_etag(call.path, data)}"'
     headers = {
+        "Content-Type": "application/octet-stream",
         "X-Repo-Commit": commit.oid,
-        "ETag": f'"{_etag(call.path, data)}"',
-        "Accept-Ranges": "bytes",
+        "ETag": etag,
     }
     if _is_lfs(call.path, len(data)):
-        headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(data))}
-    return _ranged(
-        data, call.headers.get("Range"), {"Content-Type": "application/octet-stream", **headers}
-    )
+        headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(len(data))}
+    return _Answer(200, data, headers)
 
 
-def _ranged(data: bytes, wanted: str | None, headers: Mapping[str, str]) -> _Answer:
-    match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "")
-    if match is None:
-        return _Answer(200, data, headers)
-    start, stop = int(match[1]), int(match[2] or len(data) - 1) + 1
-    if start >= len(data):
-        raise HubError(
-            416, "Range not satisfiable", headers={"Content-Range": f"bytes */{len(data)}"}
-        )
-    part = data[start:stop]
-    return _Answer(
-        206,
-        part,
-        {**headers, "Content-Range": f"bytes {start}-{start + len(part) - 1}/{len(data)}"},
-    )
-
-
-_REPO = r"(?P<repo_id>[^/]+?(?:/[^/]+?)??)"
-"""Shortest first, for the models without a namespace."""
+_Endpoint = Callable[[_Call], _Answer]
+_REPO = r"(?P<repo_id>[^/]+/[^/]+?)"
 _REVISION = r"(?P<revision>[^/]+)"
+_ROUTES: list[tuple[str, str, _Endpoint]] = [
+    ("POST", r"/api/validate-yaml", _validate_yaml),
+    ("POST", r"/api/repos/create", _create_repo),
+    ("GET", rf"/api/models/{_REPO}", _info),
+    ("GET", rf"/api/models/{_REPO}/revision/{_REVISION}", _info),
+    ("GET", rf"/api/models/{_REPO}/tree/{_REVISION}", _tree),
+    ("GET", rf"/api/models/{_REPO}/refs", _refs),
+    ("POST", rf"/api/models/{_REPO}/branch/{_REVISION}", _create_branch),
+    ("POST", rf"/api/models/{_REPO}/preupload/{_REVISION}", _preupload),
+    ("POST", rf"/api/models/{_REPO}/commit/{_REVISION}", _commit),
+    ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _lfs_batch),
+    ("POST", rf"/{_REPO}\.git/info/lfs/objects/verify", _lfs_verify),
+    ("PUT", rf"/lfs/{_REPO}/(?P<path>[0-9a-f]{{64}})", _lfs_put),
+    ("HEAD|GET", rf"/{_REPO}/resolve/{_REVISION}/(?P<path>.+)", _resolve),
+]
+"""Methods, path, endpoint."""
 
-_ROUTES: tuple[tuple[tuple[str, ...], re.Pattern[str], Callable[[_Call], _Answer]], ...] = tuple(
-    (methods, re.compile(pattern), endpoint)
-    for methods, pattern, endpoint in (
-        (("GET",), r"/api/whoami-v2", _whoami),
-        (("POST",), r"/api/validate-yaml", _validate_yaml),
-        (("POST",), r"/api/repos/create", _create_repo),
-        (("GET",), rf"/api/models/{_REPO}", _info),
-        (("GET",), rf"/api/models/{_REPO}/revision/{_REVISION}", _info),
-        (("GET",), rf"/api/models/{_REPO}/tree/{_REVISION}(?:/(?P<path>.+))?", _tree),
-        (("GET",), rf"/api/models/{_REPO}/commits/{_REVISION}", _commits),
-        (("GET",), rf"/api/models/{_REPO}/refs", _refs),
-        (("POST",), rf"/api/models/{_REPO}/paths-info/{_REVISION}", _paths_info),
-        (("POST",), rf"/api/models/{_REPO}/branch/{_REVISION}", _create_branch),
-        (("POST",), rf"/api/models/{_REPO}/preupload/{_REVISION}", _preupload),
-        (("POST",), rf"/api/models/{_REPO}/commit/{_REVISION}", _commit),
-        (("POST",), rf"/{_REPO}\.git/info/lfs/objects/batch", _lfs_batch),
-        (("POST",), rf"/{_REPO}\.git/info/lfs/objects/verify", _lfs_verify),
-        (("PUT",), rf"/lfs/{_REPO}/(?P<path>[0-9a-f]{{64}})", _lfs_put),
-        (("HEAD", "GET"), rf"/{_REPO}/resolve/{_REVISION}/(?P<path>.+)", _resolve),
-    )
-)
+
+def _route(method: str, path: str) -> tuple[_Endpoint, dict[str, str]]:
+    """The endpoint of a request, and the unquoted parts of its path."""
+    for methods, pattern, endpoint in _ROUTES:
+        match = re.fullmatch(pattern, path)
+        if match and re.fullmatch(methods, method):
+            return endpoint, {name: unquote(part) for name, part in match.groupdict().items()}
+    raise HubError(404, "Sorry, we can't find the page you are looking for.")
 
 
 def _is_lfs(path: str, size: int) -> bool:
     """Storage cannot take an empty object, so the client commits an empty file as a regular one."""
-    return size > REGULAR_LIMIT or (size > 0 and path.endswith(".safetensors"))
+    return size > 0 and path.endswith(".safetensors")
 
 
 def _etag(path: str, data: bytes) -> str:
@@ -752,35 +653,18 @@ def _git_oid(data: bytes) -> str:
     return sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def _entries(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-    """Files and folders of every depth, by path."""
-    entries = {path: _file_entry(path, data) for path, data in files.items()}
-    folders = {str(folder) for path in files for folder in PurePosixPath(path).parents} - {"."}
-    for folder in folders:
-        inside = "".join(entries[path]["oid"] for path in files if path.startswith(f"{folder}/"))
-        entries[folder] = {
-            "type": "directory",
-            "path": folder,
-            "size": 0,
-            "oid": sha1(inside.encode()).hexdigest(),
-        }
-    return dict(sorted(entries.items()))
-
-
 def _file_entry(path: str, data: bytes) -> dict[str, Any]:
     """`oid` is what git stores: of an LFS file that is the pointer."""
-    entry = {"type": "file", "path": path, "size": len(data)}
+    entry: dict[str, Any] = {"type": "file", "path": path, "size": len(data)}
     if not _is_lfs(path, len(data)):
-        return {**entry, "oid": _git_oid(data)}
+        entry["oid"] = _git_oid(data)
+        return entry
     oid = sha256(data).hexdigest()
-    pointer = (
-        f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(data)}\n".encode()
-    )
-    return {
-        **entry,
-        "oid": _git_oid(pointer),
-        "lfs": {"oid": oid, "size": len(data), "pointerSize": len(pointer)},
-    }
+    lines = ["version https://git-lfs.github.com/spec/v1", f"oid sha256:{oid}", f"size {len(data)}"]
+    pointer = "".join(f"{line}\n" for line in lines).encode()
+    entry["oid"] = _git_oid(pointer)
+    entry["lfs"] = {"oid": oid, "size": len(data), "pointerSize": len(pointer)}
+    return entry
 
 
 def _token(headers: Message) -> str | None:
@@ -789,7 +673,7 @@ def _token(headers: Message) -> str | None:
 
 
 class _Server(ThreadingHTTPServer):
-    """Bound at once, so that the port is known and kept, but it listens only after `server_activate`."""
+    """Bound at once, so that the port is known, but it listens only after `server_activate`."""
 
     daemon_threads = True
     block_on_close = False
@@ -831,23 +715,20 @@ class _Handler(BaseHTTPRequestHandler):
     def serve(self) -> None:
         hub = self.server.hub
         fault = hub._next_fault(self.command, self.path)
+        token = _token(self.headers)
+        hangs_up_early = fault.drop and fault.truncate is None
         length = int(self.headers.get("Content-Length", 0))
-        time.sleep(fault.delay)
-        body = self.rfile.read(length // 2 if fault.drop and fault.truncate is None else length)
-        if len(body) < length or (fault.drop and fault.truncate is None):
+        body = self.rfile.read(length // 2 if hangs_up_early else length)
+        if len(body) < length or hangs_up_early:
             self.close_connection = True
-            hub._record(Request(self.command, self.path, 0, _token(self.headers)))
+            hub._record(Request(self.command, self.path, 0, token))
             return
-        answer = (
-            fault.error.answer
-            if fault.error
-            else hub._answer(self.command, self.path, self.headers, body)
-        )
-        hub._record(
-            Request(
-                self.command, self.path, 0 if fault.drop else answer.status, _token(self.headers)
-            )
-        )
+        if fault.error:
+            answer = fault.error.answer
+        else:
+            answer = hub._answer(self.command, self.path, self.headers, body)
+        status = 0 if fault.drop else answer.status
+        hub._record(Request(self.command, self.path, status, token))
         self.send(answer, fault)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve

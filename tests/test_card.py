@@ -14,7 +14,7 @@ from tiny_dictionaries import D_KEY, D_QUERY, N_DEAD, N_PAIRS, tiny_dictionary
 from tiny_models import tiny_tokens
 
 import sae_lens_qk as qk
-from sae_lens_qk.pretrained.card import Listed, dictionary_card, repository_card
+from sae_lens_qk.pretrained.card import FolderSummary, dictionary_card, repository_card
 
 TAGS = ["saelens", "sae", "bilinear-qk", "attention", "interpretability"]
 DESCRIPTION = "Trained on *texts*, {{ x }}."
@@ -217,7 +217,7 @@ def test_without_a_map_there_is_nothing_about_pairs(without_map):
 def test_what_is_not_known_is_said(with_map):
     made = card(with_map, metrics=None, runner_cfg=None)
     assert (
-        "## Figures\n\nNot measured yet: `d.metrics = qk.evaluate(d, model, tokens)`" in made.text
+        "## Metrics\n\nNot measured yet: `d.metrics = qk.evaluate(d, model, tokens)`" in made.text
     )
     assert "## Training\n\nNot recorded.\n" in made.text
     assert "|" not in made.text
@@ -235,7 +235,7 @@ def test_the_description_stands_under_the_heading(with_map):
     [
         (
             {},
-            "Step 1, transcoders: batchtopk with k = 16.0, 5,000,000 tokens, 2,048 a step, learning rate 0.004 "
+            "Step 1, transcoders: batchtopk with k = 16.0, 5,000,000 tokens, 2,048 per step, learning rate 0.004 "
             "(cosineannealing), data initialisation.\nStep 2, mask: 1,000,000 tokens, from 200,000 candidates to at most "
             "50,000 pairs.\nData: `Skylion007/openwebtext`, rows of 256 tokens, BOS first. Seed 7.",
         ),
@@ -245,7 +245,7 @@ def test_the_description_stands_under_the_heading(with_map):
                     d_in=1, activation="relu", initialization="kaiming"
                 )
             },
-            "transcoders: relu with the sqrt penalty at 0.0031, 5,000,000 tokens, 2,048 a step, learning rate 0.004 "
+            "transcoders: relu with the sqrt penalty at 0.0031, 5,000,000 tokens, 2,048 per step, learning rate 0.004 "
             "(cosineannealing), kaiming initialisation.",
         ),
         (
@@ -254,7 +254,7 @@ def test_the_description_stands_under_the_heading(with_map):
         ),
         (
             {"mask": qk.MaskStepConfig(train_batch_size_tokens=512)},
-            "Step 2, mask: 1,000,000 tokens, 512 a step, from 200,000 candidates",
+            "Step 2, mask: 1,000,000 tokens, 512 per step, from 200,000 candidates",
         ),
         ({"mask": qk.MaskStepConfig(training_tokens=0)}, "data initialisation.\nData: "),
         ({"from_pretrained_path": "org/tiny"}, "the transcoders of `org/tiny`.\nStep 2, mask: "),
@@ -344,16 +344,16 @@ def test_figures_and_settings_of_another_shape_are_refused(wrong, with_map):
 
 
 @pytest.fixture(scope="module")
-def listed(with_map, without_map) -> dict[str, Listed]:
+def listed(with_map, without_map) -> dict[str, FolderSummary]:
     return {
-        "b/wide": Listed(
+        "b/wide": FolderSummary(
             str(card(with_map)), with_map.cfg.to_dict(), json.loads(json.dumps(with_map.metrics))
         ),
-        "a": Listed(str(card(without_map)), without_map.cfg.to_dict(), without_map.metrics),
+        "a": FolderSummary(str(card(without_map)), without_map.cfg.to_dict(), without_map.metrics),
     }
 
 
-def repository(existing: str | None, folders: Mapping[str, Listed]) -> ModelCard:
+def repository(existing: str | None, folders: Mapping[str, FolderSummary]) -> ModelCard:
     """The card, read again; writing it once more changes nothing, and there is one section."""
     text = repository_card(existing, "org/repo", folders)
     assert repository_card(text, "org/repo", folders) == text

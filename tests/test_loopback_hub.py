@@ -1,17 +1,18 @@
-"""The loopback Hub as the real client sees it, and what the client itself does when the Hub or the line fails."""
+"""The loopback Hub as the real client sees it, and what the client does when Hub or line fail."""
 
 import os
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from hashlib import sha1, sha256
 from pathlib import Path, PosixPath
+from typing import Any
 
 import httpx2
 import pytest
 from huggingface_hub import (
+    CommitInfo,
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
@@ -31,7 +32,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
-from loopback_hub import REGULAR_LIMIT, LoopbackHub
+from loopback_hub import LoopbackHub
 
 REPO = "org/repo"
 WEIGHTS = bytes(range(256)) * 40
@@ -43,7 +44,9 @@ FILES = {
 STEPS = [1, 2, 4, 8, 8]
 """The client's waits between its six attempts."""
 
-owner, stranger, nobody = HfApi(token="hf_owner"), HfApi(token="hf_stranger"), HfApi(token=False)
+owner = HfApi(token="hf_owner")
+stranger = HfApi(token="hf_stranger")
+nobody = HfApi(token=False)
 unknown = HfApi(token="hf_unknown")
 
 
@@ -82,12 +85,25 @@ def served(hub: LoopbackHub) -> list[str]:
     return lines
 
 
-def add(path: str, data: bytes) -> CommitOperationAdd:
-    return CommitOperationAdd(path, data)
-
-
 def git_oid(data: bytes) -> str:
     return sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def upload(api: HfApi, path: str, data: bytes, **options: Any) -> CommitInfo:
+    """One file to REPO."""
+    options = {"repo_id": REPO, **options}
+    return api.upload_file(path_or_fileobj=data, path_in_repo=path, **options)
+
+
+def commit(path: str, data: bytes = b"x", api: HfApi = owner, **options: Any) -> CommitInfo:
+    """One file to REPO, by the call that `push_to_hub` makes."""
+    operation = CommitOperationAdd(path, data)
+    return api.create_commit(REPO, [operation], commit_message="m", **options)
+
+
+def download(cache: Path, path: str = "cfg.json", **options: Any) -> bytes:
+    """What the client reads of a file of REPO."""
+    return Path(hf_hub_download(REPO, path, cache_dir=cache, **options)).read_bytes()
 
 
 # --- the environment of the tests
@@ -102,12 +118,10 @@ def test_the_client_knows_only_the_loopback_hub(hub):
 
 
 def test_so_does_a_process_started_by_a_test(hub):
-    code = "from huggingface_hub import HfApi; print(HfApi().whoami()['name'])"
+    code = "from huggingface_hub import HfApi; HfApi().create_repo('theirs')"
     environment = {**os.environ, "HF_TOKEN": "hf_stranger"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
-    assert done.stdout == "stranger\n"
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert stranger.model_info("stranger/theirs").author == "stranger"
 
 
 # --- repositories and users
@@ -145,44 +159,19 @@ def test_create_repo_refused(hub, api, status, message):
         owner.model_info("org/new")
 
 
-def test_whoami(hub):
-    assert owner.whoami()["name"] == "owner"
-    assert [org["name"] for org in owner.whoami()["orgs"]] == ["org"]
-    with pytest.raises(HfHubHTTPError, match="Invalid user token"):
-        unknown.whoami()
-
-
-def test_a_model_without_a_namespace_is_read_only(hub, hub_cache):
-    hub.create_repo("gpt2")
-    hub.commit("gpt2", FILES)
-    assert (
-        Path(hf_hub_download("gpt2", "half/deep/notes.txt", cache_dir=hub_cache)).read_bytes()
-        == b"notes"
-    )
-    assert (
-        Path(snapshot_download("gpt2", cache_dir=hub_cache), "cfg.json").read_bytes()
-        == FILES["cfg.json"]
-    )
-    with pytest.raises(HfHubHTTPError, match="403"):
-        owner.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id="gpt2")
-
-
 def test_private_repositories_are_missing_to_others(hub, hub_cache):
     hub.create_repo(REPO, private=True)
     hub.commit(REPO, FILES)
-    assert (
-        Path(hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache, token="hf_owner")).read_bytes()
-        == FILES["cfg.json"]
-    )
+    assert download(hub_cache, token="hf_owner") == FILES["cfg.json"]
     for api, status in ((stranger, 404), (nobody, 401)):
         for call in (api.model_info, api.list_repo_files, api.list_repo_refs):
             with pytest.raises(RepositoryNotFoundError) as error:
                 call(REPO)
             assert error.value.response.status_code == status
         with pytest.raises(RepositoryNotFoundError):
-            hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache / "other", token=api.token)
+            download(hub_cache / "other", token=api.token)
         with pytest.raises(RepositoryNotFoundError):
-            api.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id=REPO)
+            upload(api, "x", b"x")
 
 
 def test_gated_repositories_list_their_files_but_keep_them(hub, hub_cache):
@@ -193,24 +182,22 @@ def test_gated_repositories_list_their_files_but_keep_them(hub, hub_cache):
         assert "cfg.json" in api.list_repo_files(REPO)
         for filename in ("cfg.json", "missing.json"):
             with pytest.raises(GatedRepoError) as error:
-                hf_hub_download(REPO, filename, cache_dir=hub_cache, token=api.token)
+                download(hub_cache, filename, token=api.token)
             assert error.value.response.status_code == status
         with pytest.raises(GatedRepoError):
             snapshot_download(REPO, cache_dir=hub_cache, token=api.token)
-    assert Path(hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache, token="hf_owner")).is_file()
+    assert download(hub_cache, token="hf_owner") == FILES["cfg.json"]
 
 
 def test_an_unknown_token_is_refused_where_none_is_needed(repo, hub_cache):
     calls = [
         lambda: unknown.model_info(REPO),
         lambda: unknown.list_repo_files(REPO),
-        lambda: hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache, token="hf_unknown"),
-        lambda: unknown.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id=REPO),
+        lambda: download(hub_cache, token="hf_unknown"),
+        lambda: upload(unknown, "x", b"x"),
     ]
     for call in calls:
-        with pytest.raises(
-            HfHubHTTPError, match="Invalid credentials in Authorization header"
-        ) as error:
+        with pytest.raises(HfHubHTTPError, match="Invalid credentials") as error:
             call()
         assert error.value.response.status_code == 401
         assert not isinstance(error.value, RepositoryNotFoundError)
@@ -231,7 +218,7 @@ def test_writing_needs_a_token_of_the_namespace(repo, folder):
 
 def test_the_token_of_the_environment_is_used(repo, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_owner")
-    HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id=REPO)
+    upload(HfApi(), "x", b"x")
     assert {request.token for request in repo.requests} == {"hf_owner"}
 
 
@@ -251,12 +238,10 @@ def test_upload_folder(hub, folder):
         ".gitattributes": hub.files(REPO)[".gitattributes"],
     }
     newest, first = hub.commits(REPO)
-    assert (newest.oid, newest.message, newest.parent, newest.author) == (
-        info.oid,
-        "Summary\n\nMore",
-        first.oid,
-        "owner",
-    )
+    assert newest.oid == info.oid
+    assert newest.message == "Summary\n\nMore"
+    assert newest.parent == first.oid
+    assert newest.author == "owner"
     assert info.commit_url == f"{hub.url}/org/repo/commit/{info.oid}"
     assert served(hub) == [
         "POST /api/models/R/preupload/main 200",
@@ -268,7 +253,7 @@ def test_upload_folder(hub, folder):
 
 
 def test_the_storage_sees_no_token(repo):
-    owner.upload_file(path_or_fileobj=b"other", path_in_repo="other.safetensors", repo_id=REPO)
+    upload(owner, "other.safetensors", b"other")
     assert {request.token for request in repo.requests if request.method == "PUT"} == {None}
     assert {request.token for request in repo.requests if request.method == "POST"} == {"hf_owner"}
 
@@ -287,24 +272,9 @@ def test_a_repeated_upload_makes_no_second_commit(hub, folder):
 
 
 def test_known_objects_are_not_sent_again(repo):
-    owner.upload_file(path_or_fileobj=WEIGHTS, path_in_repo="copy.safetensors", repo_id=REPO)
+    upload(owner, "copy.safetensors", WEIGHTS)
     assert not any(line.startswith("PUT") for line in served(repo))
     assert repo.files(REPO)["copy.safetensors"] == WEIGHTS
-
-
-def test_large_files_of_any_name_go_to_lfs(repo):
-    owner.upload_file(
-        path_or_fileobj=bytes(REGULAR_LIMIT), path_in_repo="regular.bin", repo_id=REPO
-    )
-    assert not any(line.startswith("PUT") for line in served(repo))
-    owner.upload_file(
-        path_or_fileobj=bytes(REGULAR_LIMIT + 1), path_in_repo="large.bin", repo_id=REPO
-    )
-    assert any(line.startswith("PUT") for line in served(repo))
-    regular, large = owner.get_paths_info(REPO, ["regular.bin", "large.bin"])
-    assert regular.lfs is None
-    assert large.lfs is not None
-    assert large.lfs.sha256 == sha256(bytes(REGULAR_LIMIT + 1)).hexdigest()
 
 
 def test_the_storage_checks_the_sum(repo, tmp_path):
@@ -321,7 +291,7 @@ def test_the_storage_checks_the_sum(repo, tmp_path):
 
 
 def test_verification_checks_the_size(repo):
-    operation = add("weights.safetensors", b"content")
+    operation = CommitOperationAdd("weights.safetensors", b"content")
     operation.upload_info.size += 1
     with pytest.raises(RuntimeError) as error:
         owner.create_commit(REPO, [operation], commit_message="m")
@@ -330,70 +300,45 @@ def test_verification_checks_the_size(repo):
 
 
 def test_a_commit_needs_its_objects(repo):
-    operation = add("weights.safetensors", b"never sent")
-    operation._upload_mode, operation._is_uploaded = "lfs", True
+    operation = CommitOperationAdd("weights.safetensors", b"never sent")
+    operation._upload_mode = "lfs"
+    operation._is_uploaded = True
     with pytest.raises(BadRequestError, match="LFS pointer pointed to a file that does not exist"):
         owner.create_commit(REPO, [operation], commit_message="m")
     assert len(repo.commits(REPO)) == 2
 
 
 def test_deletion(repo):
-    operations = [CommitOperationDelete("cfg.json"), CommitOperationDelete("half/deep/")]
+    operations = [CommitOperationDelete("cfg.json")]
     owner.create_commit(REPO, operations, commit_message="m")
-    assert repo.files(REPO).keys() == {".gitattributes", "half/sae_weights.safetensors"}
-    for path in ("cfg.json", "half", "cfg/"):  # a folder is none without its slash
-        with pytest.raises(RemoteEntryNotFoundError, match="A file with this name doesn't exist"):
-            owner.create_commit(
-                REPO, [add("new", b"x"), CommitOperationDelete(path)], commit_message="m"
-            )
+    assert repo.files(REPO).keys() == {".gitattributes", *FILES} - {"cfg.json"}
+    operations = [CommitOperationAdd("new", b"x"), CommitOperationDelete("cfg.json")]
+    with pytest.raises(RemoteEntryNotFoundError, match="A file with this name doesn't exist"):
+        owner.create_commit(REPO, operations, commit_message="m")
     assert "new" not in repo.files(REPO)
 
 
 def test_parent_commit(repo):
     first = repo.commits(REPO)[0].oid
-    repo.commit(REPO, {"theirs": b"x"})
+    second = repo.commit(REPO, {"theirs": b"x"})
     with pytest.raises(HfHubHTTPError, match="A commit has happened since") as error:
-        owner.create_commit(REPO, [add("ours", b"x")], commit_message="m", parent_commit=first)
+        commit("ours", parent_commit=first)
     assert error.value.response.status_code == 412
     assert "ours" not in repo.files(REPO)
-    owner.create_commit(
-        REPO, [add("ours", b"x")], commit_message="m", parent_commit=repo.commits(REPO)[0].oid[:7]
-    )
+    commit("ours", parent_commit=second)
     assert {"ours", "theirs"} < repo.files(REPO).keys()
 
 
 def test_pull_requests(repo, hub_cache):
     first = repo.commits(REPO)[0].oid
     repo.commit(REPO, {"theirs": b"x"})
-    files = [add("cfg.json", b"{}"), add("new.safetensors", b"new")]
-    info = stranger.create_commit(
-        REPO, files, commit_message="m", create_pr=True, parent_commit=first
-    )
+    info = commit("cfg.json", b"{}", stranger, create_pr=True, parent_commit=first)
     assert (info.pr_num, info.pr_revision) == (1, "refs/pr/1")
     assert info.pr_url == f"{repo.url}/org/repo/discussions/1"
     assert repo.files(REPO)["cfg.json"] == FILES["cfg.json"]
-    assert repo.files(REPO, "refs/pr/1")["cfg.json"] == b"{}"
     assert repo.commits(REPO, "refs/pr/1")[0].parent == first
-
-    stranger.upload_file(
-        path_or_fileobj=b"2", path_in_repo="cfg.json", repo_id=REPO, revision="refs/pr/1"
-    )
-    assert (
-        Path(
-            hf_hub_download(REPO, "cfg.json", revision="refs/pr/1", cache_dir=hub_cache)
-        ).read_bytes()
-        == b"2"
-    )
-    assert (
-        owner.upload_file(
-            path_or_fileobj=b"", path_in_repo="y", repo_id=REPO, create_pr=True
-        ).pr_num
-        == 2
-    )
-    with pytest.raises(HfHubHTTPError, match="403"):
-        stranger.upload_file(
-            path_or_fileobj=b"", path_in_repo="y", repo_id=REPO, revision="refs/pr/2"
-        )
+    assert download(hub_cache, revision="refs/pr/1") == b"{}"
+    assert upload(owner, "new.safetensors", b"y", create_pr=True).pr_num == 2
     pulls = nobody.list_repo_refs(REPO, include_pull_requests=True).pull_requests
     assert [pull.ref for pull in pulls or []] == ["refs/pr/1", "refs/pr/2"]
 
@@ -410,23 +355,16 @@ def test_branches(repo, hub_cache):
     with pytest.raises(BadRequestError):
         owner.create_branch(REPO, branch="refs/pr/5")
 
-    owner.upload_file(
-        path_or_fileobj=b"{}", path_in_repo="cfg.json", repo_id=REPO, revision="feature/one"
-    )
+    upload(owner, "cfg.json", b"{}", revision="feature/one")
     tips = {branch.name: branch.target_commit for branch in nobody.list_repo_refs(REPO).branches}
     assert tips.keys() == {"main", "feature/one", "old"}
     assert tips["old"] == first
     assert repo.files(REPO)["cfg.json"] == FILES["cfg.json"]
-    assert (
-        Path(
-            hf_hub_download(REPO, "cfg.json", revision="feature/one", cache_dir=hub_cache)
-        ).read_bytes()
-        == b"{}"
-    )
+    assert download(hub_cache, revision="feature/one") == b"{}"
     assert list(repo.files(REPO, "old")) == [".gitattributes"]
     for revision in ("nowhere", first):  # a commit is no branch
         with pytest.raises(RevisionNotFoundError):
-            owner.create_commit(REPO, [add("x", b"x")], commit_message="m", revision=revision)
+            commit("x", revision=revision)
 
 
 @pytest.mark.parametrize(
@@ -454,11 +392,9 @@ def test_cards(repo):
         card.validate()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        owner.upload_file(
-            path_or_fileobj=b"---\ntags: [a]\n---\n", path_in_repo="README.md", repo_id=REPO
-        )
+        upload(owner, "README.md", b"---\ntags: [a]\n---\n")
         assert not caught
-        owner.upload_file(path_or_fileobj=b"# No metadata", path_in_repo="README.md", repo_id=REPO)
+        upload(owner, "README.md", b"# No metadata")
     assert "empty or missing yaml metadata" in str(caught[0].message)
 
 
@@ -467,20 +403,19 @@ def test_cards(repo):
 
 def test_hf_hub_download(repo, hub_cache):
     oid = repo.commits(REPO)[0].oid
-    for name, blob in (
-        ("cfg.json", git_oid(FILES["cfg.json"])),
-        ("half/sae_weights.safetensors", sha256(WEIGHTS).hexdigest()),
-    ):
+    blobs = {
+        "cfg.json": git_oid(FILES["cfg.json"]),
+        "half/sae_weights.safetensors": sha256(WEIGHTS).hexdigest(),
+    }
+    for name, blob in blobs.items():
         path = Path(hf_hub_download(REPO, name, cache_dir=hub_cache))
         assert path.read_bytes() == FILES[name]
         assert path == hub_cache / "models--org--repo" / "snapshots" / oid / name
         assert path.resolve().name == blob
-        assert served(repo) == [
-            f"HEAD /R/resolve/main/{name} 200",
-            f"GET /R/resolve/main/{name} 200",
-        ]
+        address = f"/R/resolve/main/{name}"
+        assert served(repo) == [f"HEAD {address} 200", f"GET {address} 200"]
         hf_hub_download(REPO, name, cache_dir=hub_cache)
-        assert served(repo) == [f"HEAD /R/resolve/main/{name} 200"]
+        assert served(repo) == [f"HEAD {address} 200"]
         hf_hub_download(REPO, name, revision=oid, cache_dir=hub_cache)
         assert served(repo) == []
 
@@ -492,24 +427,20 @@ def test_only_what_changed_is_downloaded_again(repo, hub_cache):
     hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)
     assert served(repo) == ["HEAD /R/resolve/main/cfg.json 200"]
     repo.commit(REPO, {"cfg.json": b"{}"}, delete=["other"])
-    assert Path(hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)).read_bytes() == b"{}"
+    assert download(hub_cache) == b"{}"
     assert "other" not in repo.files(REPO)
 
 
 def test_names_are_quoted(repo, hub_cache):
     repo.commit(REPO, {"a folder/100% é?#.txt": b"x"})
-    assert (
-        Path(hf_hub_download(REPO, "a folder/100% é?#.txt", cache_dir=hub_cache)).read_bytes()
-        == b"x"
-    )
+    assert download(hub_cache, "a folder/100% é?#.txt") == b"x"
 
 
 def test_snapshot_download(repo, hub_cache):
     oid = repo.commits(REPO)[0].oid
     path = Path(snapshot_download(REPO, cache_dir=hub_cache))
-    assert {
-        str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()
-    } == repo.files(REPO)
+    for name, data in repo.files(REPO).items():
+        assert (path / name).read_bytes() == data
     lines = served(repo)
     assert lines[:2] == [
         "GET /api/models/R/revision/main 200",
@@ -524,33 +455,8 @@ def test_snapshot_download(repo, hub_cache):
 
 def test_listings(repo):
     first = repo.commits(REPO)[1].oid
-    every = [
-        ".gitattributes",
-        "cfg.json",
-        "half",
-        "half/deep",
-        "half/deep/notes.txt",
-        "half/sae_weights.safetensors",
-    ]
-    assert [entry.path for entry in nobody.list_repo_tree(REPO, recursive=True)] == every
-    assert [entry.path for entry in nobody.list_repo_tree(REPO)] == every[:3]
-    assert [entry.path for entry in nobody.list_repo_tree(REPO, "half")] == [
-        "half/deep",
-        "half/sae_weights.safetensors",
-    ]
-    assert [entry.path for entry in nobody.list_repo_tree(REPO, "half", recursive=True)] == every[
-        3:
-    ]
-    assert [entry.path for entry in nobody.list_repo_tree(REPO, revision=first)] == every[:1]
-    with pytest.raises(RemoteEntryNotFoundError):
-        list(nobody.list_repo_tree(REPO, "nowhere"))
-    assert [commit.title for commit in nobody.list_repo_commits(REPO)] == [
-        "Somebody else's commit",
-        "initial commit",
-    ]
-    assert [
-        entry.path for entry in nobody.get_paths_info(REPO, ["half", "nowhere", "cfg.json"])
-    ] == ["half", "cfg.json"]
+    assert nobody.list_repo_files(REPO) == [".gitattributes", *sorted(FILES)]
+    assert nobody.list_repo_files(REPO, revision=first) == [".gitattributes"]
     assert nobody.file_exists(REPO, "cfg.json")
     assert not nobody.file_exists(REPO, "nowhere")
     assert not nobody.file_exists("org/nowhere", "cfg.json")
@@ -560,20 +466,9 @@ def test_listings(repo):
 
 def test_model_info(repo):
     info = nobody.model_info(REPO)
-    assert (info.id, info.author, info.sha, info.gated) == (
-        REPO,
-        "org",
-        repo.commits(REPO)[0].oid,
-        False,
-    )
-    assert [file.rfilename for file in info.siblings or []] == sorted([".gitattributes", *FILES])
-    sizes = {
-        file.rfilename: (file.size, file.blob_id)
-        for file in nobody.model_info(REPO, files_metadata=True).siblings or []
-    }
-    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256(WEIGHTS).hexdigest()}\nsize {len(WEIGHTS)}\n"
-    assert sizes["half/sae_weights.safetensors"] == (len(WEIGHTS), git_oid(pointer.encode()))
-    assert sizes["cfg.json"] == (11, git_oid(FILES["cfg.json"]))
+    assert (info.id, info.author, info.gated) == (REPO, "org", False)
+    assert info.sha == repo.commits(REPO)[0].oid
+    assert [file.rfilename for file in info.siblings or []] == [".gitattributes", *sorted(FILES)]
 
 
 @pytest.mark.parametrize(
@@ -589,23 +484,19 @@ def test_what_is_missing(repo, hub_cache, repo_id, filename, revision, error, to
     api = HfApi(token=token)
     with pytest.raises(error) as raised:
         hf_hub_download(repo_id, filename, revision=revision, cache_dir=hub_cache, token=token)
-    assert raised.value.response.status_code == (
-        401 if error is RepositoryNotFoundError and not token else 404
-    )
-    assert len(list(hub_cache.glob("*/.no_exist/*/nowhere.json"))) == (
-        error is RemoteEntryNotFoundError
-    )
-    if error is not RemoteEntryNotFoundError:
-        for call in (
-            api.model_info,
-            api.list_repo_commits,
-            lambda *a, **k: list(api.list_repo_tree(*a, **k)),
-        ):
-            with pytest.raises(error):
-                call(repo_id, revision=revision)
-    if token and error is not RemoteEntryNotFoundError:
+    is_unknown = error is RepositoryNotFoundError and not token
+    assert raised.value.response.status_code == (401 if is_unknown else 404)
+    notes = list(hub_cache.glob("*/.no_exist/*/nowhere.json"))
+    assert len(notes) == (error is RemoteEntryNotFoundError)
+    if error is RemoteEntryNotFoundError:
+        return
+    for call in (api.model_info, api.list_repo_files):
         with pytest.raises(error):
-            api.create_commit(repo_id, [add("x", b"x")], commit_message="m", revision=revision)
+            call(repo_id, revision=revision)
+    if token:
+        operations = [CommitOperationAdd("x", b"x")]
+        with pytest.raises(error):
+            api.create_commit(repo_id, operations, commit_message="m", revision=revision)
 
 
 # --- the client under faults
@@ -615,58 +506,43 @@ def test_corruption_that_keeps_the_length_passes_the_client(repo, hub_cache):
     """Of LFS files too, whose sum it knows: the reason why our manifests have sums of their own."""
     for name in ("cfg.json", "half/sae_weights.safetensors"):
         repo.fault("GET", name, flip_byte=3)
-        path = Path(hf_hub_download(REPO, name, cache_dir=hub_cache))
         expected = bytearray(FILES[name])
         expected[3] ^= 0xFF
-        assert path.read_bytes() == expected
-        assert (
-            Path(hf_hub_download(REPO, name, cache_dir=hub_cache)).read_bytes() == expected
-        )  # and it stays
-        assert (
-            Path(hf_hub_download(REPO, name, cache_dir=hub_cache, force_download=True)).read_bytes()
-            == FILES[name]
-        )
+        assert download(hub_cache, name) == expected
+        assert download(hub_cache, name) == expected  # and it stays
+        assert download(hub_cache, name, force_download=True) == FILES[name]
 
 
 def test_a_wrong_length_is_refused(repo, hub_cache):
     repo.fault("GET", "sae_weights", truncate=100)
-    with pytest.raises(
-        OSError, match=r"Consistency check failed: file should be of size 10240 but has size 100"
-    ):
-        hf_hub_download(REPO, "half/sae_weights.safetensors", cache_dir=hub_cache)
+    with pytest.raises(OSError, match=r"^Consistency check failed.* 10240 .* 100"):
+        download(hub_cache, "half/sae_weights.safetensors")
     assert not list(hub_cache.rglob("*safetensors"))
-    assert (
-        Path(
-            hf_hub_download(REPO, "half/sae_weights.safetensors", cache_dir=hub_cache)
-        ).read_bytes()
-        == WEIGHTS
-    )
+    assert download(hub_cache, "half/sae_weights.safetensors") == WEIGHTS
 
 
-@pytest.mark.parametrize(("chunk", "status"), [(constants.DOWNLOAD_CHUNK_SIZE, 200), (64, 206)])
-def test_a_download_cut_short_is_resumed_after_its_last_whole_chunk(
-    repo, hub_cache, hub_waits, monkeypatch, chunk, status
-):
-    """A chunk is 10 MiB, so that smaller files start anew."""
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", chunk)
+def test_a_download_cut_short_starts_anew(repo, hub_cache, hub_waits):
+    """Files below the client's chunk of 10 MiB; larger ones are resumed."""
     repo.fault("GET", "sae_weights", truncate=100, drop=True, times=2)
-    path = hf_hub_download(REPO, "half/sae_weights.safetensors", cache_dir=hub_cache)
-    assert Path(path).read_bytes() == WEIGHTS
-    assert [request.status for request in repo.requests] == [200, 0, 0, status]
+    assert download(hub_cache, "half/sae_weights.safetensors") == WEIGHTS
+    assert [request.status for request in repo.requests] == [200, 0, 0, 200]
     assert hub_waits == [1, 1]
 
 
 def test_a_download_that_never_moves_ends(repo, hub_cache, hub_waits):
     repo.fault("GET", "cfg.json", drop=True, times=None)
     with pytest.raises(httpx2.RemoteProtocolError):
-        hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)
+        download(hub_cache)
     assert hub_waits == [1] * 5
     assert not list(hub_cache.rglob("cfg.json"))
 
 
 @pytest.mark.parametrize("status", [500, 503])
 def test_a_failing_hub(repo, hub_cache, hub_waits, status):
-    """A failing HEAD is tried once, then, with nothing in the cache, six times more; a failing GET only once."""
+    """A failing HEAD is tried once, then, with nothing in the cache, six times more.
+
+    A failing GET is tried only once.
+    """
     repo.fault("HEAD", "cfg.json", status=status, times=None)
     with pytest.raises(LocalEntryNotFoundError) as error:
         hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)
@@ -683,10 +559,7 @@ def test_a_failing_hub(repo, hub_cache, hub_waits, status):
 def test_a_hub_that_fails_for_a_moment(repo, hub_cache, hub_waits):
     repo.fault("HEAD", "cfg.json", status=503, times=2)
     repo.fault("GET", "cfg.json", status=429, headers={"Retry-After": "3"})
-    assert (
-        Path(hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)).read_bytes()
-        == FILES["cfg.json"]
-    )
+    assert download(hub_cache) == FILES["cfg.json"]
     assert hub_waits == [1, 4.0]
     assert [request.status for request in repo.requests] == [503, 503, 200, 429, 200]
 
@@ -709,11 +582,12 @@ def test_injected_errors_carry_their_code_and_message(repo, hub_cache, error_cod
     assert error.value.response.headers["X-Error-Code"] == error_code
 
 
-def test_skip_times_and_order_of_faults(repo):
-    repo.fault("GET|POST", "/api/", status=418, skip=1, times=2)
-    repo.fault("GET", "whoami", status=410, times=None)
-    codes = [httpx2.get(f"{repo.url}/api/whoami-v2").status_code for _ in range(5)]
-    assert codes == [410, 418, 418, 410, 410]
+def test_times_and_order_of_faults(repo):
+    repo.fault("GET|POST", "/api/", status=418, times=2)
+    repo.fault("GET", "models", status=410, times=None)
+    address = f"{repo.url}/api/models/{REPO}"
+    codes = [httpx2.get(address).status_code for _ in range(4)]
+    assert codes == [418, 418, 410, 410]
 
 
 def test_a_dropped_upload_leaves_the_repository_unchanged(repo, folder, hub_waits):
@@ -742,7 +616,7 @@ def test_a_transfer_that_fails_for_a_moment_is_repeated(repo, folder, hub_waits,
 def test_what_changes_the_repository_is_tried_once(repo, hub_waits, call):
     calls = {
         "repos/create": lambda: owner.create_repo("org/new"),
-        "commit/main": lambda: owner.create_commit(REPO, [add("x", b"x")], commit_message="m"),
+        "commit/main": lambda: commit("x"),
         "branch/dev": lambda: owner.create_branch(REPO, branch="dev"),
     }
     repo.fault("POST", call, status=503)
@@ -758,23 +632,10 @@ def test_what_changes_the_repository_is_tried_once(repo, hub_waits, call):
 def test_a_commit_whose_answer_is_lost_was_made(repo):
     repo.fault("POST", "/commit/", drop=True, truncate=0)
     with pytest.raises(httpx2.RemoteProtocolError):
-        owner.create_commit(REPO, [add("x", b"x")], commit_message="m")
+        commit("x")
     assert len(repo.commits(REPO)) == 3
-    owner.create_commit(
-        REPO, [add("x", b"x")], commit_message="m"
-    )  # and is found by the next attempt
+    commit("x")  # and is found by the next attempt
     assert len(repo.commits(REPO)) == 3
-
-
-def test_a_slow_hub(repo, hub_cache):
-    repo.fault("HEAD", "cfg.json", delay=0.3)
-    start = time.monotonic()
-    hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)
-    assert time.monotonic() - start > 0.3
-    repo.fault("HEAD", "cfg.json", delay=0.5)
-    assert Path(
-        hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache, etag_timeout=0.1)
-    ).is_file()  # from the cache
 
 
 def test_offline(repo, hub_cache, hub_waits):
@@ -808,9 +669,6 @@ def test_a_hub_of_its_own_starts_and_ends():
 
 def test_what_the_loopback_hub_does_not_know(repo):
     assert httpx2.get(f"{repo.url}/api/nothing").status_code == 404
-    assert (
-        httpx2.post(
-            f"{repo.url}/api/repos/create", headers={"Authorization": "Bearer hf_owner"}
-        ).status_code
-        == 501
-    )
+    owner_header = {"Authorization": "Bearer hf_owner"}
+    answer = httpx2.post(f"{repo.url}/api/repos/create", headers=owner_header)
+    assert answer.status_code == 501

@@ -15,7 +15,7 @@ import sae_lens_qk as qk
 from sae_lens_qk.__main__ import main
 from sae_lens_qk.host.models import shipped_folder
 from sae_lens_qk.pretrained.checksums import verify_folder
-from sae_lens_qk.pretrained.registry import Entry, headline_figures, recipe_file, registry
+from sae_lens_qk.pretrained.registry import Entry, headline_metrics, recipe_file, registry
 
 COLUMNS = [
     "name",
@@ -321,7 +321,7 @@ def test_a_missing_registry_is_refused(own):
             read()
 
 
-def test_headline_figures_are_those_of_the_map_where_there_is_one():
+def test_headline_metrics_are_those_of_the_map_where_there_is_one():
     interval = {"low": 0.0, "high": 1.0}
     transcoders, feature_map = (
         {name: {"value": value, **interval} for name in FIGURES} for value in (0.25, 0.5)
@@ -333,14 +333,14 @@ def test_headline_figures_are_those_of_the_map_where_there_is_one():
             "zero": {"pattern_kl": None},
         }
     }
-    assert headline_figures(both) == dict.fromkeys(FIGURES, 0.5)
-    assert headline_figures({"sources": {"transcoders": transcoders}}) == dict.fromkeys(
+    assert headline_metrics(both) == dict.fromkeys(FIGURES, 0.5)
+    assert headline_metrics({"sources": {"transcoders": transcoders}}) == dict.fromkeys(
         FIGURES, 0.25
     )
-    assert headline_figures({"sources": {"feature_map": {"pattern_kl": {"value": 0.5}}}}) == {
+    assert headline_metrics({"sources": {"feature_map": {"pattern_kl": {"value": 0.5}}}}) == {
         "pattern_kl": 0.5
     }
-    assert headline_figures({}) == headline_figures({"sources": {}}) == {}
+    assert headline_metrics({}) == headline_metrics({"sources": {}}) == {}
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Dictionaries by name: the registry, loading and verification, model cards, publishing to the Hub."""
+"""Dictionaries by name: the registry, loading and verification, model cards, the Hub."""

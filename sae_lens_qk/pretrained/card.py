@@ -1,7 +1,7 @@
 """Model cards: of one dictionary (`card.md.j2`), and of a repository that holds several."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,17 +11,38 @@ from jinja2 import UndefinedError
 
 from sae_lens_qk.config import BilinearQKConfig
 from sae_lens_qk.host.models import hub_name
-from sae_lens_qk.pretrained.registry import headline_figures
+from sae_lens_qk.pretrained.registry import headline_metrics
+from sae_lens_qk.tables import fixed, interval, markdown_table, percent
+
+SUMMARY_FIELDS = {"model_name", "layer", "d_query", "d_key", "n_pairs"}
+"""What a repository's card says of a dictionary's cfg.json."""
 
 _TEMPLATE = Path(__file__).parent / "card.md.j2"
 _TAGS = ["saelens", "sae", "bilinear-qk", "attention", "interpretability"]
-_BEGIN, _END = "<!-- dictionaries: written by push_to_hub -->", "<!-- end of dictionaries -->"
+_BEGIN = "<!-- dictionaries: written by push_to_hub -->"
+_END = "<!-- end of dictionaries -->"
 _SECTION = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
-LISTED_FIELDS = {"model_name", "layer", "d_query", "d_key", "n_pairs"}
-"""What a repository's card says of a dictionary's cfg.json."""
+_SNIPPET = """QK dictionaries, loaded by folder:
+
+```python
+import sae_lens_qk as qk
+
+d = qk.BilinearQKDictionary.from_pretrained("{repo_id}", "{folder}")
+```
+"""
+_COLUMNS = [
+    "folder",
+    "model",
+    "layer",
+    "features (query / key)",
+    "pairs",
+    "pattern KL",
+    "loss recovered",
+    "logit KL recovered",
+]
 
 
-class Listed(NamedTuple):
+class FolderSummary(NamedTuple):
     """One dictionary of a repository: its README.md, cfg.json and metrics.json."""
 
     card: str
@@ -36,7 +57,7 @@ def dictionary_card(
     name: str,
     source: str,
 ) -> str:
-    """The card of one dictionary: what it is, how to load it, its figures, how it was trained.
+    """The card of one dictionary: what it is, how to load it, its metrics, how it was trained.
 
     Args:
         metrics: as `Evaluation.to_dict()`, or None.
@@ -47,6 +68,7 @@ def dictionary_card(
         ValueError: metrics or runner_cfg of another shape.
     """
     try:
+        about = (runner_cfg or {}).get("card", {})
         card = ModelCard.from_template(
             _header(cfg, runner_cfg or {}),
             template_path=str(_TEMPLATE),
@@ -55,35 +77,42 @@ def dictionary_card(
             cfg=cfg,
             spec=cfg.spec,
             compacted=bool(cfg.query_numbers),
-            description=(runner_cfg or {}).get("card", {}).get("description", ""),
+            description=about.get("description", ""),
             metrics=metrics,
             run=runner_cfg,
-            interval=_interval,
-            percent=_percent,
-            share=_share,
+            interval=interval,
+            percent=percent,
         )
-    except (UndefinedError, TypeError, AttributeError) as error:
+    except (UndefinedError, TypeError, AttributeError, KeyError, ValueError) as error:
         raise ValueError(
-            f"metrics must be as evaluate(...).to_dict() gives them, runner_cfg as a runner config's to_dict() ({error})."
+            "metrics must be as evaluate(...).to_dict() gives them, runner_cfg as a runner "
+            f"config's to_dict() ({error})."
         ) from error
     return f"{card}\n"
 
 
-def repository_card(existing: str | None, repo_id: str, folders: Mapping[str, Listed]) -> str:
-    """The card of a repository: every dictionary in it, in a section of its own; other text of the card is kept.
+def repository_card(
+    existing: str | None, repo_id: str, folders: Mapping[str, FolderSummary]
+) -> str:
+    """The card of a repository: every dictionary in it, in a section of its own.
+
+    Other text of the card is kept.
 
     Args:
         existing: the README so far.
         folders: all dictionaries, by folder.
     """
-    section = _listing(repo_id, folders)
+    summaries = dict(sorted(folders.items()))
+    section = f"{_BEGIN}\n{_listing(repo_id, summaries)}\n{_END}"
     card = _parsed(existing or f"---\n{{}}\n---\n\n# {repo_id.split('/')[-1]}\n")
-    marked = f"{_BEGIN}\n{section}\n{_END}"
     if _SECTION.search(card.text):
-        card.text = _SECTION.sub(lambda _: marked, card.text, count=1)
+        card.text = _SECTION.sub(lambda _: section, card.text, count=1)
     else:
-        card.text = f"{card.text.replace(_BEGIN, '').replace(_END, '').rstrip()}\n\n{marked}\n"
-    card.data = _merged([card.data, *(_data(listed.card) for _, listed in sorted(folders.items()))])  # type: ignore[list-item]
+        text = card.text.replace(_BEGIN, "").replace(_END, "").rstrip()
+        card.text = f"{text}\n\n{section}\n"
+    headers: list[Any] = [card.data]
+    headers += [_parsed_header(summary.card) for summary in summaries.values()]
+    card.data = _merged(headers)
     return str(card)
 
 
@@ -93,100 +122,68 @@ def _parsed(text: str) -> ModelCard:
         _merged([card.data])  # type: ignore[list-item]
         return card
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"The README.md has a header that is no model card's: {' '.join(str(error).split())}"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The README.md has a header that is no model card's: {reason}") from error
 
 
-def _data(text: str) -> ModelCardData:
+def _parsed_header(text: str) -> Any:
+    """Of another dictionary's card, whose faults must not stop a push."""
     try:
-        return _parsed(text).data  # type: ignore[return-value]
+        return _parsed(text).data
     except ValueError:
         return ModelCardData()
 
 
 def _header(cfg: BilinearQKConfig, runner_cfg: dict[str, Any]) -> ModelCardData:
     about = runner_cfg.get("card", {})
+    datasets = about.get("datasets") or _hub_dataset(runner_cfg.get("dataset_path") or "")
     return ModelCardData(
         library_name="saelens",
         tags=_TAGS,
         base_model=hub_name(cfg.model_name),
         license=about.get("license") or None,
-        datasets=about.get("datasets")
-        or _hub_dataset(runner_cfg.get("dataset_path") or "")
-        or None,
+        datasets=datasets or None,
     )
 
 
 def _hub_dataset(path: str) -> list[str]:
-    return [path] if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.parquet)", path) else []
+    is_on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.parquet)", path)
+    return [path] if is_on_hub else []
 
 
-def _merged(headers: list[ModelCardData]) -> ModelCardData:
-    """Lists are joined, single values are the first one's."""
-
-    def joined(name: str) -> list[str] | None:
-        values = [getattr(header, name) for header in headers]
-        flat = [
-            item
-            for value in values
-            if value
-            for item in ([value] if isinstance(value, str) else value)
-        ]
-        return list(dict.fromkeys(flat)) or None
-
-    merged = {key: value for header in reversed(headers) for key, value in header.to_dict().items()}
-    return ModelCardData(
-        **{**merged, **{name: joined(name) for name in ("tags", "base_model", "datasets")}}
-    )
+def _merged(headers: Sequence[ModelCardData]) -> ModelCardData:
+    """Lists are concatenated, single values are the first one's."""
+    fields: dict[str, Any] = {}
+    for header in reversed(headers):
+        fields |= header.to_dict()
+    for name in ("tags", "base_model", "datasets"):
+        fields[name] = _union(getattr(header, name) for header in headers)
+    return ModelCardData(**fields)
 
 
-def _listing(repo_id: str, folders: Mapping[str, Listed]) -> str:
-    lines = [
-        "QK dictionaries, loaded by folder:",
-        "",
-        "```python",
-        "import sae_lens_qk as qk",
-        "",
-        f'd = qk.BilinearQKDictionary.from_pretrained("{repo_id}", "{min(folders)}")',
-        "```",
-        "",
-        "| folder | model | layer | features (query / key) | pairs | pattern KL | loss recovered | logit KL recovered |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for folder, (_, cfg, metrics) in sorted(folders.items()):
-        figures = headline_figures(metrics) if metrics else {}
-        forms = {"pattern_kl": ".4f", "ce_recovered": ".1%", "logit_kl_recovered": ".1%"}
-        shown = [
-            format(figures[name], form) if name in figures else "-" for name, form in forms.items()
-        ]
-        cells = [
+def _union(values: Iterable[str | list[str] | None]) -> list[str] | None:
+    """Every item once, in order; None for no items."""
+    items: list[str] = []
+    for value in values:
+        items += [value] if isinstance(value, str) else value or []
+    return list(dict.fromkeys(items)) or None
+
+
+def _listing(repo_id: str, folders: Mapping[str, FolderSummary]) -> str:
+    rows = []
+    for folder, summary in folders.items():
+        cfg = summary.cfg
+        metrics = headline_metrics(summary.metrics or {})
+        row = [
             f"[{folder}]({folder}/README.md)",
             cfg["model_name"],
-            cfg["layer"],
+            str(cfg["layer"]),
             f"{cfg['d_query']:,} / {cfg['d_key']:,}",
             f"{cfg['n_pairs']:,}",
-            *shown,
+            fixed(metrics.get("pattern_kl")),
+            percent(metrics.get("ce_recovered")),
+            percent(metrics.get("logit_kl_recovered")),
         ]
-        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
-    return "\n".join(lines)
-
-
-def _interval(figure: dict[str, float] | None) -> str:
-    return (
-        "-"
-        if figure is None
-        else f"{figure['value']:.4f} ({figure['low']:.4f}, {figure['high']:.4f})"
-    )
-
-
-def _percent(figure: dict[str, float] | None) -> str:
-    return (
-        "-"
-        if figure is None
-        else f"{figure['value']:.1%} ({figure['low']:.1%}, {figure['high']:.1%})"
-    )
-
-
-def _share(figure: float | None) -> str:
-    return "-" if figure is None else f"{figure:.1%}"
+        rows.append(row)
+    snippet = _SNIPPET.format(repo_id=repo_id, folder=min(folders))
+    return "\n".join([snippet, *markdown_table(_COLUMNS, rows)])

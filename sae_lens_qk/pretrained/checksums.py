@@ -1,6 +1,7 @@
 """SHA256SUMS: what makes a dictionary folder verifiable, in the format of `sha256sum -c`.
 
-The Hub client checks the length of a download, not its content, so a dictionary carries its own sums.
+The Hub client checks the length of a download, not its content, so a dictionary carries its own
+sums.
 """
 
 import hashlib
@@ -10,11 +11,18 @@ from pathlib import Path
 from typing import Literal
 
 SUMS = "SHA256SUMS"
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-METRICS, RUNNER_CONFIG, CARD = "metrics.json", "runner_cfg.json", "README.md"
+CONFIG = "cfg.json"
+WEIGHTS = "sae_weights.safetensors"
+METRICS = "metrics.json"
+RUNNER_CONFIG = "runner_cfg.json"
+CARD = "README.md"
 
 Verify = bool | Literal["strict"]
-"""True: check what has sums, warn where there are none; "strict": refuse a folder without sums; False: check nothing."""
+"""How to verify.
+
+True: check what has sums, warn where there are none; "strict": refuse a folder without sums;
+False: check nothing.
+"""
 
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\\\0]+)")
 
@@ -32,15 +40,16 @@ def sha256_of(path: Path) -> str:
 def write_sums(folder: Path) -> None:
     """Write SHA256SUMS over every other file of the folder."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SUMS)
-    (folder / SUMS).write_text("".join(f"{sha256_of(path)}  {path.name}\n" for path in files))
+    lines = [f"{sha256_of(path)}  {path.name}\n" for path in files]
+    (folder / SUMS).write_text("".join(lines))
 
 
 def read_sums(path: Path) -> dict[str, str]:
     """File names and their sums.
 
     Raises:
-        ValueError: a line that is not a sum and a plain file name (names with directories are refused), or config or
-            weights are not listed.
+        ValueError: a line that is not a sum and a plain file name (names with directories are
+            refused), or config or weights are not listed.
     """
     try:
         lines = path.read_text().splitlines()
@@ -51,7 +60,8 @@ def read_sums(path: Path) -> dict[str, str]:
         match = _LINE.fullmatch(line)
         if match is None or match[2] in (".", "..", SUMS):
             raise ValueError(
-                f"{path} is damaged: {line[:90]!r} is not a SHA-256 sum and the name of a file in its folder."
+                f"{path} is damaged: {line[:90]!r} is not a SHA-256 sum and the name of a file "
+                "in its folder."
             )
         sums[match[2]] = match[1]
     for name in (CONFIG, WEIGHTS):
@@ -68,7 +78,8 @@ def verify_folder(folder: Path, verify: Verify, sums_sha256: str | None = None) 
     Args:
         sums_sha256: the expected sum of SHA256SUMS itself; None: not known.
     Raises:
-        ValueError: a file is missing, was changed or is not listed, or (verify="strict") there are no sums.
+        ValueError: a file is missing, was changed or is not listed, or (verify="strict") there are
+            no sums.
     Warns:
         UserWarning: there are no sums.
     """
@@ -86,18 +97,17 @@ def verify_folder(folder: Path, verify: Verify, sums_sha256: str | None = None) 
             f"{folder / SUMS} is not the file the registry names (SHA-256 {sums_sha256})."
         )
     sums = read_sums(folder / SUMS)
-    unlisted = [
-        name for name in (METRICS, RUNNER_CONFIG) if name not in sums and (folder / name).is_file()
-    ]
-    if unlisted:
-        raise ValueError(
-            f"{folder / SUMS} does not list {unlisted[0]}: the folder mixes files of two dictionaries."
-        )
+    for name in (METRICS, RUNNER_CONFIG):
+        if name not in sums and (folder / name).is_file():
+            raise ValueError(
+                f"{folder / SUMS} does not list {name}: the folder mixes files of two dictionaries."
+            )
     for name, expected in sums.items():
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is incomplete: {name} is listed in {SUMS} and missing.")
         if sha256_of(folder / name) != expected:
             raise ValueError(
-                f"{folder / name} does not have the SHA-256 sum that {SUMS} states: it is damaged or was changed. "
-                "Download it again (force_download=True), or save the dictionary again if the change was yours."
+                f"{folder / name} does not have the SHA-256 sum that {SUMS} states: it is damaged "
+                "or was changed. Download it again (force_download=True), or save the dictionary "
+                "again if the change was yours."
             )

@@ -1,8 +1,8 @@
 """Dictionary folders out of the Hugging Face Hub, through its own client and cache.
 
-The client puts a file into the cache before anyone could verify it. So a folder is downloaded into a staging cache beside
-the real one and moved over only when the caller, who verifies and loads it, is content: a damaged or hostile download leaves
-the cache as it was.
+The client puts a file into the cache before anyone could verify it. So a folder is downloaded into
+a staging cache inside the real one and moved over only when the caller, who verifies and loads it,
+is content: a damaged or hostile download leaves the cache as it was.
 """
 
 import logging
@@ -11,7 +11,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +29,10 @@ from sae_lens_qk.pretrained.errors import explained, is_transient, retrying
 logger = logging.getLogger("sae_lens_qk")
 
 Token = str | bool | None
-"""As the Hub client takes it: a token, True for the stored one, False for none, None for the stored one if there is one."""
+"""As the Hub client takes it.
+
+A token, True for the stored one, False for none, None for the stored one if there is one.
+"""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -44,12 +46,12 @@ class HubFolder(NamedTuple):
     token: Token = None
     cache_dir: Path = Path()
 
-    def path_of(self, name: str) -> str:
+    def path(self, name: str) -> str:
         return f"{self.folder}/{name}"
 
     @property
-    def cached_repo(self) -> str:
-        return "models--" + self.repo_id.replace("/", "--")
+    def cached_repo(self) -> Path:
+        return self.cache_dir / f"models--{self.repo_id.replace('/', '--')}"
 
 
 def check_folder_name(folder: str) -> str:
@@ -58,20 +60,18 @@ def check_folder_name(folder: str) -> str:
     Raises:
         ValueError: an absolute path, `..`, a backslash, or an empty part.
     """
-    if (
-        any(part in ("", ".", "..") for part in folder.split("/"))
-        or "\\" in folder
-        or "\0" in folder
-    ):
+    has_bad_part = any(part in ("", ".", "..") for part in folder.split("/"))
+    if has_bad_part or "\\" in folder or "\0" in folder:
         raise ValueError(
-            f"The folder must be a plain path inside the repository, such as 'gpt2-small-L10', got {folder!r}."
+            "The folder must be a plain path inside the repository, such as 'gpt2-small-L10', "
+            f"got {folder!r}."
         )
     return folder
 
 
 def hub_cache(cache_dir: str | Path | None) -> Path:
     """The Hub client's cache, unless another is given."""
-    return Path(cache_dir if cache_dir is not None else constants.HF_HUB_CACHE).expanduser()
+    return Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser()
 
 
 @contextmanager
@@ -81,98 +81,115 @@ def fetched(place: HubFolder, force_download: bool = False) -> Iterator[Path]:
     A download enters the cache when the body of the `with` ends without an error.
 
     Raises:
-        FileNotFoundError: no such repository (or a private one: the Hub does not tell), revision or folder.
+        FileNotFoundError: no such repository (or a private one: the Hub does not tell), revision or
+            folder.
         PermissionError: a gated repository, or a bad token.
         ConnectionError: the Hub cannot be reached or fails, and nothing is cached.
         OSError: an incomplete download, or a cache that cannot be written.
     """
-    is_commit = _COMMIT.fullmatch(place.revision) is not None
-    if is_commit and not force_download and (cached := _cached(place)):
-        yield cached
-        return
-    fallback = None if force_download else _cached(place, surely=False)
-    with explained(place.repo_id, place.revision, place.path_of(CONFIG)):
-        commit = _newest_commit(place, has_copy=fallback is not None)
-    at_commit = place._replace(revision=commit or place.revision)
-    cached = fallback if commit is None else None if force_download else _cached(at_commit)
-    if cached:
-        yield cached
+    if force_download:
+        copy = None
+        commit = _newest_commit(place) or place.revision
+    else:
+        copy, commit = _look_up(place)
+    if copy is not None:
+        yield copy
         return
     with _staging_cache(place.cache_dir) as staging:
+        staged = place._replace(revision=commit, cache_dir=staging)
         if not force_download:
-            _link_weights(
-                place.cache_dir / place.cached_repo / "blobs", staging / place.cached_repo / "blobs"
-            )
-        staged = at_commit._replace(cache_dir=staging)
-        with explained(place.repo_id, place.revision, place.path_of(CONFIG)):
+            _link_weights(place.cached_repo / "blobs", staged.cached_repo / "blobs")
+        with explained(place.repo_id, place.revision, place.path(CONFIG)):
             folder = _download(staged)
         yield folder
         with _writing(place.cache_dir):
-            _adopt(staging / place.cached_repo, place.cache_dir / place.cached_repo)
-            if not is_commit:
-                ref = place.cache_dir / place.cached_repo / "refs" / place.revision
+            _adopt(staged.cached_repo, place.cached_repo)
+            if place.revision != commit:
+                ref = place.cached_repo / "refs" / place.revision
                 ref.parent.mkdir(parents=True, exist_ok=True)
-                ref.write_text(at_commit.revision)
+                ref.write_text(commit)
 
 
-def _newest_commit(place: HubFolder, has_copy: bool) -> str | None:
-    """The commit that the revision names now; None: the Hub cannot be reached, and the copy in the cache has to do."""
-    url = hf_hub_url(place.repo_id, place.path_of(CONFIG), revision=place.revision)
-    try:
-        found = get_hf_file_metadata(url, token=place.token, retry_on_errors=not has_copy)
-    except (HTTPError, OfflineModeIsEnabled) as error:
-        if not (has_copy and (is_transient(error) or isinstance(error, OfflineModeIsEnabled))):
-            raise
-        logger.warning(
-            "the Hub cannot be reached (%s): using the cached copy of %s",
-            type(error).__name__,
-            place.repo_id,
-        )
-        return None
-    if found.commit_hash is None:
-        raise ConnectionError(f"{url} is not served by a Hub: its answer names no commit.")
-    return found.commit_hash
+def _look_up(place: HubFolder) -> tuple[Path | None, str]:
+    """The copy in the cache that can be used, or None and the commit to download."""
+    if _COMMIT.fullmatch(place.revision) and (copy := _cached(place)):
+        return copy, place.revision
+    fallback = _cached(place, needs_sums=False)
+    commit = _newest_commit(place, has_copy=fallback is not None)
+    if commit is None:
+        return fallback, place.revision
+    return _cached(place._replace(revision=commit)), commit
 
 
-def _cached(place: HubFolder, surely: bool = True) -> Path | None:
+def _newest_commit(place: HubFolder, has_copy: bool = False) -> str | None:
+    """The commit that the revision names now.
+
+    None: the Hub cannot be reached, and the copy in the cache has to do.
+    """
+    url = hf_hub_url(place.repo_id, place.path(CONFIG), revision=place.revision)
+    with explained(place.repo_id, place.revision, place.path(CONFIG)):
+        try:
+            metadata = get_hf_file_metadata(url, token=place.token, retry_on_errors=not has_copy)
+        except (HTTPError, OfflineModeIsEnabled) as error:
+            is_unreachable = is_transient(error) or isinstance(error, OfflineModeIsEnabled)
+            if not (has_copy and is_unreachable):
+                raise
+            logger.warning(
+                "the Hub cannot be reached (%s): using the cached copy of %s",
+                type(error).__name__,
+                place.repo_id,
+            )
+            return None
+        if metadata.commit_hash is None:
+            raise ConnectionError(f"{url} is not served by a Hub: its answer names no commit.")
+    return metadata.commit_hash
+
+
+def _cached(place: HubFolder, needs_sums: bool = True) -> Path | None:
     """The folder in the cache, if every file of it is there.
 
-    Another loader may have cached weights without their sums: `surely` asks for the sums, or for the cache's note that
-    the Hub has none.
+    Another loader may have cached weights without their sums: `needs_sums` asks for the sums, or
+    for the cache's note that the Hub has none.
     """
 
     def look_up(name: str) -> Any:
         return try_to_load_from_cache(
-            place.repo_id, place.path_of(name), place.cache_dir, revision=place.revision
+            place.repo_id, place.path(name), place.cache_dir, revision=place.revision
         )
 
-    config, sums = look_up(CONFIG), look_up(SUMS)
-    if not isinstance(config, str) or (surely and sums is None):
+    config = look_up(CONFIG)
+    sums = look_up(SUMS)
+    if not isinstance(config, str) or (needs_sums and sums is None):
         return None
     try:
         names = read_sums(Path(sums)) if isinstance(sums, str) else (WEIGHTS,)
     except ValueError:
         return None  # damaged: download again
-    return Path(config).parent if all(isinstance(look_up(name), str) for name in names) else None
+    is_complete = all(isinstance(look_up(name), str) for name in names)
+    return Path(config).parent if is_complete else None
 
 
 def _download(place: HubFolder) -> Path:
     """Every file that SHA256SUMS lists; without sums, config and weights."""
     folder = Path(_download_file(place, CONFIG)).parent
     try:
-        names = read_sums(Path(_download_file(place, SUMS)))
+        names = list(read_sums(Path(_download_file(place, SUMS))))
     except RemoteEntryNotFoundError:
-        names = {WEIGHTS: ""}
+        names = [WEIGHTS]
     for name in names:
-        with explained(place.repo_id, place.revision, place.path_of(name)):
+        with explained(place.repo_id, place.revision, place.path(name)):
             _download_file(place, name)
     return folder
 
 
 def _download_file(place: HubFolder, name: str) -> str:
-    download = partial(hf_hub_download, token=place.token, cache_dir=place.cache_dir)
     return retrying(is_transient)(
-        download, place.repo_id, place.path_of(name), revision=place.revision
+        hf_hub_download,
+        place.repo_id,
+        place.path(name),
+        revision=place.revision,
+        token=place.token,
+        cache_dir=place.cache_dir,
     )
 
 
@@ -182,7 +199,8 @@ def _writing(cache: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(
-            f"The cache {cache} cannot be written ({error.strerror}): pass cache_dir= or set HF_HOME."
+            f"The cache {cache} cannot be written ({error.strerror}): pass cache_dir= or set "
+            "HF_HOME."
         ) from error
 
 
@@ -190,9 +208,8 @@ def _writing(cache: Path) -> Iterator[None]:
 def _staging_cache(cache: Path) -> Iterator[Path]:
     with _writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
-        staging = tempfile.mkdtemp(
-            prefix=".sae_lens_qk-", dir=cache
-        )  # the same disk, so that files can be moved
+        # on the same disk, so that files can be moved
+        staging = tempfile.mkdtemp(prefix=".sae_lens_qk-", dir=cache)
     try:
         yield Path(staging)
     finally:
@@ -200,7 +217,10 @@ def _staging_cache(cache: Path) -> Iterator[Path]:
 
 
 def _link_weights(cached: Path, staged: Path) -> None:
-    """Intact weights of another commit need no second download; the cache names them by their SHA-256 sum."""
+    """Intact weights of another commit need no second download.
+
+    The cache names them by their SHA-256 sum.
+    """
     staged.mkdir(parents=True)
     for blob in cached.glob("[0-9a-f]" * 64):
         if sha256_of(blob) == blob.name:
@@ -209,7 +229,8 @@ def _link_weights(cached: Path, staged: Path) -> None:
 
 
 def _adopt(staged: Path, cached: Path) -> None:
-    """Move a staged repository into the cache, file by file and atomically; blobs first, so that no link dangles."""
+    """Move a staged repository into the cache, file by file and atomically."""
+    # blobs first, so that no link dangles
     for part in ("blobs", "snapshots", ".no_exist"):
         for path in sorted((staged / part).rglob("*")):
             if path.is_dir() and not path.is_symlink():

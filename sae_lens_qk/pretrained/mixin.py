@@ -117,7 +117,8 @@ class Pretrained:
             if verify == "strict" or revision or token or cache_dir:
                 raise ValueError(
                     "SAELens's own loader takes no revision, token, cache_dir or verify='strict': "
-                    "give a Hub repository as release and its folder as sae_id, without a converter."
+                    "give a Hub repository as release and its folder as sae_id, without a "
+                    "converter."
                 )
             host: Any = super()
             dictionary, _, _ = host.from_pretrained_with_cfg_and_sparsity(
@@ -142,7 +143,7 @@ class Pretrained:
     def from_pretrained_with_cfg_and_sparsity(
         cls, release: str, sae_id: str | None = None, *args: Any, **kwargs: Any
     ) -> tuple[Self, dict[str, Any], Tensor | None]:
-        """`from_pretrained`, with the config as a dict, and None for the sparsity (never stored)."""
+        """`from_pretrained`, with the config as a dict, and None: no sparsity is stored."""
         dictionary = cls.from_pretrained(release, sae_id, *args, **kwargs)
         return dictionary, dictionary.cfg.to_dict(), None
 
@@ -253,9 +254,9 @@ class Pretrained:
 
         `SAE.load_from_disk` reads `<path>/query` and `<path>/key`. On a `SAETransformerBridge`,
         `add_sae` attaches query and key together: they name different hooks (`attn.q.hook_in` ->
-        `attn.q.hook_out`, and `k`). Their metadata has the `model_mode`: halves of a processed model
-        need `model.enable_compatibility_mode()` first. Stored in half precision they have to be
-        loaded with `dtype="float32"` for a float32 model.
+        `attn.q.hook_out`, and `k`). Their metadata has the `model_mode`: halves of a processed
+        model need `model.enable_compatibility_mode()` first. Stored in half precision they have to
+        be loaded with `dtype="float32"` for a float32 model.
         """
         folders = TranscoderFolders(Path(path) / "query", Path(path) / "key")
         self.query.save_model(folders.query)

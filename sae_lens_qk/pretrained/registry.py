@@ -1,4 +1,4 @@
-"""The registry: which dictionaries have a name, where their weights are, and the recipe that trains them."""
+"""The registry: which dictionaries have a name, where they are, and the recipe that trains them."""
 
 import json
 import os
@@ -19,9 +19,9 @@ from sae_lens_qk.run_config import BilinearQKRunnerConfig
 Status = Literal["shipped", "published", "unpublished"]
 
 REGISTRY_VARIABLE = "SAE_LENS_QK_REGISTRY"
-"""Environment variable: a registry file of your own, whose entries come on top of those of the package."""
+"""Environment variable: a registry file of your own, whose entries come on top of the package's."""
 
-_FIGURES = ("pattern_kl", "ce_recovered", "logit_kl_recovered")
+HEADLINE_METRICS = ("pattern_kl", "ce_recovered", "logit_kl_recovered")
 _COLUMNS = (
     "name",
     "model",
@@ -30,11 +30,18 @@ _COLUMNS = (
     "d_query",
     "d_key",
     "n_pairs",
-    *_FIGURES,
+    *HEADLINE_METRICS,
     "repo",
     "revision",
     "command",
 )
+_PLACE = {
+    "repo": r"[^/]+/[^/]+",
+    "folder": r".+",
+    "revision": r"[0-9a-f]{40}",
+    "sha256": r"[0-9a-f]{64}",
+}
+"""What a published entry must state, and in which form."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +49,16 @@ class Entry:
     """One line of `registry.yaml`.
 
     Args:
-        status: shipped (the weights come with the package), published (on the Hub) or unpublished (they exist nowhere).
+        status: shipped (the weights come with the package), published (on the Hub) or unpublished
+            (they exist nowhere).
         recipe: file with the config that trains it, relative to the registry's `recipes` folder.
-        repo, folder, revision: where on the Hub, with the full commit hash; required when published.
+        repo, folder, revision: where on the Hub, with the full commit hash; required when
+            published.
         sha256: of the SHA256SUMS file there, required when published.
-        metrics: figures of a published dictionary, shown without downloading it.
+        metrics: of a published dictionary, shown without downloading it.
     Raises:
-        ValueError: an unknown status, a published entry without its place, commit hash or sum, or metrics that are not
-            numbers by the names of the table.
+        ValueError: an unknown status, a published entry without its place, commit hash or sum, or
+            metrics that are not numbers by the names of the table.
     """
 
     name: str
@@ -64,24 +73,30 @@ class Entry:
     def __post_init__(self):
         if self.status not in get_args(Status):
             raise ValueError(
-                f"Registry entry {self.name}: status must be one of {get_args(Status)}, got {self.status!r}."
+                f"Registry entry {self.name}: status must be one of {get_args(Status)}, "
+                f"got {self.status!r}."
             )
         if self.status == "published":
-            for wanted, value, form in (
-                ("repo", self.repo, r"[^/]+/[^/]+"),
-                ("folder", self.folder, r".+"),
-                ("revision", self.revision, r"[0-9a-f]{40}"),
-                ("sha256", self.sha256, r"[0-9a-f]{64}"),
-            ):
-                if not re.fullmatch(form, str(value or "")):
-                    raise ValueError(
-                        f"Registry entry {self.name} is published: {wanted} must match {form}, got {value!r}."
-                    )
-        known = isinstance(self.metrics, dict) and self.metrics.keys() <= set(_FIGURES)
-        if not known or not all(isinstance(value, int | float) for value in self.metrics.values()):
+            self._check_place()
+        has_known_names = isinstance(self.metrics, dict) and self.metrics.keys() <= set(
+            HEADLINE_METRICS
+        )
+        if not has_known_names or not all(
+            isinstance(value, int | float) for value in self.metrics.values()
+        ):
             raise ValueError(
-                f"Registry entry {self.name}: metrics must map some of {_FIGURES} to numbers, got {self.metrics!r}."
+                f"Registry entry {self.name}: metrics must map some of {HEADLINE_METRICS} to "
+                f"numbers, got {self.metrics!r}."
             )
+
+    def _check_place(self) -> None:
+        for name, form in _PLACE.items():
+            value = getattr(self, name)
+            if not re.fullmatch(form, str(value or "")):
+                raise ValueError(
+                    f"Registry entry {self.name} is published: {name} must match {form}, "
+                    f"got {value!r}."
+                )
 
     @property
     def command(self) -> str:
@@ -100,47 +115,35 @@ def registry() -> dict[str, Entry]:
     """All entries by name; those of `$SAE_LENS_QK_REGISTRY` come on top.
 
     Raises:
-        ValueError: a malformed registry file, a shipped entry in another than the package's, or an unpublished one without
-            its recipe.
+        ValueError: a malformed registry file, a shipped entry in another than the package's, or an
+            unpublished one without its recipe.
     """
-    files = [shipped_folder() / "registry.yaml"]
-    if own := os.environ.get(REGISTRY_VARIABLE):
-        files.append(Path(own))
-    entries = {}
-    for file in files:
-        entries.update(_read_registry(file))
+    entries = _read_registry(shipped_folder() / "registry.yaml")
+    if file := os.environ.get(REGISTRY_VARIABLE):
+        entries |= _read_registry(Path(file))
     return entries
 
 
 def _read_registry(file: Path) -> dict[str, Entry]:
     try:
-        listed = yaml.safe_load(file.read_text()) or {}
-        if not isinstance(listed, dict) or not all(
-            isinstance(values, dict) for values in listed.values()
-        ):
+        content = yaml.safe_load(file.read_text()) or {}
+        is_mapping = isinstance(content, dict)
+        if not is_mapping or not all(isinstance(values, dict) for values in content.values()):
             raise TypeError("it must map names to entries such as {status: unpublished}")
-        entries = {
-            name: Entry(
-                **{
-                    **values,
-                    "name": name,
-                    "recipe": file.parent / "recipes" / values.get("recipe", f"{name}.yaml"),
-                }
-            )
-            for name, values in listed.items()
-        }
+        recipes = file.parent / "recipes"
+        entries = {name: _entry(name, values, recipes) for name, values in content.items()}
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ValueError(
             f"There is no registry file {file}: ${REGISTRY_VARIABLE} must name a YAML file."
         ) from error
-    except (yaml.YAMLError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file} is not a registry of dictionaries ({' '.join(str(error).split())})."
-        ) from error
+    except (yaml.YAMLError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} is not a registry of dictionaries ({reason}).") from error
     for entry in entries.values():
         if entry.status == "shipped" and file.parent != shipped_folder():
             raise ValueError(
-                f"{file} calls {entry.name} shipped: only the package ships; publish it, or load its folder."
+                f"{file} calls {entry.name} shipped: only the package ships; publish it, or load "
+                "its folder."
             )
         if entry.status == "unpublished" and not entry.recipe.is_file():
             raise ValueError(
@@ -149,15 +152,22 @@ def _read_registry(file: Path) -> dict[str, Entry]:
     return entries
 
 
+def _entry(name: str, values: dict[str, Any], recipes: Path) -> Entry:
+    recipe = recipes / values.get("recipe", f"{name}.yaml")
+    return Entry(**{**values, "name": name, "recipe": recipe})
+
+
 def pretrained_dictionaries() -> pd.DataFrame:
-    """The registry as a table, one dictionary a row; needs no network.
+    """The registry as a table, one dictionary per row; needs no network.
 
     Returns:
-        name, model, layer, status; d_query, d_key, n_pairs (unless shipped, as the recipe asks for; a published entry may
-        have none); pattern_kl in nats, ce_recovered and logit_kl_recovered with the feature map patched in (NaN: not
-        measured); repo, revision; and command, which trains it.
+        name, model, layer, status; d_query, d_key, n_pairs (unless shipped, as the recipe asks for;
+        a published entry may have none); pattern_kl in nats, ce_recovered and logit_kl_recovered
+        with the feature map patched in (NaN: not measured); repo, revision; and command, which
+        trains it.
     """
-    table = pd.DataFrame([_row(entry) for entry in registry().values()], columns=list(_COLUMNS))
+    rows = [_row(entry) for entry in registry().values()]
+    table = pd.DataFrame(rows, columns=list(_COLUMNS))
     return table.astype(dict.fromkeys(("layer", "d_query", "d_key", "n_pairs"), "Int64"))
 
 
@@ -178,28 +188,26 @@ def _row(entry: Entry) -> dict[str, Any]:
             "d_key": recipe.sae.d_key,
             "n_pairs": recipe.mask.n_pairs,
         }
-    figures = entry.metrics
+    metrics = entry.metrics
     if entry.status == "shipped":
         folder = shipped_folder() / entry.name
         config = json.loads((folder / CONFIG).read_text())
         row |= {name: config[name] for name in ("d_query", "d_key", "n_pairs")}
-        figures = (
-            headline_figures(json.loads((folder / METRICS).read_text()))
-            if (folder / METRICS).is_file()
-            else {}
-        )
-    return row | {name: figures.get(name, float("nan")) for name in _FIGURES}
+        file = folder / METRICS
+        metrics = headline_metrics(json.loads(file.read_text())) if file.is_file() else {}
+    return row | {name: metrics.get(name, float("nan")) for name in HEADLINE_METRICS}
 
 
-def headline_figures(metrics: dict[str, Any]) -> dict[str, float]:
-    """The figures of a table row out of what `evaluate` measured: with the feature map, else with the transcoders."""
-    figures: dict[str, float] = {}
-    for name in _FIGURES:
-        with suppress(
-            KeyError, TypeError, AttributeError, ValueError
-        ):  # figures of another program, or damaged
+def headline_metrics(metrics: dict[str, Any]) -> dict[str, float]:
+    """A table row's metrics out of what `evaluate` measured.
+
+    With the feature map, else with the transcoders; another program's, or damaged ones, are left
+    out.
+    """
+    headline: dict[str, float] = {}
+    for name in HEADLINE_METRICS:
+        with suppress(KeyError, TypeError, AttributeError, ValueError):
             sources = metrics["sources"]
-            figures[name] = float(
-                (sources.get("feature_map") or sources["transcoders"])[name]["value"]
-            )
-    return figures
+            source = sources.get("feature_map") or sources["transcoders"]
+            headline[name] = float(source[name]["value"])
+    return headline
