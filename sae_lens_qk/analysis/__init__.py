@@ -5,19 +5,30 @@
 
 import sys
 import warnings
+from types import ModuleType
 
-from sae_lens_qk import figures, tables
-from sae_lens_qk.explain import attribution, check, prompt, removals
-from sae_lens_qk.statistics import activations, heads
+from sae_lens_qk import figures, inputs, tables
+from sae_lens_qk.explain import attribution, check, prompt, removals, terms
+from sae_lens_qk.statistics import activations, first_token, heads
 
 warnings.warn(
     "sae_lens_qk.analysis is now sae_lens_qk.statistics, .explain, .figures and .tables.",
     DeprecationWarning,
     stacklevel=2,
 )
-causal = removals
-show = tables
-_MODULES = (activations, attribution, causal, check, figures, heads, prompt, show)
-_NAMES = ("activations", "attribution", "causal", "check", "figures", "heads", "prompt", "show")
-for _name, _module in zip(_NAMES, _MODULES, strict=True):
-    sys.modules[f"{__name__}.{_name}"] = _module
+_SUCCESSORS = {
+    "activations": (inputs, activations),
+    "attribution": (attribution,),
+    "causal": (terms, removals),
+    "check": (check,),
+    "figures": (figures,),
+    "heads": (first_token, heads),
+    "prompt": (prompt,),
+    "show": (tables,),
+}
+for _name, _modules in _SUCCESSORS.items():
+    _old = ModuleType(f"{__name__}.{_name}")
+    for _module in _modules:
+        vars(_old).update(vars(_module))
+    sys.modules[_old.__name__] = _old
+    globals()[_name] = _old
