@@ -132,20 +132,17 @@ def diagonal(circuit: Circuit, budget: Budget, seed: int) -> Iterator[tuple[str,
     pairs = torch.stack([feature, feature, head], dim=1)
     sizes = (budget.d, budget.d, circuit.spec.n_heads)
     feature_map = SparseFeatureMap(pairs, torch.ones(len(pairs)), *sizes)
-    ranked = with_mask(
-        dictionary,
-        feature_map,
-        circuit,
-        replace(budget, tune_lr=budget.lr, mask_lr=budget.lr),
-        seed,
-        steps=budget.steps + budget.mask_steps,
-        max_pairs=len(pairs),
+    settings = qk.MaskStepConfig(
+        lr=budget.lr,
+        fine_tune_lr=budget.lr,
+        n_pairs=len(pairs),
         sparsity_coefficient=0.0,
         unmasked_coefficient=0.0,
-        prune_steps=0,
-        k_query=budget.k,
-        k_key=budget.k,
+        prune_until=0.0,
     )
+    n_steps = budget.steps + budget.mask_steps
+    l0 = (budget.k, budget.k)
+    ranked = with_mask(dictionary, feature_map, circuit, budget, seed, settings, n_steps, l0)
     yield "diagonal", MethodResult(ranked)
 
 
@@ -163,18 +160,15 @@ def authors(circuit: Circuit, budget: Budget, seed: int) -> Iterator[tuple[str, 
 
     dictionary, ratio, n_trials = sweep_penalty(train, _AUTHORS_PENALTY)
     every_pair = all_pairs(dictionary, circuit, budget, seed)
-    ranked = with_mask(
-        dictionary,
-        every_pair,
-        circuit,
-        budget,
-        seed,
-        max_pairs=len(every_pair),
-        fine_tune=False,
-        prune_steps=0,
+    settings = qk.MaskStepConfig(
+        lr=budget.mask_lr,
+        n_pairs=len(every_pair),
+        n_candidates=len(every_pair),
         sparsity_coefficient=_AUTHORS_MASK_PENALTY,
+        prune_until=0.0,
         polish=False,
     )
+    ranked = with_mask(dictionary, every_pair, circuit, budget, seed, settings)
     notes = f"L0 {ratio:.2f} of ours after {n_trials} strengths"
     yield "authors", MethodResult(ranked, notes=notes)
 
@@ -301,7 +295,11 @@ def mean_l0(
 
 
 def staged(
-    dictionary: qk.BilinearQKDictionary, circuit: Circuit, budget: Budget, seed: int, **options: Any
+    dictionary: qk.BilinearQKDictionary,
+    circuit: Circuit,
+    budget: Budget,
+    seed: int,
+    fine_tune: bool = True,
 ) -> MethodResult:
     """Step 2 at falling numbers of pairs, each from the last.
 
@@ -316,7 +314,13 @@ def staged(
     trained_sizes: dict[int, RankedPairs] = {}
     for factor in budget.stages:
         size = round(factor * n_planted)
-        ranked = with_mask(dictionary, candidates, circuit, budget, seed, max_pairs=size, **options)
+        settings = qk.MaskStepConfig(
+            lr=budget.mask_lr,
+            fine_tune_lr=budget.tune_lr if fine_tune else 0.0,
+            n_pairs=size,
+            prune_until=0.5,
+        )
+        ranked = with_mask(dictionary, candidates, circuit, budget, seed, settings)
         dictionary = ranked.dictionary
         candidates = dictionary.feature_map
         newly_dropped = earlier_pairs[candidates.find(earlier_pairs) < 0]
@@ -336,29 +340,30 @@ def with_mask(
     circuit: Circuit,
     budget: Budget,
     seed: int,
-    steps: int | None = None,
-    **options: Any,
+    settings: qk.MaskStepConfig,
+    n_steps: int | None = None,
+    l0: tuple[float, float] | None = None,
 ) -> RankedPairs:
-    """Step 2 of our method on the given candidates; `options` change its config."""
+    """Step 2 of our method on the given candidates.
+
+    Args:
+        n_steps: default: as the budget says.
+        l0: mean active features of both sides that tuning holds; default: those of a batch.
+    """
     data = Sequences(circuit, budget, seed + _MASK_SEED)
-    steps = steps or budget.mask_steps
-    fine_tune = options.get("fine_tune", True)
+    n_steps = n_steps or budget.mask_steps
     is_active = dictionary.encode(next(data)) > 0  # [token, d_query + d_key]
-    l0 = is_active.float().mean(dim=0)
-    settings: dict[str, Any] = {
-        "n_pairs": len(candidates),
-        "prune_steps": steps // 2,
-        "sparsity_coefficient": 1e-6,
-        "fine_tune": fine_tune,
-        "k_query": float(l0[: budget.d].sum()),
-        "k_key": float(l0[budget.d :].sum()),
-        "mask_speed": budget.mask_lr / budget.tune_lr if fine_tune else 1.0,
-        **options,
-    }
-    sae = MaskTrainingSAE(mask_config(dictionary, **settings))
+    query_active, key_active = is_active.split([budget.d, budget.d], dim=1)
+    if l0 is None:
+        k_query = float(query_active.sum(dim=1).float().mean())
+        k_key = float(key_active.sum(dim=1).float().mean())
+    else:
+        k_query, k_key = l0
+    cfg = mask_config(dictionary, settings, len(candidates), n_steps, k_query, k_key)
+    sae = MaskTrainingSAE(cfg)
     sae.attach(circuit.weights, budget.n_pos, dictionary, candidates)
-    fit(sae, data, budget, steps, budget.tune_lr if fine_tune else budget.mask_lr)
-    if fine_tune:
+    fit(sae, data, budget, n_steps, settings.fine_tune_lr or settings.lr)
+    if settings.fine_tune:
         sae.calibrate([next(data) for _ in range(8)])
     trained = sae.to_dictionary().requires_grad_(False)
     return rank_by_importance(trained, trained.feature_map, circuit, budget, seed)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainingSAE, TrainStepInput
-from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor
 from typing_extensions import override
 
@@ -18,18 +17,20 @@ import sae_lens_qk as qk
 from benchmarks.mask_config import mask_config
 from benchmarks.speed.measure import step_times
 from benchmarks.speed.sizes import Sizes
+from sae_lens_qk.attention import Side
 from sae_lens_qk.feature_map import SparseFeatureMap
 from sae_lens_qk.host.layer import AttentionLayer
 from sae_lens_qk.host.models import shipped_folder
 from sae_lens_qk.host.support import Hooks, Model
 from sae_lens_qk.training.candidates import firing_rates, rank_pairs
 from sae_lens_qk.training.mask import MaskTrainingSAE
-from sae_lens_qk.training.transcode import Transcoded, strengths
-from sae_lens_qk.training.transcoders import TranscodersTrainingSAE
+from sae_lens_qk.training.selection import strengths
+from sae_lens_qk.training.transcoders import Reconstruction, TranscodersTrainingSAE
 
 Result = dict[str, Any]
 DICTIONARY = "smollm2-135m-instruct-L23"
 RECIPE = shipped_folder() / "recipes" / f"{DICTIONARY}.yaml"
+_STEP_2_LR = 1e-3
 
 
 def cases(sizes: Sizes) -> dict[str, Callable[[], Result]]:
@@ -128,9 +129,13 @@ class _DenseTranscoders(TranscodersTrainingSAE):
     """Dense products for output and gradients, as on a GPU, not sums over active entries."""
 
     @override
-    def _transcode(self, half: Transcoder, threshold: Tensor, x: Tensor) -> Transcoded:
-        acts = self._encode_half(half, threshold, x).acts
-        return Transcoded(strengths(half, x), acts, half.decode(acts))
+    def _reconstruct(self, side: Side, x: Tensor) -> Reconstruction:
+        half = self._half(side)
+        with torch.no_grad():
+            target = self._target(side, x)
+            strength = strengths(half, x)
+        acts = self._encode_half(side, x).acts
+        return Reconstruction(half, target, strength, acts, half.decode(acts))
 
 
 def step_2(sizes: Sizes) -> Result:
@@ -147,28 +152,33 @@ def step_2(sizes: Sizes) -> Result:
     for fine_tune in (False, True):
         for n_pairs in sizes.model_pairs:
             strongest = ranked.select(importance.topk(min(n_pairs, len(ranked))).indices)
-            sae = _mask_sae(d, strongest, x, fine_tune)
+            sae = _mask_sae(d, strongest, x, fine_tune, sizes)
             sae.attach(weights, setting.tokens.shape[1], d, strongest)
-            seconds = _step_seconds(sae, x, 1e-3, sizes)
+            seconds = _step_seconds(sae, x, _STEP_2_LR, sizes)
             rows.append({"pairs": len(strongest), "fine_tune": fine_tune, "seconds": seconds})
     return {"tokens": setting.tokens.numel(), "ranking_seconds": ranking_seconds, "rows": rows}
 
 
 def _mask_sae(
-    d: qk.BilinearQKDictionary, candidates: SparseFeatureMap, x: Tensor, fine_tune: bool
+    d: qk.BilinearQKDictionary,
+    candidates: SparseFeatureMap,
+    x: Tensor,
+    fine_tune: bool,
+    sizes: Sizes,
 ) -> MaskTrainingSAE:
     """As the runner makes it, with the penalty on and nothing pruned."""
     rates = firing_rates(d, x.split(1))
-    cfg = mask_config(
-        d,
+    settings = qk.MaskStepConfig(
+        lr=_STEP_2_LR,
+        fine_tune_lr=_STEP_2_LR if fine_tune else 0.0,
         n_pairs=len(candidates),
-        max_pairs=len(candidates),
-        prune_steps=0,
+        n_candidates=len(candidates),
+        prune_until=0.0,
         polish=False,
-        fine_tune=fine_tune,
-        k_query=float(rates.query.sum()),
-        k_key=float(rates.key.sum()),
     )
+    k_query = float(rates.query.sum())
+    k_key = float(rates.key.sum())
+    cfg = mask_config(d, settings, len(candidates), sizes.steps, k_query, k_key)
     return MaskTrainingSAE(cfg)
 
 
