@@ -1,4 +1,4 @@
-"""Model cards: headers the Hub can read, the figures as they were measured, code that runs, and nobody's text lost."""
+"""Model cards: headers the Hub can read, metrics as evaluated, code that runs, no text lost."""
 
 import ast
 import json
@@ -23,11 +23,12 @@ RUN = qk.BilinearQKRunnerConfig(
     dataset_path="Skylion007/openwebtext",
     card=qk.CardConfig(license="mit", description=DESCRIPTION),
 )
-BEGIN, END = "<!-- dictionaries: written by push_to_hub -->", "<!-- end of dictionaries -->"
+BEGIN = "<!-- dictionaries: written by push_to_hub -->"
+END = "<!-- end of dictionaries -->"
 
 
 @pytest.fixture(scope="module")
-def with_map(gpt2_bridge) -> qk.BilinearQKDictionary:
+def mapped(gpt2_bridge) -> qk.BilinearQKDictionary:
     d = tiny_dictionary(gpt2_bridge)
     d.metrics = qk.evaluate(d, gpt2_bridge, tiny_tokens(7, 13))
     d.runner_cfg = RUN.to_dict()
@@ -35,7 +36,7 @@ def with_map(gpt2_bridge) -> qk.BilinearQKDictionary:
 
 
 @pytest.fixture(scope="module")
-def without_map(llama_bridge) -> qk.BilinearQKDictionary:
+def unmapped(llama_bridge) -> qk.BilinearQKDictionary:
     """The transcoders of another model, measured; how they were trained is not known."""
     d = tiny_dictionary(llama_bridge, n_pairs=0, model_name="EleutherAI/pythia-70m")
     d.metrics = qk.evaluate(d, llama_bridge, tiny_tokens(7, 13))
@@ -57,76 +58,82 @@ def card(d: qk.BilinearQKDictionary, **changes: Any) -> ModelCard:
     return ModelCard(text)
 
 
-def header(made: ModelCard) -> dict[str, Any]:
-    return made.data.to_dict()
+def header(model_card: ModelCard) -> dict[str, Any]:
+    return model_card.data.to_dict()
 
 
 def table(text: str) -> dict[str, dict[str, str]]:
     """A Markdown table's cells, by first column and heading."""
-    head, _, *rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in text.splitlines()
-        if line[:1] == "|"
-    ]
-    assert all(len(row) == len(head) for row in rows)
-    return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    columns = rows[0][1:]
+    return {row[0]: dict(zip(columns, row[1:], strict=True)) for row in rows[2:]}
 
 
 def numbers(text: str) -> list[float]:
-    return [float(number.replace(",", "")) for number in re.findall(r"-?[\d,]*\d(?:\.\d+)?", text)]
+    digits = re.findall(r"-?[\d,]*\d(?:\.\d+)?", text)
+    return [float(number.replace(",", "")) for number in digits]
 
 
-def calls(text: str, function: str) -> list[list[str]]:
-    """Arguments of a function in the Python blocks of a text, which have to parse."""
-    trees = [ast.parse(block) for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
-    found = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    named = [
-        node
-        for node in found
-        if isinstance(node.func, ast.Attribute) and node.func.attr == function
-    ]
-    return [[ast.literal_eval(argument) for argument in node.args] for node in named]
+def snippets(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def loading_arguments(text: str) -> list[list[str]]:
+    """Arguments of every `from_pretrained` in the Python blocks, which have to parse."""
+    arguments = []
+    for snippet in snippets(text):
+        for node in ast.walk(ast.parse(snippet)):
+            is_method = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            if is_method and node.func.attr == "from_pretrained":
+                arguments.append([ast.literal_eval(argument) for argument in node.args])
+    return arguments
 
 
 # One dictionary
 
 
-def test_header(with_map, without_map, hub):
-    made = card(with_map)
-    assert header(made) == {
+def test_header(mapped, unmapped, hub):
+    model_card = card(mapped)
+    assert header(model_card) == {
         "library_name": "saelens",
         "tags": TAGS,
         "base_model": "tiny",
         "license": "mit",
         "datasets": ["Skylion007/openwebtext"],
     }
-    assert header(card(without_map)) == {
+    assert header(card(unmapped)) == {
         "library_name": "saelens",
         "tags": TAGS,
         "base_model": "EleutherAI/pythia-70m",
     }
-    for d in (with_map, without_map):
+    for d in (mapped, unmapped):
         card(d).validate()  # by the Hub
 
 
+OTHER_PATHS = [
+    "",
+    "$QK_CORPUS/train.parquet",
+    "data/train.parquet",
+    "/data/texts",
+    "./texts",
+    "../texts",
+    "a/b/c",
+]
+
+
 @pytest.mark.parametrize(
-    ("run", "expected"),
+    ("path", "about", "expected"),
     [
-        ({"dataset_path": "org/texts"}, ["org/texts"]),
-        (
-            {"card": qk.CardConfig(datasets=["a/b", "c/d"]), "dataset_path": "org/texts"},
-            ["a/b", "c/d"],
-        ),
-        *(
-            ({"dataset_path": path}, None)
-            for path in ("", "$QK_CORPUS/train.parquet", "data/train.parquet", "/data/texts")
-        ),
-        *(({"dataset_path": path}, None) for path in ("./texts", "../texts", "a/b/c")),
+        ("org/texts", qk.CardConfig(), ["org/texts"]),
+        ("org/texts", qk.CardConfig(datasets=["a/b", "c/d"]), ["a/b", "c/d"]),
+        *((path, qk.CardConfig(), None) for path in OTHER_PATHS),
     ],
 )
-def test_datasets_are_those_on_the_hub(run, expected, with_map):
-    made = card(with_map, runner_cfg=replace(RUN, **{"card": qk.CardConfig(), **run}).to_dict())
-    assert header(made).get("datasets") == expected
+def test_datasets_are_those_on_the_hub(path, about, expected, mapped):
+    run = replace(RUN, dataset_path=path, card=about)
+    model_card = card(mapped, runner_cfg=run.to_dict())
+    assert header(model_card).get("datasets") == expected
 
 
 @pytest.mark.parametrize(
@@ -138,106 +145,100 @@ def test_datasets_are_those_on_the_hub(run, expected, with_map):
         ("/models/mine", None),
     ],
 )
-def test_base_model_is_the_hubs_name(model_name, expected, with_map):
-    made = card(with_map, cfg=replace(with_map.cfg, model_name=model_name))
-    assert header(made).get("base_model") == expected
-    assert f"of layer 1 of {model_name}:" in made.text
+def test_base_model_is_the_hubs_name(model_name, expected, mapped):
+    model_card = card(mapped, cfg=replace(mapped.cfg, model_name=model_name))
+    assert header(model_card).get("base_model") == expected
+    assert f"of layer 1 of {model_name}:" in model_card.text
 
 
-def test_figures_are_the_measured_ones(with_map):
-    made, metrics = card(with_map), with_map.metrics
-    shown = table(made.text)
-    assert list(shown) == ["transcoders", "feature map", "zero", "mean", "uniform", "shuffled"]
-    for name, row in shown.items():
-        measured = metrics["sources"][name.replace(" ", "_")]
-        for column, figure, scale in (
-            ("pattern KL (nats)", "pattern_kl", 1),
-            ("loss recovered", "ce_recovered", 100),
-            ("logit KL recovered", "logit_kl_recovered", 100),
-        ):
-            interval = measured[figure]
-            expected = (
-                [scale * interval[bound] for bound in ("value", "low", "high")] if interval else []
-            )
-            assert numbers(
-                row[column].replace("-", "") if not interval else row[column]
-            ) == pytest.approx(expected, abs=0.051 if scale == 100 else 5.1e-5)
-        agreement = measured["argmax_agreement"]
-        assert numbers(row["argmax agreement"]) == (
-            [] if agreement is None else [pytest.approx(100 * agreement, abs=0.051)]
-        )
-    assert (shown["zero"]["pattern KL (nats)"], shown["zero"]["argmax agreement"]) == ("-", "-")
+def percentages(interval: dict[str, float]) -> list[float]:
+    return [100 * interval[bound] for bound in ("value", "low", "high")]
 
 
-def line(made: ModelCard, start: str) -> list[float]:
+def test_the_table_shows_what_evaluate_returned(mapped):
+    rows = table(card(mapped).text)
+    names = ["transcoders", "feature map", "zero", "mean", "uniform", "shuffled"]
+    assert list(rows) == names
+    for name, row in rows.items():
+        source = mapped.metrics["sources"][name.replace(" ", "_")]
+        loss_recovered = percentages(source["ce_recovered"])
+        logit_kl_recovered = percentages(source["logit_kl_recovered"])
+        assert numbers(row["loss recovered"]) == pytest.approx(loss_recovered, abs=0.051)
+        assert numbers(row["logit KL recovered"]) == pytest.approx(logit_kl_recovered, abs=0.051)
+        if name == "zero":  # which has no pattern
+            assert row["pattern KL (nats)"] == "-"
+            assert row["argmax agreement"] == "-"
+            continue
+        kl = [source["pattern_kl"][bound] for bound in ("value", "low", "high")]
+        assert numbers(row["pattern KL (nats)"]) == pytest.approx(kl, abs=5.1e-5)
+        agreement = [100 * source["argmax_agreement"]]
+        assert numbers(row["argmax agreement"]) == pytest.approx(agreement, abs=0.051)
+
+
+def line_numbers(model_card: ModelCard, start: str) -> list[float]:
     """Numbers of the one line that starts so."""
-    (found,) = [text for text in made.text.splitlines() if text.startswith(start)]
-    return numbers(found)
+    (line,) = [line for line in model_card.text.splitlines() if line.startswith(start)]
+    return numbers(line)
 
 
-def test_sizes_are_the_measured_ones(with_map):
-    made, metrics = card(with_map), with_map.metrics
-    features, pairs = metrics["features"], metrics["feature_map"]
-    assert line(made, "Measured on") == [
-        7 * 13,
-        7,
-        pytest.approx(metrics["ce_clean"], abs=5.1e-5),
-        95,
-    ]
-    assert line(made, "Active features") == pytest.approx(
-        [features[name] for name in ("l0_query", "l0_key", "live_query", "live_key")], abs=0.051
-    )
-    assert line(made, "Pairs:") == [
-        pytest.approx(100 * (1 - pairs["sparsity_of_all"]), abs=5.1e-4),
-        pytest.approx(100 * (1 - pairs["sparsity_of_live"]), abs=5.1e-4),
-        pytest.approx(pairs["active_pairs"], abs=0.51),
-    ]
-    about = made.text.split("\n\n")[1]
-    assert f"of the attention of layer 1 of tiny: {D_QUERY} query features" in about
-    assert (
-        f"{D_KEY} key features, and the {N_PAIRS} feature pairs over 3 heads that carry its pattern"
-        in about
-    )
-    assert "Stored in float32." in about
+def test_sizes_are_those_that_evaluate_counted(mapped):
+    model_card = card(mapped)
+    metrics = mapped.metrics
+    features = metrics["features"]
+    pairs = metrics["feature_map"]
+    loss = pytest.approx(metrics["ce_clean"], abs=5.1e-5)
+    assert line_numbers(model_card, "Measured on") == [7 * 13, 7, loss, 95]
+    counts = [features[name] for name in ("l0_query", "l0_key", "live_query", "live_key")]
+    assert line_numbers(model_card, "Active features") == pytest.approx(counts, abs=0.051)
+    share, live_share, active = line_numbers(model_card, "Pairs:")
+    assert share == pytest.approx(100 * (1 - pairs["sparsity_of_all"]), abs=5.1e-4)
+    assert live_share == pytest.approx(100 * (1 - pairs["sparsity_of_live"]), abs=5.1e-4)
+    assert active == pytest.approx(pairs["active_pairs"], abs=0.51)
 
 
-def test_large_numbers_have_separators(with_map):
-    made = card(with_map, cfg=replace(with_map.cfg, d_query=2400, d_key=19_200, n_pairs=50_000))
-    assert "2,400 query features" in made.text
-    assert "19,200 key features, and the 50,000 feature pairs" in made.text
+def test_the_first_paragraph_says_what_it_is(mapped):
+    paragraph = card(mapped).text.split("\n\n")[1]
+    assert f"of the attention of layer 1 of tiny: {D_QUERY} query features" in paragraph
+    assert f"{D_KEY} key features, and the {N_PAIRS} feature pairs over 3 heads" in paragraph
+    assert "Stored in float32." in paragraph
 
 
-def test_without_a_map_there_is_nothing_about_pairs(without_map):
-    made = card(without_map)
-    assert f"{D_KEY} key features (no feature map)." in made.text
-    assert list(table(made.text)) == ["transcoders", "zero", "mean", "uniform", "shuffled"]
-    assert "airs" not in made.text
+def test_large_numbers_have_separators(mapped):
+    model_card = card(mapped, cfg=replace(mapped.cfg, d_query=2400, d_key=19_200, n_pairs=50_000))
+    assert "2,400 query features" in model_card.text
+    assert "19,200 key features, and the 50,000 feature pairs" in model_card.text
 
 
-def test_what_is_not_known_is_said(with_map):
-    made = card(with_map, metrics=None, runner_cfg=None)
-    assert (
-        "## Metrics\n\nNot measured yet: `d.metrics = qk.evaluate(d, model, tokens)`" in made.text
-    )
-    assert "## Training\n\nNot recorded.\n" in made.text
-    assert "|" not in made.text
-    assert header(made) == {"library_name": "saelens", "tags": TAGS, "base_model": "tiny"}
+def test_without_a_map_there_is_nothing_about_pairs(unmapped):
+    model_card = card(unmapped)
+    assert f"{D_KEY} key features (no feature map)." in model_card.text
+    assert list(table(model_card.text)) == ["transcoders", "zero", "mean", "uniform", "shuffled"]
+    assert "airs" not in model_card.text
 
 
-def test_the_description_stands_under_the_heading(with_map):
-    before, _ = card(with_map).text.split(DESCRIPTION)
+def test_what_is_not_known_is_said(mapped):
+    model_card = card(mapped, metrics=None, runner_cfg=None)
+    assert "## Metrics\n\nNot measured yet: `d.metrics = qk.evaluate(" in model_card.text
+    assert "## Training\n\nNot recorded.\n" in model_card.text
+    assert "|" not in model_card.text
+    assert header(model_card) == {"library_name": "saelens", "tags": TAGS, "base_model": "tiny"}
+
+
+def test_the_description_stands_under_the_heading(mapped):
+    before, _ = card(mapped).text.split(DESCRIPTION)
     assert "\n# tiny-L1\n" in before
     assert "```" not in before
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "text"),
     [
         (
             {},
-            "Step 1, transcoders: batchtopk with k = 16.0, 5,000,000 tokens, 2,048 per step, learning rate 0.004 "
-            "(cosineannealing), data initialisation.\nStep 2, mask: 1,000,000 tokens, from 200,000 candidates to at most "
-            "50,000 pairs.\nData: `Skylion007/openwebtext`, rows of 256 tokens, BOS first. Seed 7.",
+            "Step 1, transcoders: batchtopk with k = 16.0, 5,000,000 tokens, 2,048 per step, "
+            "learning rate 0.004 (cosineannealing), data initialisation.\n"
+            "Step 2, mask: 1,000,000 tokens, from 200,000 candidates to at most 50,000 pairs.\n"
+            "Data: `Skylion007/openwebtext`, rows of 256 tokens, BOS first. Seed 7.",
         ),
         (
             {
@@ -245,8 +246,8 @@ def test_the_description_stands_under_the_heading(with_map):
                     d_in=1, activation="relu", initialization="kaiming"
                 )
             },
-            "transcoders: relu with the sqrt penalty at 0.0031, 5,000,000 tokens, 2,048 per step, learning rate 0.004 "
-            "(cosineannealing), kaiming initialisation.",
+            "transcoders: relu with the sqrt penalty at 0.0031, 5,000,000 tokens, 2,048 per step, "
+            "learning rate 0.004 (cosineannealing), kaiming initialisation.",
         ),
         (
             {"mask": qk.MaskStepConfig(fine_tune_lr=3e-4)},
@@ -265,59 +266,58 @@ def test_the_description_stands_under_the_heading(with_map):
     ],
     ids=["both steps", "relu", "tuned", "batch of step 2", "step 1", "step 2", "data in code"],
 )
-def test_training_is_told(changes, said, with_map):
-    told = card(with_map, runner_cfg=replace(RUN, **changes).to_dict()).text.split(
-        "## Training\n\n"
-    )[1]
-    assert said in told
-    assert ("Step 1, transcoders" in told) == ("from_pretrained_path" not in changes)
-    assert "\n\n\n" not in told
+def test_the_training_section(changes, text, mapped):
+    run = replace(RUN, **changes)
+    model_card = card(mapped, runner_cfg=run.to_dict())
+    section = model_card.text.split("## Training\n\n")[1]
+    assert text in section
+    assert ("Step 1, transcoders" in section) == ("from_pretrained_path" not in changes)
+    assert "\n\n\n" not in section
 
 
-def test_settings_of_saelenss_own_runner_are_accepted(with_map):
+def test_settings_of_saelenss_own_runner_are_accepted(mapped):
     """Which knows no second step; its `runner_cfg.json` is read with the dictionary."""
-    stock = {
-        name: value
-        for name, value in RUN.to_dict().items()
-        if name not in ("mask", "card", "from_pretrained_path")
-    }
-    assert "5,000,000 tokens" in card(with_map, runner_cfg=stock).text
+    stock = RUN.to_dict()
+    for name in ("mask", "card", "from_pretrained_path"):
+        del stock[name]
+    assert "5,000,000 tokens" in card(mapped, runner_cfg=stock).text
 
 
-def test_compaction_is_told(with_map):
-    assert "query_numbers" not in card(with_map).text
-    live = torch.arange(D_QUERY) < D_QUERY - N_DEAD, torch.arange(D_KEY) < D_KEY - N_DEAD
-    made = card(with_map.compact(*live))
-    assert f"{D_QUERY - N_DEAD} query features" in made.text
-    assert f"{D_QUERY} query and {D_KEY} key features were trained" in made.text
-    assert "`cfg.query_numbers` and `cfg.key_numbers` hold the old numbers." in made.text
+def test_compaction_is_told(mapped):
+    assert "query_numbers" not in card(mapped).text
+    live_query = torch.arange(D_QUERY) < D_QUERY - N_DEAD
+    live_key = torch.arange(D_KEY) < D_KEY - N_DEAD
+    text = card(mapped.compact(live_query, live_key)).text
+    assert f"{D_QUERY - N_DEAD} query features" in text
+    assert f"{D_QUERY} query and {D_KEY} key features were trained" in text
+    assert "`cfg.query_numbers` and `cfg.key_numbers` hold the old numbers." in text
 
 
 @pytest.mark.parametrize(
     "source", [["org/repo", "folder/tiny-L1"], ["gpt2-small-L10"], ["path/to/tiny-L1"]]
 )
-def test_the_snippet_names_the_source(source, with_map, without_map):
-    for d in (with_map, without_map):
-        made = card(d, source=", ".join(f'"{part}"' for part in source))
-        assert calls(made.text, "from_pretrained") == [source]
+def test_the_snippet_names_the_source(source, mapped, unmapped):
+    for d in (mapped, unmapped):
+        model_card = card(d, source=", ".join(f'"{part}"' for part in source))
+        assert loading_arguments(model_card.text) == [source]
 
 
-def test_the_snippet_runs(with_map, without_map, tmp_path, gpt2_bridge, llama_bridge, monkeypatch):
-    for d, model in ((with_map, gpt2_bridge), (without_map, llama_bridge)):
+def test_the_snippet_runs(mapped, unmapped, tmp_path, gpt2_bridge, llama_bridge, monkeypatch):
+    for d, model in ((mapped, gpt2_bridge), (unmapped, llama_bridge)):
         d.save_model(tmp_path)
         text = card(d, source=repr(str(tmp_path))).text
-        monkeypatch.setattr(qk, "load_model", lambda loaded, model=model: model)
-        (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-        found: dict[str, Any] = {}
-        exec(code, found)
-        assert found["logits"].shape[-1] == model.cfg.d_vocab
-        assert ("pairs" in found) == d.has_feature_map
+        monkeypatch.setattr(qk, "load_model", lambda dictionary, model=model: model)
+        (snippet,) = snippets(text)
+        variables: dict[str, Any] = {}
+        exec(snippet, variables)
+        assert variables["logits"].shape[-1] == model.cfg.d_vocab
+        assert ("pairs" in variables) == d.has_feature_map
 
 
-def test_a_saved_folder_has_its_card(with_map, tmp_path):
-    with_map.save_model(tmp_path / "mine")
+def test_a_saved_folder_has_its_card(mapped, tmp_path):
+    mapped.save_model(tmp_path / "mine")
     expected = dictionary_card(
-        with_map.cfg, with_map.metrics, with_map.runner_cfg, "mine", '"path/to/mine"'
+        mapped.cfg, mapped.metrics, mapped.runner_cfg, "mine", '"path/to/mine"'
     )
     assert (tmp_path / "mine" / "README.md").read_text() == expected
 
@@ -332,88 +332,79 @@ def test_a_saved_folder_has_its_card(with_map, tmp_path):
     ],
     ids=str,
 )
-def test_figures_and_settings_of_another_shape_are_refused(wrong, with_map):
-    with pytest.raises(
-        ValueError,
-        match=r"^metrics must be .*evaluate\(...\)\.to_dict\(\).*, runner_cfg .* \(.+\)\.$",
-    ):
-        card(with_map, **wrong)
+def test_metrics_and_settings_of_another_shape_are_refused(wrong, mapped):
+    with pytest.raises(ValueError, match=r"^metrics must be .*, runner_cfg .* \(.+\)\.$"):
+        card(mapped, **wrong)
 
 
 # A repository
 
 
 @pytest.fixture(scope="module")
-def listed(with_map, without_map) -> dict[str, FolderSummary]:
-    return {
-        "b/wide": FolderSummary(
-            str(card(with_map)), with_map.cfg.to_dict(), json.loads(json.dumps(with_map.metrics))
-        ),
-        "a": FolderSummary(str(card(without_map)), without_map.cfg.to_dict(), without_map.metrics),
-    }
+def folders(mapped, unmapped) -> dict[str, FolderSummary]:
+    summaries = {}
+    for name, d in (("b/wide", mapped), ("a", unmapped)):
+        metrics = json.loads(json.dumps(d.metrics))
+        summaries[name] = FolderSummary(str(card(d)), d.cfg.to_dict(), metrics)
+    return summaries
 
 
 def repository(existing: str | None, folders: Mapping[str, FolderSummary]) -> ModelCard:
     """The card, read again; writing it once more changes nothing, and there is one section."""
     text = repository_card(existing, "org/repo", folders)
     assert repository_card(text, "org/repo", folders) == text
-    assert (
-        text.count(BEGIN)
-        == text.count(END)
-        == text.count("QK dictionaries, loaded by folder:")
-        == 1
-    )
+    for once in (BEGIN, END, "QK dictionaries, loaded by folder:"):
+        assert text.count(once) == 1
     assert text.index(BEGIN) < text.index("QK dictionaries") < text.index(END)
     return ModelCard(text)
 
 
-def test_a_new_repository(listed, with_map, without_map, hub):
-    made = repository(None, listed)
-    made.validate()
-    assert header(made) == {
+def test_a_new_repository(folders, mapped, unmapped, hub):
+    model_card = repository(None, folders)
+    model_card.validate()
+    assert header(model_card) == {
         "library_name": "saelens",
         "tags": TAGS,
         "base_model": ["EleutherAI/pythia-70m", "tiny"],
         "license": "mit",
         "datasets": ["Skylion007/openwebtext"],
     }
-    assert made.text.startswith(f"\n# repo\n\n{BEGIN}\n")
-    assert made.text.endswith(f"{END}\n")
-    assert calls(made.text, "from_pretrained") == [["org/repo", "a"]]
-    shown = table(made.text)
-    assert list(shown) == ["[a](a/README.md)", "[b/wide](b/wide/README.md)"]
-    for row, d, source in zip(
-        shown.values(), (without_map, with_map), ("transcoders", "feature_map"), strict=True
-    ):
-        assert (row["model"], row["layer"]) == (d.cfg.model_name, "1")
-        assert numbers(row["features (query / key)"]) == [D_QUERY, D_KEY]
-        assert numbers(row["pairs"]) == [len(d.feature_map)]
-        measured = d.metrics["sources"][source]
-        assert numbers(row["pattern KL"]) == [
-            pytest.approx(measured["pattern_kl"]["value"], abs=5.1e-5)
-        ]
-        for column, figure in (
-            ("loss recovered", "ce_recovered"),
-            ("logit KL recovered", "logit_kl_recovered"),
-        ):
-            assert numbers(row[column]) == [
-                pytest.approx(100 * measured[figure]["value"], abs=0.051)
-            ]
+    assert model_card.text.startswith(f"\n# repo\n\n{BEGIN}\n")
+    assert model_card.text.endswith(f"{END}\n")
+    assert loading_arguments(model_card.text) == [["org/repo", "a"]]
+    rows = table(model_card.text)
+    assert list(rows) == ["[a](a/README.md)", "[b/wide](b/wide/README.md)"]
+    check_row(rows["[a](a/README.md)"], unmapped, "transcoders")
+    check_row(rows["[b/wide](b/wide/README.md)"], mapped, "feature_map")
 
 
-def test_the_order_of_folders_does_not_matter(listed):
-    assert repository_card(None, "org/repo", dict(reversed(listed.items()))) == repository_card(
-        None, "org/repo", listed
-    )
+def check_row(row: dict[str, str], d: qk.BilinearQKDictionary, source: str) -> None:
+    assert row["model"] == d.cfg.model_name
+    assert row["layer"] == "1"
+    assert numbers(row["features (query / key)"]) == [D_QUERY, D_KEY]
+    assert numbers(row["pairs"]) == [len(d.feature_map)]
+    metrics = d.metrics["sources"][source]
+    kl = metrics["pattern_kl"]["value"]
+    loss_recovered = 100 * metrics["ce_recovered"]["value"]
+    logit_kl_recovered = 100 * metrics["logit_kl_recovered"]["value"]
+    assert numbers(row["pattern KL"]) == [pytest.approx(kl, abs=5.1e-5)]
+    assert numbers(row["loss recovered"]) == [pytest.approx(loss_recovered, abs=0.051)]
+    assert numbers(row["logit KL recovered"]) == [pytest.approx(logit_kl_recovered, abs=0.051)]
 
 
-def test_dictionaries_come_and_go(listed):
+def test_the_order_of_folders_does_not_matter(folders):
+    backwards = dict(reversed(folders.items()))
+    expected = repository_card(None, "org/repo", folders)
+    assert repository_card(None, "org/repo", backwards) == expected
+
+
+def test_dictionaries_come_and_go(folders):
     """The section is written anew; what stands around it stays."""
-    first = repository(None, {"a": listed["a"]})
+    first = repository(None, {"a": folders["a"]})
     around = str(first).replace("# repo\n", "# repo\n\nBefore.\n") + "\nAfter.\n"
-    both = repository(around, listed)
+    both = repository(around, folders)
     assert list(table(both.text)) == ["[a](a/README.md)", "[b/wide](b/wide/README.md)"]
-    again = repository(str(both), {"a": listed["a"]})
+    again = repository(str(both), {"a": folders["a"]})
     assert again.text == ModelCard(around).text
     assert both.text.startswith("\n# repo\n\nBefore.\n")
     assert both.text.endswith(f"{END}\n\nAfter.\n")
@@ -433,51 +424,50 @@ Words, `code`, | tables |, --- and {{ braces }}.
 
 
 @pytest.mark.parametrize("own", [OWN, OWN.split("---\n", 2)[2], "---\n---\n# Ours\n", "Ours", "\n"])
-def test_a_readme_keeps_its_text_and_header(own, listed):
-    made, theirs = repository(own, listed), ModelCard(own)
-    assert made.text.startswith(theirs.text.rstrip())
-    found = header(made)
+def test_a_readme_keeps_its_text_and_header(own, folders):
+    model_card = repository(own, folders)
+    assert model_card.text.startswith(ModelCard(own).text.rstrip())
+    fields = header(model_card)
+    assert fields["base_model"] == ["EleutherAI/pythia-70m", "tiny"]
     if own is OWN:
-        assert (found["license"], found["language"], found["custom"]) == (
-            "apache-2.0",
-            ["en", "de"],
-            {"deep": [1, 2]},
-        )
-        assert found["tags"] == ["mine", *TAGS]
-        assert found["datasets"] == ["own/texts", "Skylion007/openwebtext"]
+        assert fields["license"] == "apache-2.0"
+        assert fields["language"] == ["en", "de"]
+        assert fields["custom"] == {"deep": [1, 2]}
+        assert fields["tags"] == ["mine", *TAGS]
+        assert fields["datasets"] == ["own/texts", "Skylion007/openwebtext"]
     else:
-        assert (found["license"], found["tags"]) == ("mit", TAGS)
-    assert found["base_model"] == ["EleutherAI/pythia-70m", "tiny"]
+        assert fields["license"] == "mit"
+        assert fields["tags"] == TAGS
 
 
 @pytest.mark.parametrize("mark", [BEGIN, END])
-def test_a_lost_mark_doubles_nothing(mark, listed):
-    made = repository(f"# Ours\n\nOnce.\n\n{mark}\n\nAfter.\n", listed)
-    assert made.text.count("Once.") == made.text.count("After.") == 1
+def test_a_lost_mark_doubles_nothing(mark, folders):
+    model_card = repository(f"# Ours\n\nOnce.\n\n{mark}\n\nAfter.\n", folders)
+    assert model_card.text.count("Once.") == model_card.text.count("After.") == 1
 
 
 DAMAGED = {
     "nothing": {},
     "no sources": {"sources": {}},
     "sources null": {"sources": None},
-    "figure null": {"sources": {"feature_map": {"pattern_kl": None}}},
-    "figure number": {"sources": {"feature_map": {"pattern_kl": 0.25}}},
-    "figure text": {"sources": {"feature_map": {"pattern_kl": {"value": "low"}}}},
+    "metric null": {"sources": {"feature_map": {"pattern_kl": None}}},
+    "metric number": {"sources": {"feature_map": {"pattern_kl": 0.25}}},
+    "metric text": {"sources": {"feature_map": {"pattern_kl": {"value": "low"}}}},
     "source text": {"sources": {"feature_map": "pattern_kl"}},
 }
 
 
 @pytest.mark.parametrize("metrics", [None, *DAMAGED.values()], ids=["none", *DAMAGED])
-def test_damaged_figures_are_left_out(metrics, listed):
+def test_damaged_metrics_are_left_out(metrics, folders):
     """Of somebody else's folder, which must not stop a push."""
-    shown = table(repository(None, {**listed, "a": listed["a"]._replace(metrics=metrics)}).text)
-    damaged, good = shown["[a](a/README.md)"], shown["[b/wide](b/wide/README.md)"]
-    for figure in ("pattern KL", "loss recovered", "logit KL recovered"):
-        assert damaged[figure] == "-"
-        assert numbers(good[figure])
+    damaged = folders["a"]._replace(metrics=metrics)
+    rows = table(repository(None, {**folders, "a": damaged}).text)
+    for column in ("pattern KL", "loss recovered", "logit KL recovered"):
+        assert rows["[a](a/README.md)"][column] == "-"
+        assert numbers(rows["[b/wide](b/wide/README.md)"][column])
 
 
-def test_a_folder_without_a_card_is_listed(listed):
-    made = repository(None, {**listed, "a": listed["a"]._replace(card="")})
-    assert "[a](a/README.md)" in table(made.text)
-    assert header(made)["base_model"] == ["tiny"]
+def test_a_folder_without_a_card_is_listed(folders):
+    model_card = repository(None, {**folders, "a": folders["a"]._replace(card="")})
+    assert "[a](a/README.md)" in table(model_card.text)
+    assert header(model_card)["base_model"] == ["tiny"]
