@@ -29,6 +29,7 @@ _SUCCESSORS = {
 for _name, _modules in _SUCCESSORS.items():
     _old = ModuleType(f"{__name__}.{_name}")
     for _module in _modules:
-        vars(_old).update(vars(_module))
+        _public = {name: value for name, value in vars(_module).items() if name[0] != "_"}
+        vars(_old).update(_public)
     sys.modules[_old.__name__] = _old
     globals()[_name] = _old
