@@ -3,7 +3,7 @@
 import json
 from collections import UserList
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 import pandas as pd
@@ -185,7 +185,7 @@ def _numbers(name: str, values: Any, n: int) -> tuple[list[int], bool]:
 
 
 @torch.no_grad()
-def overview(prompt: RecordedPrompt, query_pos: int = -1) -> pd.DataFrame:
+def overview(prompt: RecordedPrompt, query_pos: SupportsIndex = -1) -> pd.DataFrame:
     """Where each head looks from one query.
 
     The first token is left out: heads rest on it when nothing matches.

@@ -17,7 +17,7 @@ the matched one.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import pandas as pd
 import torch
@@ -97,7 +97,7 @@ def check(
     prompt: RecordedPrompt,
     position: ScorePosition,
     terms: ScoreTerms,
-    k: int | Iterable[int] = (1, 2, 5, 10),
+    k: SupportsIndex | Iterable[SupportsIndex] = (1, 2, 5, 10),
     directions: Directions | None = None,
     n_controls: int = 32,
     seed: int = 0,

@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import pandas as pd
@@ -72,7 +72,13 @@ class Attribution:
     causal_check: Check | None = None
 
     @classmethod
-    def of(cls, prompt: RecordedPrompt, head: int, query_pos: int, key_pos: int) -> "Attribution":
+    def of(
+        cls,
+        prompt: RecordedPrompt,
+        head: SupportsIndex,
+        query_pos: SupportsIndex,
+        key_pos: SupportsIndex,
+    ) -> "Attribution":
         """Explain one score of a prompt; positions may count from the end."""
         position = prompt.position(head, query_pos, key_pos)
         return cls(prompt, position, prompt.terms(position.head, position.query_pos))
@@ -198,7 +204,7 @@ class Attribution:
 
     def check(
         self,
-        k: int | Iterable[int] = (1, 2, 5, 10),
+        k: SupportsIndex | Iterable[SupportsIndex] = (1, 2, 5, 10),
         directions: Directions | None = None,
         n_controls: int = 32,
         seed: int = 0,

@@ -3,10 +3,10 @@
 import html
 import itertools
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,7 @@ from sae_lens_qk.weights import QKWeights
 _READABLE = 48
 """Tokens of a prompt whose patterns can be read as grids."""
 
-Tokens = str | Tensor | np.ndarray | list[int]
+Tokens = str | Tensor | np.ndarray | Sequence[SupportsIndex]
 """A text, or the token ids of one sequence."""
 
 
@@ -213,7 +213,9 @@ class RecordedPrompt:
 
     # Positions
 
-    def position(self, head: int, query_pos: int, key_pos: int) -> ScorePosition:
+    def position(
+        self, head: SupportsIndex, query_pos: SupportsIndex, key_pos: SupportsIndex
+    ) -> ScorePosition:
         """The same place with positions counted from the start.
 
         Raises:
@@ -233,19 +235,19 @@ class RecordedPrompt:
             )
         return ScorePosition(head, i, j)
 
-    def is_allowed(self, query_pos: int, key_pos: int) -> bool:
+    def is_allowed(self, query_pos: SupportsIndex, key_pos: SupportsIndex) -> bool:
         """Whether the query may attend to the key."""
         i = self._from_start("query_pos", query_pos)
         return self.dictionary.spec.allowed(i, self._from_start("key_pos", key_pos))
 
-    def _from_start(self, name: str, pos: int) -> int:
+    def _from_start(self, name: str, position: SupportsIndex) -> int:
         n_pos = len(self.tokens)
-        pos = operator.index(pos)
+        pos = operator.index(position)
         if not -n_pos <= pos < n_pos:
             raise ValueError(f"{name} must lie in [{-n_pos}, {n_pos - 1}], got {pos}.")
         return pos % n_pos
 
-    def find(self, token: int | str) -> int:
+    def find(self, token: SupportsIndex | str) -> int:
         """Position of a token, given as its position (negative: from the end) or as its text.
 
         Spaces around the text do not count.
@@ -253,7 +255,9 @@ class RecordedPrompt:
         Raises:
             ValueError: no such position, or a text that occurs never or several times.
         """
-        if not isinstance(token, str) or token.lstrip("-").isdigit():
+        if not isinstance(token, str):
+            return self._from_start("query_pos", token)
+        if token.lstrip("-").isdigit():
             return self._from_start("query_pos", int(token))
         positions = [pos for pos, word in enumerate(self.words) if word.strip() == token.strip()]
         if not positions:
@@ -270,8 +274,8 @@ class RecordedPrompt:
     def strongest(
         self,
         n: int,
-        heads: Iterable[int] | None = None,
-        query_positions: Iterable[int] | None = None,
+        heads: Iterable[SupportsIndex] | None = None,
+        query_positions: Iterable[SupportsIndex] | None = None,
     ) -> pd.DataFrame:
         """The pairs behind attention weights: per cell, n supporters and n inhibitors.
 
