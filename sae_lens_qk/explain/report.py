@@ -94,8 +94,9 @@ def striking_positions(prompt: RecordedPrompt, n: int) -> list[ScorePosition]:
     weights = prompt.pattern.clone()  # [head, pos_q, pos_k]
     weights.diagonal(dim1=1, dim2=2).zero_()
     weights[:, :, 0] = 0.0
-    last = weights[:, -1].argmax()
-    weights[last // n_pos, -1, last % n_pos] += 1.0  # more than any weight
+    last = weights[:, -1].argmax().item()
+    head, key = divmod(last, n_pos)
+    weights[head, -1, key] += weights[head, -1, key].sign()  # now more than any other
     values, cells = weights.flatten().sort(descending=True, stable=True)
     cells = cells[values > 0][:n]
     heads, queries, keys = torch.unravel_index(cells, weights.shape)
