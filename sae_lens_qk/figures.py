@@ -81,7 +81,8 @@ def pattern_triptych(
             f"{len(words)} words and heads {numbers}."
         )
     panels_by_head = torch.stack([true, rebuilt, rebuilt - true], dim=1)
-    after_query = torch.ones(n_pos, n_pos).triu(1).bool()
+    positions = torch.arange(n_pos)
+    after_query = positions > positions[:, None]  # left blank, whatever the mask
     images = panels_by_head.masked_fill(after_query, torch.nan).numpy()
     largest = float(np.nanmax(images[:, :2]))
     widest = float(np.nanmax(np.abs(images[:, 2]))) or 1.0  # equal patterns: evenly white
