@@ -16,7 +16,7 @@ Whoever needs a mask, a softmax or a divergence asks the spec: no other file kno
 query may attend to. To add a variant of attention, add its field and its equation here.
 """
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +29,7 @@ SIDES: tuple[Side, Side] = ("query", "key")
 
 _NUMBERS_PER_HEAD = ("sinks", "alibi_slopes")
 _LISTS = ("rotary_inv_freq", *_NUMBERS_PER_HEAD)
+_VARIANTS = ("window", "softcap", *_NUMBERS_PER_HEAD)  # left out of the JSON where there is none
 
 
 @dataclass(frozen=True)
@@ -125,19 +126,20 @@ class AttentionSpec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "AttentionSpec":
         """Inverse of `to_dict` (JSON turns tuples into lists)."""
-        lists = {name: tuple(values[name]) for name in _LISTS if name in values}
-        return cls(**{**values, **lists})
+        spec_values = dict(values)
+        for name in _LISTS:
+            spec_values[name] = tuple(values.get(name, ()))
+        return cls(**spec_values)
 
     def to_dict(self) -> dict[str, Any]:
         """Flat JSON values; what plain rotary attention does not have is left out."""
-        values: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in _LISTS:
-                value = list(value)
-            is_default = field.default is not MISSING and getattr(self, field.name) == field.default
-            if field.name == "rotary_inv_freq" or not is_default:
-                values[field.name] = value
+        values = asdict(self)
+        values["rotary_inv_freq"] = list(self.rotary_inv_freq)
+        for name in _VARIANTS:
+            if values[name] in (None, ()):
+                del values[name]
+            elif name in _LISTS:
+                values[name] = list(values[name])
         return values
 
     # Vectors and scores
@@ -172,13 +174,14 @@ class AttentionSpec:
             return vectors
         if positions is None:
             positions = torch.arange(vectors.shape[1], device=vectors.device)
-        cos, sin = self.cos_sin(positions, vectors.dtype)
-        cos = torch.cat([cos, cos], dim=-1)[:, None]  # [pos, 1, rotary_dim]
-        sin = torch.cat([sin, sin], dim=-1)[:, None]
+        cos, sin = self.cos_sin(positions, vectors.dtype)  # [pos, freq]
+        cos = cos.repeat(1, 2)[:, None]  # [pos, 1, rotary_dim]
+        sin = sin.repeat(1, 2)[:, None]
         turning = vectors[..., : self.rotary_dim]
         passing = vectors[..., self.rotary_dim :]
         first, second = turning.chunk(2, dim=-1)
-        turned = turning * cos + torch.cat([-second, first], dim=-1) * sin
+        quarter_turn = torch.cat([-second, first], dim=-1)
+        turned = turning * cos + quarter_turn * sin
         return torch.cat([turned, passing], dim=-1)
 
     def scores(
@@ -191,7 +194,9 @@ class AttentionSpec:
         For full sequences from position 0; in float32 at least, whatever the inputs are.
         """
         dtype = torch.promote_types(queries.dtype, torch.float32)
-        return self.dot(self.rotate(queries.to(dtype)), self.rotate(keys.to(dtype)))
+        rotated_queries = self.rotate(queries.to(dtype))
+        rotated_keys = self.rotate(keys.to(dtype))
+        return self.dot(rotated_queries, rotated_keys)
 
     def dot(
         self,
@@ -202,10 +207,11 @@ class AttentionSpec:
         batch, pos_q, _, _ = queries.shape
         pos_k = keys.shape[1]
         # One matrix product per key head: its query heads are stacked along the position axis.
-        groups = queries.unflatten(2, (self.n_kv_heads, self.heads_per_kv)).permute(0, 2, 3, 1, 4)
-        stacked_shape = (batch, self.n_kv_heads, self.heads_per_kv * pos_q, self.d_head)
-        stacked = groups.reshape(stacked_shape) * self.scale
-        return (stacked @ keys.permute(0, 2, 3, 1)).reshape(batch, self.n_heads, pos_q, pos_k)
+        heads_first = queries.transpose(1, 2)  # [batch, head, pos_q, d_head]
+        stacked = heads_first.reshape(batch, self.n_kv_heads, -1, self.d_head) * self.scale
+        columns = keys.permute(0, 2, 3, 1)  # [batch, kv_head, d_head, pos_k]
+        scores = stacked @ columns
+        return scores.reshape(batch, self.n_heads, pos_q, pos_k)
 
     # Which keys a query may attend to
 
@@ -239,7 +245,8 @@ class AttentionSpec:
 
     def n_allowed(self, n_pos: int) -> int:
         """Number of (query, allowed key) in a sequence."""
-        return int((np.arange(n_pos) - self.first_keys(n_pos) + 1).sum())
+        n_keys = np.arange(n_pos) - self.first_keys(n_pos) + 1  # [pos_q]
+        return int(n_keys.sum())
 
     # From scores to the pattern
 
@@ -259,7 +266,8 @@ class AttentionSpec:
             positions = torch.arange(n_pos, device=scores.device)
             slopes = scores.new_tensor(self.alibi_slopes)[:, None, None]  # [head, 1, 1]
             logits = logits + slopes * (positions - positions[:, None])
-        return logits.masked_fill(~self.allowed_mask(n_pos, scores.device), -torch.inf)
+        forbidden = ~self.allowed_mask(n_pos, scores.device)
+        return logits.masked_fill(forbidden, -torch.inf)
 
     def log_pattern(
         self, scores: Float[Tensor, "batch head pos_q pos_k"]
@@ -269,8 +277,10 @@ class AttentionSpec:
         logits = self.masked_logits(scores.to(dtype))
         if not self.sinks:
             return logits.log_softmax(dim=-1)
-        sinks = logits.new_tensor(self.sinks)[:, None, None].expand(*logits.shape[:-1], 1)
-        return torch.cat([logits, sinks], dim=-1).log_softmax(dim=-1)[..., :-1]
+        sinks = logits.new_tensor(self.sinks)[:, None, None]  # [head, 1, 1]
+        sinks = sinks.expand(*logits.shape[:-1], 1)
+        log_shares = torch.cat([logits, sinks], dim=-1).log_softmax(dim=-1)
+        return log_shares[..., :-1]
 
     def pattern(
         self, scores: Float[Tensor, "batch head pos_q pos_k"]
@@ -292,11 +302,13 @@ class AttentionSpec:
         if self.alibi_slopes:
             logits = logits + self.alibi_slopes[head] * (keys - query_pos)
         if self.window is not None:
-            logits = logits.masked_fill(~self.allowed(query_pos, keys), -torch.inf)
+            forbidden = ~self.allowed(query_pos, keys)
+            logits = logits.masked_fill(forbidden, -torch.inf)
         if not self.sinks:
             return logits.softmax(dim=-1)
-        sink = logits.new_full((*logits.shape[:-1], 1), self.sinks[head])
-        return torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
+        sink = torch.full_like(logits[..., :1], self.sinks[head])
+        shares = torch.cat([logits, sink], dim=-1).softmax(dim=-1)
+        return shares[..., :-1]
 
     def kl(
         self,

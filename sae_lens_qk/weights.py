@@ -28,13 +28,13 @@ class QKWeights(NamedTuple):
 
     def fingerprint(self) -> tuple[float, ...]:
         """W_Q r, then W_K r, for the fixed r_i = sin(i^2), to seven digits."""
-        d_model = self.W_Q.shape[1]
-        numbers = torch.arange(1, d_model + 1, dtype=torch.float64, device=self.W_Q.device)
-        r = numbers.square().sin()
-        projected_query = torch.einsum("hmd,m->hd", self.W_Q.double(), r).flatten()
-        projected_key = torch.einsum("hmd,m->hd", self.W_K.double(), r).flatten()
-        projected = torch.cat([projected_query, projected_key])
-        return tuple(float(f"{value:.7g}") for value in projected.tolist())
+        numbers = torch.arange(self.W_Q.shape[1], device=self.W_Q.device) + 1.0
+        r = numbers.double().square().sin()
+        projected = []
+        for W in (self.W_Q, self.W_K):
+            product = torch.einsum("hmd,m->hd", W.double(), r)
+            projected += product.flatten().tolist()
+        return tuple(float(f"{value:.7g}") for value in projected)
 
 
 class OVWeights(NamedTuple):
@@ -58,12 +58,13 @@ class OVWeights(NamedTuple):
         values: Float[Tensor, "batch pos_k kv_head d_head"],
     ) -> Float[Tensor, "batch pos_q d_model"]:
         """sum over heads of z[i,h] W_O[h], without b_O: linear in the pattern."""
-        batch, n_heads, n_pos, _ = pattern.shape
+        batch, n_heads, pos_q, pos_k = pattern.shape
         n_kv_heads = values.shape[2]
         # One matrix product per key head: its query heads are stacked along the position axis.
-        stacked = pattern.reshape(batch, n_kv_heads, n_heads // n_kv_heads * n_pos, -1)
-        z = (stacked @ values.transpose(1, 2)).reshape(batch, n_heads, n_pos, -1)
-        return z.transpose(1, 2).flatten(2) @ self.W_O.flatten(0, 1)
+        stacked = pattern.reshape(batch, n_kv_heads, -1, pos_k)
+        z = stacked @ values.transpose(1, 2)  # [batch, kv_head, stacked, d_head]
+        z = z.reshape(batch, n_heads, pos_q, -1).transpose(1, 2)  # [batch, pos_q, head, d_head]
+        return z.flatten(2) @ self.W_O.flatten(0, 1)
 
     def to(self, *args: Any) -> "OVWeights":
         return OVWeights(*(tensor.to(*args) for tensor in self))
@@ -75,4 +76,5 @@ def _project(
     b: Float[Tensor, "heads d_head"],
 ) -> Float[Tensor, "*batch heads d_head"]:
     """x W[h] + b[h] for every head in one matrix product."""
-    return (x @ W.transpose(0, 1).flatten(1)).unflatten(-1, b.shape) + b
+    matrix = W.transpose(0, 1).flatten(1)  # [d_model, heads * d_head]
+    return (x @ matrix).unflatten(-1, b.shape) + b
