@@ -89,16 +89,30 @@ def git_oid(data: bytes) -> str:
     return sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
+def statuses(hub: LoopbackHub) -> list[int]:
+    return [request.status for request in hub.requests]
+
+
+def tokens_sent(hub: LoopbackHub, method: str) -> set[str | None]:
+    return {request.token for request in hub.requests if request.method == method}
+
+
 def upload(api: HfApi, path: str, data: bytes, **options: Any) -> CommitInfo:
     """One file to REPO."""
     options = {"repo_id": REPO, **options}
     return api.upload_file(path_or_fileobj=data, path_in_repo=path, **options)
 
 
-def commit(path: str, data: bytes = b"x", api: HfApi = owner, **options: Any) -> CommitInfo:
-    """One file to REPO, by the call that `push_to_hub` makes."""
+def commit(
+    path: str,
+    data: bytes = b"x",
+    api: HfApi = owner,
+    repo_id: str = REPO,
+    **options: Any,
+) -> CommitInfo:
+    """One file, by the call that `push_to_hub` makes."""
     operation = CommitOperationAdd(path, data)
-    return api.create_commit(REPO, [operation], commit_message="m", **options)
+    return api.create_commit(repo_id, [operation], commit_message="m", **options)
 
 
 def download(cache: Path, path: str = "cfg.json", **options: Any) -> bytes:
@@ -254,8 +268,8 @@ def test_upload_folder(hub, folder):
 
 def test_the_storage_sees_no_token(repo):
     upload(owner, "other.safetensors", b"other")
-    assert {request.token for request in repo.requests if request.method == "PUT"} == {None}
-    assert {request.token for request in repo.requests if request.method == "POST"} == {"hf_owner"}
+    assert tokens_sent(repo, "PUT") == {None}
+    assert tokens_sent(repo, "POST") == {"hf_owner"}
 
 
 def test_a_repeated_upload_makes_no_second_commit(hub, folder):
@@ -333,14 +347,16 @@ def test_pull_requests(repo, hub_cache):
     first = repo.commits(REPO)[0].oid
     repo.commit(REPO, {"theirs": b"x"})
     info = commit("cfg.json", b"{}", stranger, create_pr=True, parent_commit=first)
-    assert (info.pr_num, info.pr_revision) == (1, "refs/pr/1")
+    assert info.pr_num == 1
+    assert info.pr_revision == "refs/pr/1"
     assert info.pr_url == f"{repo.url}/org/repo/discussions/1"
     assert repo.files(REPO)["cfg.json"] == FILES["cfg.json"]
     assert repo.commits(REPO, "refs/pr/1")[0].parent == first
     assert download(hub_cache, revision="refs/pr/1") == b"{}"
-    assert upload(owner, "new.safetensors", b"y", create_pr=True).pr_num == 2
-    pulls = nobody.list_repo_refs(REPO, include_pull_requests=True).pull_requests
-    assert [pull.ref for pull in pulls or []] == ["refs/pr/1", "refs/pr/2"]
+    second = upload(owner, "new.safetensors", b"y", create_pr=True)
+    assert second.pr_num == 2
+    refs = nobody.list_repo_refs(REPO, include_pull_requests=True)
+    assert [pull.ref for pull in refs.pull_requests or []] == ["refs/pr/1", "refs/pr/2"]
 
 
 def test_branches(repo, hub_cache):
@@ -356,7 +372,8 @@ def test_branches(repo, hub_cache):
         owner.create_branch(REPO, branch="refs/pr/5")
 
     upload(owner, "cfg.json", b"{}", revision="feature/one")
-    tips = {branch.name: branch.target_commit for branch in nobody.list_repo_refs(REPO).branches}
+    refs = nobody.list_repo_refs(REPO)
+    tips = {branch.name: branch.target_commit for branch in refs.branches}
     assert tips.keys() == {"main", "feature/one", "old"}
     assert tips["old"] == first
     assert repo.files(REPO)["cfg.json"] == FILES["cfg.json"]
@@ -466,9 +483,12 @@ def test_listings(repo):
 
 def test_model_info(repo):
     info = nobody.model_info(REPO)
-    assert (info.id, info.author, info.gated) == (REPO, "org", False)
+    assert info.id == REPO
+    assert info.author == "org"
+    assert info.gated is False
     assert info.sha == repo.commits(REPO)[0].oid
-    assert [file.rfilename for file in info.siblings or []] == [".gitattributes", *sorted(FILES)]
+    names = [file.rfilename for file in info.siblings or []]
+    assert names == [".gitattributes", *sorted(FILES)]
 
 
 @pytest.mark.parametrize(
@@ -494,9 +514,8 @@ def test_what_is_missing(repo, hub_cache, repo_id, filename, revision, error, to
         with pytest.raises(error):
             call(repo_id, revision=revision)
     if token:
-        operations = [CommitOperationAdd("x", b"x")]
         with pytest.raises(error):
-            api.create_commit(repo_id, operations, commit_message="m", revision=revision)
+            commit("x", api=api, repo_id=repo_id, revision=revision)
 
 
 # --- the client under faults
@@ -525,7 +544,7 @@ def test_a_download_cut_short_starts_anew(repo, hub_cache, hub_waits):
     """Files below the client's chunk of 10 MiB; larger ones are resumed."""
     repo.fault("GET", "sae_weights", truncate=100, drop=True, times=2)
     assert download(hub_cache, "half/sae_weights.safetensors") == WEIGHTS
-    assert [request.status for request in repo.requests] == [200, 0, 0, 200]
+    assert statuses(repo) == [200, 0, 0, 200]
     assert hub_waits == [1, 1]
 
 
@@ -561,7 +580,7 @@ def test_a_hub_that_fails_for_a_moment(repo, hub_cache, hub_waits):
     repo.fault("GET", "cfg.json", status=429, headers={"Retry-After": "3"})
     assert download(hub_cache) == FILES["cfg.json"]
     assert hub_waits == [1, 4.0]
-    assert [request.status for request in repo.requests] == [503, 503, 200, 429, 200]
+    assert statuses(repo) == [503, 503, 200, 429, 200]
 
 
 def test_a_failing_hub_is_not_noticed_where_the_cache_has_the_file(repo, hub_cache, hub_waits):
@@ -596,7 +615,8 @@ def test_a_dropped_upload_leaves_the_repository_unchanged(repo, folder, hub_wait
     repo.fault("PUT", "/lfs/", drop=True, times=None)
     with pytest.raises(RuntimeError, match=r"Error while uploading 'new.safetensors' to the Hub"):
         owner.upload_folder(repo_id=REPO, folder_path=folder)
-    assert [request.method for request in repo.requests] == ["POST"] * 2 + ["PUT"] * 6
+    methods = [request.method for request in repo.requests]
+    assert methods == ["POST"] * 2 + ["PUT"] * 6
     assert hub_waits == STEPS
     assert repo.commits(REPO) == before
 

@@ -27,7 +27,8 @@ PATTERN = "blocks.1.attn.hook_pattern"
 
 @torch.no_grad()
 def log_probs(model):
-    return model(tiny_tokens(2, 11)).log_softmax(dim=-1)
+    logits = model(tiny_tokens(2, 11))
+    return logits.log_softmax(dim=-1)
 
 
 @pytest.mark.parametrize("folder", ["gpt2_folder", "llama_folder"])
@@ -40,8 +41,9 @@ def test_local_folders(folder, compatible, request, gpt2_bridge, llama_bridge):
     tolerance = 1e-4 if compatible else 1e-6
     assert_near(log_probs(model), log_probs(original), tolerance)
     assert not model.training
-    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
-    assert not any(weight.requires_grad for weight in model.parameters())
+    for weight in model.parameters():
+        assert weight.dtype == torch.float32
+        assert not weight.requires_grad
     ids = model.to_tokens("attend", prepend_bos=True)[0]
     assert model.tokenizer.decode(ids) == "<bos>attend"
     qk.check_host(model, 1)
@@ -77,7 +79,8 @@ def test_shipped_models_go_by_name(tmp_path, monkeypatch, gpt2_folder, gpt2_brid
     (tmp_path / "models").mkdir()
     shutil.copytree(gpt2_folder, tmp_path / "models" / "mine")
     monkeypatch.setattr(models, "shipped_folder", lambda: tmp_path)
-    assert_near(log_probs(qk.load_model("mine")), log_probs(gpt2_bridge), 1e-6)
+    model = qk.load_model("mine")
+    assert_near(log_probs(model), log_probs(gpt2_bridge), 1e-6)
     assert hub_name("mine") is None
 
 

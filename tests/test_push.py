@@ -23,6 +23,8 @@ from sae_lens_qk.pretrained.push import registry_entry
 
 OWNER = "hf_owner"
 
+Event = Callable[[], Any]
+
 
 @pytest.fixture(scope="module")
 def originals(gpt2_bridge) -> list[BilinearQKDictionary]:
@@ -50,12 +52,20 @@ def pushed(hub: LoopbackHub, dictionary: BilinearQKDictionary) -> LoopbackHub:
 
 
 def push(d: BilinearQKDictionary, folder: str = FOLDER, **options: Any) -> CommitInfo:
-    return d.push_to_hub(REPO, folder, **{"token": OWNER, **options})
+    options.setdefault("token", OWNER)
+    return d.push_to_hub(REPO, folder, **options)
 
 
 def load(cache: Path, folder: str = FOLDER, **options: Any) -> BilinearQKDictionary:
-    options = {"dtype": None, "verify": "strict", "token": OWNER, **options}
-    return BilinearQKDictionary.from_pretrained(REPO, folder, cache_dir=cache, **options)
+    options.setdefault("token", OWNER)
+    return BilinearQKDictionary.from_pretrained(
+        REPO,
+        folder,
+        dtype=None,
+        verify="strict",
+        cache_dir=cache,
+        **options,
+    )
 
 
 def published(hub: LoopbackHub, revision: str = "main") -> set[str]:
@@ -69,6 +79,11 @@ def repository_files(*folders: str) -> set[str]:
     for folder in folders:
         paths |= {f"{folder}/{name}" for name in FILES}
     return paths
+
+
+def tokens_sent(hub: LoopbackHub) -> set[str | None]:
+    """To the Hub itself; its storage needs none."""
+    return {request.token for request in hub.requests if request.method != "PUT"}
 
 
 def read_card(hub: LoopbackHub, path: str = "README.md") -> ModelCard:
@@ -86,7 +101,7 @@ def test_one_commit_holds_everything(hub, dictionary, hub_cache):
     assert newest.author == "owner"
     assert newest.message == f"Publish {FOLDER}"
     assert published(hub) == repository_files(FOLDER)
-    assert {request.token for request in hub.requests if request.method != "PUT"} == {OWNER}
+    assert tokens_sent(hub) == {OWNER}
 
     copy_of_it = load(hub_cache, revision=info.oid)
     assert same(copy_of_it, dictionary)
@@ -150,14 +165,16 @@ def test_several_dictionaries_in_nested_folders(pushed, dictionary, other, hub_c
     for folder in ("gpt2/L1", "gpt2/L1/wide", FOLDER + "-b"):
         before = pushed.commits(REPO)
         push(other, folder)
-        assert pushed.commits(REPO)[1:] == before
+        _, *older = pushed.commits(REPO)
+        assert older == before
     folders = [FOLDER, FOLDER + "-b", "gpt2/L1", "gpt2/L1/wide"]
     assert published(pushed) == repository_files(*folders)
     links = re.findall(r"^\| \[(.*?)\]\((.*?)\)", read_card(pushed).text, re.MULTILINE)
     assert links == [(folder, f"{folder}/README.md") for folder in sorted(folders)]
     assert "# wide\n" in read_card(pushed, "gpt2/L1/wide/README.md").text
     for folder in folders:
-        assert same(load(hub_cache, folder), dictionary if folder == FOLDER else other)
+        expected = dictionary if folder == FOLDER else other
+        assert same(load(hub_cache, folder), expected)
     push(other)
     assert published(pushed) == repository_files(*folders)
 
@@ -183,7 +200,8 @@ def test_a_readme_somebody_else_wrote_keeps_text_and_header(hub, dictionary, oth
     readme = f"---\n{HEADERS[header]}\n---\n\n{text}\n" if HEADERS[header] else f"{text}\n"
     hub.commit(REPO, {"README.md": readme.encode()})
     push(dictionary)
-    hub.commit(REPO, {"README.md": hub.files(REPO)["README.md"] + b"\nWritten after it.\n"})
+    grown = hub.files(REPO)["README.md"]
+    hub.commit(REPO, {"README.md": grown + b"\nWritten after it.\n"})
     push(other, "second")
     card = read_card(hub)
     assert text in card.text
@@ -202,7 +220,8 @@ def check_header(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """Tags and datasets grow, everything else stays."""
     for name, value in theirs.items():
         if name in ("tags", "datasets"):
-            assert set(ours[name]) > ({value} if isinstance(value, str) else set(value))
+            values = [value] if isinstance(value, str) else value
+            assert set(ours[name]) > set(values)
         else:
             assert ours[name] == value
 
@@ -284,7 +303,7 @@ def test_message_and_token_of_the_environment(hub, dictionary, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", OWNER)
     dictionary.push_to_hub(REPO, FOLDER, commit_message="Our first\n\nat last")
     assert hub.commits(REPO)[0].message == "Our first\n\nat last"
-    assert {request.token for request in hub.requests if request.method != "PUT"} == {OWNER}
+    assert tokens_sent(hub) == {OWNER}
 
 
 def test_a_warning_without_metrics(hub, dictionary, caplog):
@@ -317,20 +336,22 @@ def test_a_compacted_dictionary(hub, dictionary, hub_cache, gpt2_bridge):
 
 
 def test_the_lines_for_a_registry(pushed, dictionary, hub_cache, tmp_path, monkeypatch):
-    commit = pushed.commits(REPO)[0].oid
-    (tmp_path / "registry.yaml").write_text(registry_entry(REPO, FOLDER, commit))
-    monkeypatch.setenv("SAE_LENS_QK_REGISTRY", str(tmp_path / "registry.yaml"))
-    assert same(BilinearQKDictionary.from_pretrained(FOLDER, cache_dir=hub_cache), dictionary)
+    commit = pushed.commits(REPO)[0]
+    file = tmp_path / "registry.yaml"
+    file.write_text(registry_entry(REPO, FOLDER, commit.oid))
+    monkeypatch.setenv("SAE_LENS_QK_REGISTRY", str(file))
+    copy_of_it = BilinearQKDictionary.from_pretrained(FOLDER, cache_dir=hub_cache)
+    assert same(copy_of_it, dictionary)
 
 
 # Meanwhile and afterwards
 
 
 @pytest.fixture
-def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any], int], None]:
+def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Event, int], None]:
     """Let something happen just before each of the first `times` commits of the client."""
 
-    def arrange(event: Callable[[], Any], times: int) -> None:
+    def arrange(event: Event, times: int) -> None:
         events = iter([event] * times)
         original = HfApi.create_commit
 
@@ -372,7 +393,8 @@ def test_somebody_who_never_stops_committing(pushed, other, meanwhile, waits):
     with pytest.raises(OSError, match=r"org/repo \(412\): A commit has happened since") as error:
         push(other)
     assert type(error.value) is OSError
-    assert [commit.author for commit in pushed.commits(REPO)[:4]] == ["system"] * 4
+    for commit in pushed.commits(REPO)[:4]:
+        assert commit.author == "system"
     assert waits == [0.5, 1, 2]
 
 
@@ -381,8 +403,9 @@ def test_a_commit_whose_answer_is_lost_is_made_once(pushed, other, waits, revisi
     before = pushed.commits(REPO)
     pushed.fault("POST", "/commit/", drop=True, truncate=0)
     info = push(other, revision=revision)
-    assert pushed.commits(REPO, revision)[1:] == before
-    assert info.oid == pushed.commits(REPO, revision)[0].oid
+    newest, *older = pushed.commits(REPO, revision)
+    assert older == before
+    assert info.oid == newest.oid
     assert waits == [0.5]
 
 
@@ -420,10 +443,16 @@ CALLS = {
 """Method and pattern of every request of a push."""
 
 
-def refusal(status: int, call: str, message: str, error: type[Exception] = OSError) -> Mishap:
+def refusal(
+    status: int,
+    call: str,
+    message: str,
+    error: type[Exception] = OSError,
+) -> Mishap:
     """The Hub answers every such call with this status and message."""
+    expected = rf"org/repo \({status}\): {message}"
     fault = {"status": status, "message": message}
-    return Mishap(error, rf"org/repo \({status}\): {message}", call, fault)
+    return Mishap(error, expected, call, fault)
 
 
 def bad_token(token: str | bool, message: str, **options: Any) -> Mishap:
