@@ -1,12 +1,12 @@
-"""Terms of a score against terms written out by hand in float64, and their sums against the model's own hooks."""
+"""Terms of a score against terms written out by hand in float64, sums against the model's hooks."""
 
-import html
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from comparing import assert_near
 from rich.console import Console
 from tiny_dictionaries import (
     D_KEY,
@@ -15,16 +15,25 @@ from tiny_dictionaries import (
     exact_dictionary,
     observe,
     pair_term,
+    pair_weights,
     tiny_dictionary,
 )
 from tiny_models import tiny_tokens
 
-import sae_lens_qk as qk
-from sae_lens_qk.explain.attribution import COLUMNS, KINDS, Attribution, Attributions, attribute, overview
-from sae_lens_qk.explain.prompt import Prompt
-from sae_lens_qk.host.layer import hook_names
+from sae_lens_qk.explain.attribution import Attribution, Attributions, attribute
+from sae_lens_qk.explain.prompt import RecordedPrompt
+from sae_lens_qk.explain.removals import Directions
+from sae_lens_qk.explain.term_frames import COLUMNS, KINDS
 
-N_POS, HEAD, QUERY, KEY = 13, 2, 10, 4
+N_POS = 13
+HEAD = 2
+QUERY = 10
+KEY = 4
+ROW = slice(QUERY + 1)
+SCORES = f"blocks.{LAYER}.attn.hook_attn_scores"
+PATTERN = f"blocks.{LAYER}.attn.hook_pattern"
+SOURCES = ("transcoders", "feature_map")
+FEATURES = ["query_feature", "key_feature"]
 
 
 @pytest.fixture(scope="module", params=["gpt2_bridge", "neox_bridge", "llama_bridge"])
@@ -44,459 +53,418 @@ def d(model):
 
 @pytest.fixture(scope="module")
 def prompt(d, model, tokens):
-    return Prompt.of(d, model, tokens)
+    return RecordedPrompt.record(d, model, tokens)
 
 
 @pytest.fixture(scope="module")
-def a(prompt):
+def attribution(prompt):
     return Attribution.of(prompt, HEAD, QUERY, KEY)
 
 
-def own_scores(model, tokens):
-    names = hook_names(model, LAYER)
-    _, seen = observe(model, tokens, names=(names.scores, names.pattern))
-    return seen[names.scores][0].double(), seen[names.pattern][0].double()
+@pytest.fixture(scope="module")
+def checked(attribution):
+    """With its check, by directions fitted on random rows."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(5, N_POS, attribution.prompt.x.shape[1], generator=generator)
+    directions = Directions.fit(attribution.prompt.dictionary, list(rows))
+    return attribution.checked(k=(1, 2), directions=directions, n_controls=3)
 
 
-def acts_of(prompt):
-    return prompt.query_acts[None].double().numpy(), prompt.key_acts[None].double().numpy()
+@pytest.fixture(scope="module")
+def pattern_row(model, tokens) -> np.ndarray:
+    """The model's own, at the head and query."""
+    _, values = observe(model, tokens, names=(PATTERN,))
+    return values[PATTERN][0, HEAD, QUERY, ROW].double().numpy()
 
 
-# Prompts
+def term_by_hand(prompt, pair) -> np.ndarray:
+    """[key], of the query."""
+    query_acts = prompt.query_acts[None].double().numpy()
+    key_acts = prompt.key_acts[None].double().numpy()
+    return pair_term(prompt.dictionary, query_acts, key_acts, pair)[0, QUERY, ROW]
 
 
-def test_a_prompt_holds_what_the_model_computes(prompt, model, tokens):
-    scores, pattern = own_scores(model, tokens)
-    allowed = torch.ones(N_POS, N_POS).tril().bool()
-    assert torch.equal(prompt.scores.double()[:, allowed], scores[:, allowed])
-    assert torch.equal(prompt.pattern.double(), pattern)
-    assert torch.equal(prompt.tokens, tokens[0]) and len(prompt.words) == N_POS
-    assert prompt.words == list(model.to_str_tokens(tokens[0]))
-
-
-def test_a_prompt_may_be_a_text(d, model):
-    made = Prompt.of(d, model, "w [h")
-    assert torch.equal(made.tokens, model.to_tokens("w [h")[0])
-
-
-def test_a_prompt_is_one_sequence(d, model):
-    with pytest.raises(
-        ValueError, match=r"one sequence, tokens \[pos\] or \[1, pos\], got shape \[3, 7\]"
-    ):
-        Prompt.of(d, model, tiny_tokens(3, 7))
-
-
-def test_a_prompt_refuses_another_model(d, gpt2_bridge, llama_bridge, model, tokens):
-    other = llama_bridge if model is gpt2_bridge else gpt2_bridge
-    with pytest.raises(qk.host.FingerprintError):
-        Prompt.of(d, other, tokens)
-
-
-def test_made_patterns_are_the_dictionarys(prompt, d):
-    for source in ("transcoders", "feature_map"):
-        assert torch.equal(prompt.made(source), d.pattern(prompt.x[None], source)[0])
-
-
-@pytest.mark.parametrize(
-    ("place", "message"),
-    [
-        ((4, -1, 0), r"head must lie in \[0, [23]\], got 4"),
-        ((0, 13, 0), r"query_pos must lie in \[-13, 12\], got 13"),
-        ((0, 3, -14), r"key_pos must lie in \[-13, 12\], got -14"),
-        ((0, 3, 4), "got query 3 and key 4"),
-    ],
-)
-def test_places_are_checked(prompt, place, message):
-    with pytest.raises(ValueError, match=message):
-        prompt.place(*place)
-
-
-def test_places_count_from_either_end(prompt):
-    assert prompt.place(1, -1, -13) == (1, 12, 0)
+def without_sums(frame):
+    return frame[~frame["kind"].isin(["masked", "error"])]
 
 
 # Terms
 
 
-def test_every_term_is_the_one_by_hand(a, d, prompt):
-    frame = a.to_frame()
-    of_features = frame[frame["kind"] != "error"]
-    acts = acts_of(prompt)
-    _, pattern = own_scores(prompt.model, prompt.tokens[None])
-    P = pattern[HEAD, QUERY, : QUERY + 1].numpy()
-    for row in of_features.itertuples():
-        c = pair_term(d, acts, (row.query_feature, row.key_feature, HEAD))[0, QUERY, : QUERY + 1]
+def test_every_term_is_the_one_by_hand(attribution, prompt, pattern_row):
+    frame = attribution.to_frame()
+    terms = frame[frame["kind"] != "error"]
+    for row in terms.itertuples():
+        c = term_by_hand(prompt, (row.query_feature, row.key_feature, HEAD))
         assert row.contribution == pytest.approx(c[KEY], abs=1e-5)
-        assert row.pattern_effect == pytest.approx(c[KEY] - (P * c).sum(), abs=1e-5)
-    n_active = int((acts[0][0, QUERY] > 0).sum()) + 1, int((acts[1][0, KEY] > 0).sum()) + 1
-    assert len(of_features) == n_active[0] * n_active[1]
-    assert len(frame) == (n_active[0] + 1) * (n_active[1] + 1)
+        effect = c[KEY] - (pattern_row * c).sum()
+        assert row.pattern_effect == pytest.approx(effect, abs=1e-5)
+    n_query = int((prompt.query_acts[QUERY] > 0).sum()) + 1  # and the constant
+    n_key = int((prompt.key_acts[KEY] > 0).sum()) + 1
+    assert len(terms) == n_query * n_key
+    assert len(frame) == (n_query + 1) * (n_key + 1)
 
 
-def test_kinds_tell_constants_and_errors(a):
-    frame = a.to_frame()
-    is_constant = frame["query_feature"] == D_QUERY, frame["key_feature"] == D_KEY
-    error = frame["query_feature"].isna() | frame["key_feature"].isna()
-    both = is_constant[0].fillna(False) & is_constant[1].fillna(False)
-    assert (frame["kind"] == "error").equals(error.astype(bool))
-    assert (frame["kind"] == "constant").sum() == 1 == both.sum()
-    assert set(frame["kind"]) == set(KINDS) - {"masked"}
-    assert (frame.loc[frame["kind"] == "query_constant", "query_feature"] == D_QUERY).all()
-    assert (frame.loc[frame["kind"] == "key_constant", "key_feature"] == D_KEY).all()
-    assert (frame.loc[frame["kind"] == "pair", "query_feature"] < D_QUERY).all()
+def test_kinds_tell_constants_and_errors(attribution):
+    frame = attribution.to_frame()
     assert tuple(frame.columns) == COLUMNS
+    for row in frame.itertuples():
+        if pd.isna(row.query_feature) or pd.isna(row.key_feature):
+            expected = "error"
+        elif row.query_feature == D_QUERY and row.key_feature == D_KEY:
+            expected = "constant"
+        elif row.query_feature == D_QUERY:
+            expected = "query_constant"
+        elif row.key_feature == D_KEY:
+            expected = "key_constant"
+        else:
+            expected = "pair"
+        assert row.kind == expected
+    assert set(frame["kind"]) == set(KINDS) - {"masked"}
 
 
-def test_weights_are_the_maps(a, d):
-    listed = {
-        tuple(pair): float(m)
-        for pair, m in zip(d.feature_map.indices.tolist(), d.feature_map.weights, strict=True)
-    }
-    frame = a.to_frame()
+def test_weights_are_the_maps(attribution, d):
+    weights = pair_weights(d)
+    frame = attribution.to_frame()
     for row in frame.itertuples():
         if row.kind == "error":
             assert np.isnan(row.weight)
         elif row.kind == "constant":
             assert row.weight == 1
         else:
-            assert row.weight == pytest.approx(
-                listed.get((row.query_feature, row.key_feature, HEAD), 0.0)
-            )
-    assert (frame["weight"] > 0).sum() > 3 and (frame["weight"] == 0).sum() > 3
+            pair = (row.query_feature, row.key_feature, HEAD)
+            assert row.weight == pytest.approx(weights.get(pair, 0.0))
+    assert (frame["weight"] > 0).sum() > 3
+    assert (frame["weight"] == 0).sum() > 3
 
 
-@pytest.mark.parametrize("form", ["full", "kept"])
-def test_terms_add_up_to_the_models_own_score(prompt, model, tokens, form):
-    scores, _ = own_scores(model, tokens)
-    for place in ((0, 12, 12), (1, 7, 0), (2, 12, 5), (2, 0, 0)):
-        total = Attribution.of(prompt, *place).to_frame(form)["contribution"].sum()
-        assert total == pytest.approx(float(scores[place]), abs=1e-5)
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("position", [(0, 12, 12), (1, 7, 0), (2, 12, 5), (2, 0, 0)])
+def test_terms_add_up_to_the_models_own_score(prompt, model, tokens, source, position):
+    _, values = observe(model, tokens, names=(SCORES,))
+    total = Attribution.of(prompt, *position).to_frame(source)["contribution"].sum()
+    assert total == pytest.approx(float(values[SCORES][0][position]), abs=1e-5)
 
 
-def test_kept_form_holds_the_maps_terms(a):
-    full, kept = a.to_frame("full"), a.to_frame("kept")
-    m, c, error = full["weight"].fillna(0), full["contribution"], full["kind"] == "error"
-    by_kind = kept.set_index("kind")["contribution"]
-    assert by_kind["masked"] == pytest.approx(((1 - m) * c)[~error].sum(), abs=1e-5)
-    assert by_kind["error"] == pytest.approx(c[error].sum(), abs=1e-5)
-    listed = kept[~kept["kind"].isin(["masked", "error"])].sort_values(
-        ["query_feature", "key_feature"]
-    )
-    expected = full[m > 0].sort_values(["query_feature", "key_feature"])
-    np.testing.assert_allclose(listed["contribution"], (m * c)[expected.index], atol=1e-6)
-    np.testing.assert_allclose(
-        listed["pattern_effect"], (m * full["pattern_effect"])[expected.index], atol=1e-6
-    )
+def test_the_map_counts_its_terms_and_sums_up_the_rest(attribution):
+    all_terms = attribution.to_frame("transcoders")
+    by_map = attribution.to_frame("feature_map")
+    is_error = all_terms["kind"] == "error"
+    weight = all_terms["weight"].fillna(0.0)
+    masked = ((1 - weight) * all_terms["contribution"])[~is_error].sum()
+    errors = all_terms["contribution"][is_error].sum()
+    sums = by_map.set_index("kind")["contribution"]
+    assert sums["masked"] == pytest.approx(masked, abs=1e-5)
+    assert sums["error"] == pytest.approx(errors, abs=1e-5)
+    actual = without_sums(by_map).set_index(FEATURES).sort_index()
+    in_map = all_terms[weight > 0].set_index(FEATURES).sort_index()
+    for column in ("contribution", "pattern_effect"):
+        expected = in_map["weight"] * in_map[column]
+        np.testing.assert_allclose(actual[column], expected, atol=1e-6)
 
 
-def test_attention_drop_is_that_of_a_pattern_without_the_pair(prompt, d, model, tokens):
+def test_attention_drop_is_that_of_a_pattern_without_the_pair(attribution, d, model, tokens):
     """Dropped by the patching hooks, recomputed by the model."""
-    a = Attribution.of(prompt, HEAD, QUERY, KEY)
-    frame = a.to_frame()
-    names = hook_names(model, LAYER)
+    frame = attribution.to_frame()
     pairs = frame[frame["kind"].isin(["pair", "query_constant", "key_constant"])].head(7)
     assert len(pairs) == 7
     for row in pairs.itertuples():
-        hooks = d.fwd_hooks(
-            model, "model", ablate_pairs=np.array([[row.query_feature, row.key_feature, HEAD]])
-        )
-        _, seen = observe(model, tokens, hooks, names=(names.pattern,))
-        left = seen[names.pattern][0, HEAD, QUERY, KEY]
-        assert row.attention_drop == pytest.approx(a.attention - float(left), abs=1e-5)
+        pair = np.array([[row.query_feature, row.key_feature, HEAD]])
+        hooks = d.fwd_hooks(model, "model", ablate_pairs=pair)
+        _, values = observe(model, tokens, hooks, names=(PATTERN,))
+        remaining = float(values[PATTERN][0, HEAD, QUERY, KEY])
+        assert row.attention_drop == pytest.approx(attribution.attention - remaining, abs=1e-5)
 
 
-def test_removing_the_strongest_pairs_together_is_what_their_terms_predict(a, d, model, tokens):
+def test_strongest_pairs_removed_together_do_what_their_terms_predict(
+    attribution, d, model, tokens
+):
     """A check of the code, no evidence: ablation inside the scores is linear."""
-    triples = a.triples(4, form="full")
-    assert triples.shape == (4, 3) and set(triples[:, 2].tolist()) == {HEAD}
-    name = hook_names(model, LAYER).pattern
-    _, seen = observe(
-        model, tokens, d.fwd_hooks(model, "model", ablate_pairs=triples), names=(name,)
-    )
-    removed = sum(
-        pair_term(d, acts_of(a.prompt), tuple(triple))[0, QUERY, : QUERY + 1]
-        for triple in triples.tolist()
-    )
-    left = (a.prompt.scores[HEAD, QUERY, : QUERY + 1] - torch.from_numpy(removed)).softmax(dim=-1)
-    torch.testing.assert_close(
-        seen[name][0, HEAD, QUERY, : QUERY + 1].double(), left, atol=1e-5, rtol=0
-    )
+    triples = attribution.triples(4, source="transcoders")
+    assert triples.shape == (4, 3)
+    assert set(triples[:, 2].tolist()) == {HEAD}
+    hooks = d.fwd_hooks(model, "model", ablate_pairs=triples)
+    _, values = observe(model, tokens, hooks, names=(PATTERN,))
+    removed = sum(term_by_hand(attribution.prompt, tuple(pair)) for pair in triples.tolist())
+    scores = attribution.prompt.scores[HEAD, QUERY, ROW].double()
+    expected = (scores - torch.from_numpy(removed)).softmax(dim=-1)
+    assert_near(values[PATTERN][0, HEAD, QUERY, ROW].double(), expected)
 
 
 def test_an_exact_dictionary_leaves_no_error(model, tokens):
-    a = attribute(exact_dictionary(model), model, tokens, HEAD, QUERY, KEY)
-    frame = a.to_frame()
+    attribution = attribute(exact_dictionary(model), model, tokens, HEAD, QUERY, KEY)
+    frame = attribution.to_frame()
     assert frame.loc[frame["kind"] == "error", "contribution"].abs().max() < 1e-5
-    assert a.form == "full" and a.to_frame()["weight"].dropna().eq(1).all()
+    assert frame["weight"].dropna().eq(1).all()
+    assert attribution.source == "transcoders"
     with pytest.raises(ValueError, match="no feature map"):
-        a.to_frame("kept")
+        attribution.to_frame("feature_map")
 
 
-def test_unknown_forms_and_signs_are_refused(a, monkeypatch):
-    monkeypatch.setattr(
-        "jaxtyping.config.jaxtyping_disable", True
-    )  # what users meet outside pytest
-    with pytest.raises(ValueError, match="form must be 'full' or 'kept', got 'all'"):
-        a.to_frame("all")
-    with pytest.raises(
-        ValueError, match="sign must be 'both', 'supporting' or 'inhibiting', got 'up'"
-    ):
-        a.top(3, "up")
+def test_unknown_sources_and_signs_are_refused(attribution, monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # what users meet
+    with pytest.raises(ValueError, match=r"source must be .* got 'all'"):
+        attribution.to_frame("all")
+    with pytest.raises(ValueError, match=r"sign must be .* got 'up'"):
+        attribution.top(3, "up")
 
 
-# Views
+# Sums
 
 
-def test_top_shows_both_signs(a):
-    frame = a.to_frame("kept")
-    effects = sorted(frame.loc[~frame["kind"].isin(["masked", "error"]), "pattern_effect"])
-    supporting, inhibiting = (
-        [e for e in effects[:-4:-1] if e > 0],
-        [e for e in effects[:3] if e < 0],
-    )
-    assert a.top(3)["pattern_effect"].tolist() == supporting + inhibiting
-    assert supporting and inhibiting
-    assert a.top(2, "inhibiting")["pattern_effect"].tolist() == inhibiting[:2]
-    assert (
-        a.top(100, form="full")["kind"]
-        .isin(["pair", "query_constant", "key_constant", "constant"])
-        .all()
-    )
+def test_top_has_both_signs(attribution):
+    effects = without_sums(attribution.to_frame("feature_map"))["pattern_effect"]
+    supporting = effects[effects > 0].sort_values(ascending=False).tolist()
+    inhibiting = effects[effects < 0].sort_values().tolist()
+    assert attribution.top(3)["pattern_effect"].tolist() == supporting[:3] + inhibiting[:3]
+    assert attribution.top(2, "supporting")["pattern_effect"].tolist() == supporting[:2]
+    assert attribution.top(2, "inhibiting")["pattern_effect"].tolist() == inhibiting[:2]
+    kinds = attribution.top(100, source="transcoders")["kind"]
+    assert set(kinds) <= {"pair", "query_constant", "key_constant", "constant"}
 
 
-@pytest.mark.parametrize("form", ["full", "kept"])
-def test_marginals_are_sums_over_partners(a, form):
-    frame = a.to_frame(form)
-    for table, column in zip(a.marginals(form), ("query_feature", "key_feature"), strict=True):
-        assert table["contribution"].sum() == pytest.approx(a.score, abs=1e-5)
-        of_features = frame[~frame["kind"].isin(["masked", "error"])]
-        assert set(table.loc[table["n_terms"] > 0, "feature"]) == set(of_features[column])
-        for row in table.dropna().itertuples():
-            terms = of_features[of_features[column] == row.feature]
-            assert row.n_terms == len(terms)
-            assert row.contribution == pytest.approx(terms["contribution"].sum(), abs=1e-6)
-            if column == "key_feature":
-                assert row.pattern_effect == pytest.approx(terms["pattern_effect"].sum(), abs=1e-6)
-        assert table["pattern_effect"].abs().is_monotonic_decreasing
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("side", ["query", "key"])
+def test_marginals_are_sums_over_partners(attribution, source, side):
+    frame = attribution.to_frame(source)
+    table = getattr(attribution.marginals(source), side)
+    terms = without_sums(frame)
+    assert table["contribution"].sum() == pytest.approx(attribution.score, abs=1e-5)
+    assert table["pattern_effect"].abs().is_monotonic_decreasing
+    assert set(table.loc[table["n_terms"] > 0, "feature"]) == set(terms[f"{side}_feature"])
+    for row in table.dropna().itertuples():
+        partners = terms[terms[f"{side}_feature"] == row.feature]
+        assert row.n_terms == len(partners)
+        assert row.contribution == pytest.approx(partners["contribution"].sum(), abs=1e-6)
+        if side == "key":
+            effect = partners["pattern_effect"].sum()
+            assert row.pattern_effect == pytest.approx(effect, abs=1e-6)
 
 
-def test_a_query_features_effect_counts_what_it_meets_at_other_keys(a, d, prompt):
-    weights, acts, P = (
-        d.feature_map,
-        acts_of(prompt),
-        prompt.pattern[HEAD, QUERY, : QUERY + 1].double().numpy(),
-    )
-    table = a.marginals("kept").query.dropna()
+def test_a_query_features_effect_counts_what_it_meets_at_other_keys(attribution, d, pattern_row):
+    table = attribution.marginals("feature_map").query.dropna()
+    weights = pair_weights(d)
     for row in table[table["feature"] < D_QUERY].itertuples():
-        listed = weights.restrict(heads=HEAD, query_features=int(row.feature))
-        pairs = zip(listed.indices.tolist(), listed.weights.tolist(), strict=True)
-        terms = sum(m * pair_term(d, acts, tuple(pair))[0, QUERY, : QUERY + 1] for pair, m in pairs)
-        assert row.pattern_effect == pytest.approx(terms[KEY] - (P * terms).sum(), abs=1e-5)
+        total = np.zeros(QUERY + 1)
+        for pair, weight in weights.items():
+            if pair[0] == row.feature and pair[2] == HEAD:
+                total += weight * term_by_hand(attribution.prompt, pair)
+        effect = total[KEY] - (pattern_row * total).sum()
+        assert row.pattern_effect == pytest.approx(effect, abs=1e-5)
 
 
-def test_query_effects_add_up_to_the_centred_score(a):
-    scores, P = (
-        a.prompt.scores[HEAD, QUERY, : QUERY + 1],
-        a.prompt.pattern[HEAD, QUERY, : QUERY + 1],
-    )
-    for form in ("full", "kept"):
-        total = a.marginals(form).query["pattern_effect"].sum()
-        assert total == pytest.approx(float(scores[KEY] - (P * scores).sum()), abs=1e-5)
+@pytest.mark.parametrize("source", SOURCES)
+def test_query_effects_add_up_to_the_centred_score(attribution, source, pattern_row):
+    scores = attribution.prompt.scores[HEAD, QUERY, ROW].numpy()
+    total = attribution.marginals(source).query["pattern_effect"].sum()
+    expected = scores[KEY] - (pattern_row * scores).sum()
+    assert total == pytest.approx(expected, abs=1e-5)
 
 
-def test_parts_add_up(a):
-    parts = a.parts("kept")
-    assert parts["contribution"].sum() == pytest.approx(a.score, abs=1e-5)
+def test_parts_add_up(attribution):
+    parts = attribution.parts("feature_map")
+    assert parts["contribution"].sum() == pytest.approx(attribution.score, abs=1e-5)
     assert set(parts["kind"]) == set(KINDS)
-    assert parts["n_terms"].sum() == len(a.to_frame("kept"))
+    assert parts["n_terms"].sum() == len(attribution.to_frame("feature_map"))
 
 
-def test_strongest_pairs_of_every_cell_are_those_of_its_attribution(prompt):
-    listed = prompt.strongest(2, heads=[HEAD]).set_index(["head", "query_pos", "key_pos"])
-    for place in ((HEAD, 12, 3), (HEAD, 5, 5), (HEAD, 12, 12)):
-        cell = listed.loc[[place]]
-        top = Attribution.of(prompt, *place).top(2, form="kept")
-        np.testing.assert_allclose(
-            cell["pattern_effect"].sort_values(), top["pattern_effect"].sort_values(), atol=1e-5
-        )
-        found = set(zip(cell["query_feature"], cell["key_feature"], strict=True))
-        assert found == set(zip(top["query_feature"], top["key_feature"], strict=True))
-    assert set(listed.index.get_level_values("head")) == {HEAD}
+# Views: one dict for the terminal, notebooks and the page
 
 
-def test_strongest_pairs_without_a_map_are_all_pairs(model, tokens):
-    prompt = Prompt.of(tiny_dictionary(model, n_pairs=0), model, tokens)
-    cell = prompt.strongest(3, heads=[1]).query("query_pos == 12 and key_pos == 6")
-    top = Attribution.of(prompt, 1, 12, 6).top(3)
-    np.testing.assert_allclose(
-        cell["pattern_effect"].sort_values(), top["pattern_effect"].sort_values(), atol=1e-5
-    )
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_dict_holds_what_the_tables_hold(checked, source):
+    values = json.loads(checked.to_json(4, source))
+    tables = checked.tables(4, source)
+    rows = {**values, **values["marginals"], "check": values["check"]["table"]}
+    for name, table in tables.items():
+        assert len(rows[name]) == len(table)
+        assert list(rows[name][0]) == list(table.columns)
+        for column in table.columns:
+            cells = [row[column] for row in rows[name]]
+            expected = [None if pd.isna(cell) else cell for cell in table[column]]
+            assert cells == expected
+    position = [values[name] for name in ("head", "query_pos", "key_pos")]
+    assert tuple(position) == checked.position
+    assert values["title"] == str(checked)
+    assert values["tokens"] == checked.prompt.words
+    assert values["score"] == checked.score
+    assert values["attention"] == checked.attention
+    assert values["rebuilt"] == float(checked.prompt.rebuilt_pattern(source)[checked.position])
+    assert values["source"] == source
+    assert (values["d_query"], values["d_key"]) == (D_QUERY, D_KEY)
+    assert values["check"]["verdict"] == checked.causal_check.verdict
 
 
-def test_the_overview_shows_where_each_head_looks(prompt):
-    made = overview(prompt, -3).set_index("head")
-    i = N_POS - 3
-    for head, row in enumerate(prompt.pattern[:, i]):
-        j = max(range(1, i + 1), key=lambda at, row=row: float(row[at]))
-        shown = made.loc[head]
-        assert (shown["key_pos"], shown["key"]) == (j, prompt.words[j])
-        assert (shown["attention"], shown["to_first"]) == (
-            pytest.approx(float(row[j])),
-            pytest.approx(float(row[0])),
-        )
-        assert shown["rebuilt"] == pytest.approx(float(prompt.made()[head, i, j]))
-        best = Attribution.of(prompt, head, i, j).top(1, "supporting").iloc[0]
-        assert (shown["query_feature"], shown["key_feature"]) == (
-            best["query_feature"],
-            best["key_feature"],
-        )
-    assert overview(prompt, 0)["key_pos"].eq(0).all()
+def test_the_docstring_lists_the_keys(checked):
+    for name in checked.to_dict(1):
+        assert name in Attribution.to_dict.__doc__
 
 
-@pytest.mark.parametrize("token", [4, -9, "4", "-9"])
-def test_tokens_are_found_by_position(prompt, token):
-    assert prompt.find(token) == 4
+def test_without_a_check_there_is_none_to_show(attribution):
+    assert attribution.to_dict(1)["check"] is None
+    assert "check" not in attribution.tables(1)
 
 
-def test_tokens_are_found_by_text(prompt):
-    once = next(
-        word for word in prompt.words if prompt.words.count(word) == 1 and not word.isdigit()
-    )
-    assert prompt.find(once) == prompt.words.index(once) == prompt.find(f" {once} ")
-    with pytest.raises(ValueError, match="The token 'Zeus' is not among"):
-        prompt.find("Zeus")
-    with pytest.raises(ValueError, match=r"query_pos must lie in \[-13, 12\], got 99"):
-        prompt.find("99")
-
-
-def test_a_token_that_stands_twice_needs_a_position(d, model):
-    with pytest.raises(ValueError, match=r"The token 'h' stands at \[\d+, \d+\]: give a position"):
-        Prompt.of(d, model, "hwh").find("h")
-
-
-# JSON, tables
-
-
-def test_json_has_the_fields_of_graph_viewers(a, prompt):
-    made = json.loads(a.to_json(n=4))
-    traced = made["qk_tracing_results"]
-    assert set(traced) == {
-        "pair_wise_contributors",
-        "top_q_marginal_contributors",
-        "top_k_marginal_contributors",
-    }
-    frame = a.to_frame("kept")
-    best = frame[~frame["kind"].isin(["masked", "error"])].iloc[0]
-    first = traced["pair_wise_contributors"][0]
-    assert first[:2] == [
-        f"{LAYER}q_{best.query_feature}_{QUERY}",
-        f"{LAYER}k_{best.key_feature}_{KEY}",
-    ]
-    assert (
-        first[2] == pytest.approx(best.contribution) and len(traced["pair_wise_contributors"]) == 4
-    )
-    marginals = a.marginals().query.dropna()
-    assert traced["top_q_marginal_contributors"][0][1] == pytest.approx(
-        marginals["contribution"].iloc[0]
-    )
-    nodes = {node["node_id"]: node for node in made["nodes"]}
-    named = {end for pair in traced["pair_wise_contributors"] for end in pair[:2]}
-    named |= {end for side in ("q", "k") for end, _ in traced[f"top_{side}_marginal_contributors"]}
-    assert named == set(nodes)
-    for node in nodes.values():
-        at = QUERY if node["feature_type"].startswith("query") else KEY
-        acts, constant = (prompt.query_acts, D_QUERY) if at == QUERY else (prompt.key_acts, D_KEY)
-        assert node["ctx_idx"] == at and node["token"] == prompt.words[at]
-        expected = 1.0 if node["feature"] == constant else float(acts[at, node["feature"]])
+def test_json_has_the_fields_of_graph_viewers(attribution, prompt):
+    values = json.loads(attribution.to_json(n=4))
+    traced = values["qk_tracing_results"]
+    best = without_sums(attribution.to_frame("feature_map")).iloc[0]
+    query_node = f"{LAYER}q_{best['query_feature']}_{QUERY}"
+    key_node = f"{LAYER}k_{best['key_feature']}_{KEY}"
+    pairs = traced["pair_wise_contributors"]
+    assert len(pairs) == 4
+    assert pairs[0] == [query_node, key_node, best["contribution"]]
+    ends = {end for pair in pairs for end in pair[:2]}
+    marginals = attribution.marginals()
+    for side, name in (("query", "top_q"), ("key", "top_k")):
+        contributors = traced[f"{name}_marginal_contributors"]
+        table = getattr(marginals, side).dropna()
+        assert [value for _, value in contributors] == table["contribution"].head(4).tolist()
+        ends |= {node for node, _ in contributors}
+    assert len(traced) == 3
+    assert ends == {node["node_id"] for node in values["nodes"]}
+    for node in values["nodes"]:
+        is_query = node["feature_type"].startswith("query")
+        pos = QUERY if is_query else KEY
+        acts = (prompt.query_acts if is_query else prompt.key_acts)[pos]
+        is_constant = node["feature"] == len(acts)
+        expected = 1.0 if is_constant else float(acts[node["feature"]])
+        assert node["ctx_idx"] == pos
+        assert node["token"] == prompt.words[pos]
+        assert node["layer"] == LAYER
         assert node["activation"] == pytest.approx(expected)
-        assert node["feature_type"].endswith("constant") == (node["feature"] == constant)
-    assert made["score"] == pytest.approx(a.score) and (made["head"], made["key_pos"]) == (
-        HEAD,
-        KEY,
-    )
+        assert node["feature_type"].endswith("constant") == is_constant
 
 
-def test_the_terminal_shows_what_the_tables_hold(a, prompt):
+def test_the_terminal_shows_what_the_tables_hold(checked):
     console = Console(width=140)
     with console.capture() as capture:
-        console.print(a)
-    shown = capture.get()
-    made = float(prompt.made()[HEAD, QUERY, KEY])
-    assert f"with {a.attention:.3f}; rebuilt from features {made:.3f}" in shown
-    for row in a.top(1).itertuples():
-        assert f"{row.pattern_effect:+.3f}" in shown and f"{row.attention_drop:+.3f}" in shown
-    assert "supporting pairs" in shown and "inhibiting pairs" in shown and "constant" in shown
+        console.print(checked)
+    text = capture.get()
+    rebuilt = checked.to_dict(1)["rebuilt"]
+    assert f"with {checked.attention:.3f}; rebuilt from features {rebuilt:.3f}" in text
+    for row in checked.top(1).itertuples():
+        assert f"{row.pattern_effect:+.3f}" in text
+        assert f"{row.attention_drop:+.3f}" in text
+    for words in ("supporting pairs", "inhibiting pairs", "constant"):
+        assert words in text
+    assert f"the explanation {checked.causal_check.verdict}" in text
 
 
-def test_they_name_themselves_in_a_line(a, prompt):
-    text, n = "".join(prompt.words), len(prompt.words)
-    assert repr(prompt) == f"Prompt({text!r}, {n} tokens, layer {prompt.dictionary.cfg.layer})"
-    assert repr(a) == f"Attribution({a})"
-    assert "attends to" in repr(a)
-    assert "\n" not in repr(a)
+def test_notebooks_show_tables_and_escape_tokens(checked, prompt):
+    page = checked._repr_html_()
+    assert f"{checked.top(1, 'supporting')['pattern_effect'].iloc[0]:.3f}" in page
+    assert f"the explanation {checked.causal_check.verdict}" in page
+    hostile_words = list(prompt.words)
+    hostile_words[KEY] = "<script>alert(1)</script>"
+    values = {name: getattr(prompt, name) for name in RecordedPrompt.__dataclass_fields__}
+    hostile = RecordedPrompt(**{**values, "words": hostile_words})
+    attributions = attribute(prompt.dictionary, prompt.model, hostile, [HEAD], QUERY, [KEY])
+    for page in (attributions[0]._repr_html_(), attributions._repr_html_()):
+        assert "<script>" not in page
+        assert "&lt;script&gt;" in page
 
 
-def test_notebooks_show_tables_and_escape_tokens(a, prompt):
-    assert f"{a.top(1, 'supporting')['pattern_effect'].iloc[0]:.3f}" in a._repr_html_()
-    words = list(prompt.words)
-    words[KEY] = "<script>alert(1)</script>"
-    hostile = Prompt(
-        **{**{f: getattr(prompt, f) for f in prompt.__dataclass_fields__}, "words": words}
-    )
-    made = attribute(prompt.dictionary, prompt.model, hostile, [HEAD], QUERY, [KEY])
-    for shown in (made[0]._repr_html_(), made._repr_html_()):
-        assert "<script>" not in shown and "&lt;script&gt;" in shown
+def test_an_attribution_names_itself_in_a_line(attribution):
+    assert repr(attribution) == f"Attribution({attribution})"
+    assert "attends to" in str(attribution)
+    assert "\n" not in str(attribution)
 
 
-def test_notebooks_show_every_heads_pattern(prompt, d):
-    shown, made = prompt._repr_html_(), prompt.made()
-    assert shown.count("<table") == 2 * d.spec.n_heads
-    n_cells = N_POS * (N_POS + 1) // 2
-    assert shown.count("<td") == 2 * d.spec.n_heads * n_cells
-    q, k = (html.escape(repr(prompt.words[at])) for at in (QUERY, KEY))
-    for pattern in (prompt.pattern, made):
-        assert f'title="{q} ({QUERY}) to {k} ({KEY}): {pattern[HEAD, QUERY, KEY]:.3f}"' in shown
+# One score or many
 
 
-def test_notebooks_show_the_tokens_of_long_prompts(d, model):
-    shown = Prompt.of(d, model, tiny_tokens(1, 51))._repr_html_()
-    assert "<table" not in shown and shown.startswith("0:&#x27;")
+@pytest.mark.parametrize(
+    ("head", "query_pos", "key_pos"),
+    [
+        (HEAD, QUERY, KEY),
+        (np.int64(HEAD), np.int32(QUERY), np.uint8(KEY)),
+        (torch.tensor(HEAD), torch.tensor(QUERY), torch.tensor(KEY)),
+        (np.array(HEAD), QUERY - N_POS, np.array(KEY - N_POS)),
+    ],
+)
+def test_one_number_each_gives_one_attribution(d, model, prompt, head, query_pos, key_pos):
+    attribution = attribute(d, model, prompt, head, query_pos, key_pos)
+    assert isinstance(attribution, Attribution)
+    assert attribution.position == (HEAD, QUERY, KEY)
 
 
-# Many places
+@pytest.mark.parametrize(
+    "several", [[2], (2,), range(2, 3), np.array([2]), torch.tensor([2]), pd.Series([2])]
+)
+@pytest.mark.parametrize("name", ["head", "query_pos", "key_pos"])
+def test_several_give_a_list_even_if_one(d, model, prompt, name, several):
+    numbers = {"head": 2, "query_pos": 2, "key_pos": 2, name: several}
+    attributions = attribute(d, model, prompt, **numbers)
+    assert isinstance(attributions, Attributions)
+    assert [attribution.position for attribution in attributions] == [(2, 2, 2)]
 
 
 def test_many_scores_at_once_are_the_single_ones(d, model, tokens, prompt):
-    made = attribute(d, model, tokens, [0, 2], [-1, 6], [2, 9, -3])
-    assert isinstance(made, Attributions)
-    assert [tuple(one.place) for one in made] == [
-        (h, i, j) for h in (0, 2) for i in (12, 6) for j in (2, 9, 10) if j <= i
-    ]
-    frame = made.to_frame("kept")
-    for one in made:
-        here = (
-            frame.set_index(["head", "query_pos", "key_pos"])
-            .loc[[one.place]]
-            .reset_index(drop=True)
-        )
-        pd.testing.assert_frame_equal(here, Attribution.of(prompt, *one.place).to_frame("kept"))
-    assert len(made[2:4]) == 2 and isinstance(made[:1], Attributions)
-    assert [one["query_pos"] for one in json.loads(made.to_json())] == [
-        one.place.query_pos for one in made
-    ]
-    summary = made.summary()
-    assert summary["attention"].tolist() == [one.attention for one in made]
+    attributions = attribute(d, model, tokens, [0, 2], [-1, 6], [2, 9, -3])
+    positions = [(0, 12, 2), (0, 12, 9), (0, 12, 10), (0, 6, 2)]
+    positions += [(2, 12, 2), (2, 12, 9), (2, 12, 10), (2, 6, 2)]
+    assert [tuple(attribution.position) for attribution in attributions] == positions
+    frame = attributions.to_frame("feature_map").set_index(["head", "query_pos", "key_pos"])
+    for position in positions:
+        expected = Attribution.of(prompt, *position).to_frame("feature_map")
+        actual = frame.loc[[position]].reset_index(drop=True)
+        pd.testing.assert_frame_equal(actual, expected)
+    assert isinstance(attributions[2:4], Attributions)
+    values = json.loads(attributions.to_json(1))
+    assert [value["query_pos"] for value in values] == [12, 12, 12, 6, 12, 12, 12, 6]
+    attention = [attribution.attention for attribution in attributions]
+    assert attributions.summary()["attention"].tolist() == attention
 
 
-def test_none_stands_for_all(d, model, tokens):
-    made = attribute(d, model, tokens, query_pos=3)
-    assert [tuple(one.place) for one in made] == [
-        (h, 3, j) for h in range(d.spec.n_heads) for j in range(4)
-    ]
+def test_none_stands_for_all(d, model, prompt):
+    attributions = attribute(d, model, prompt, query_pos=3)
+    expected = [(head, 3, key) for head in range(d.spec.n_heads) for key in range(4)]
+    assert [tuple(attribution.position) for attribution in attributions] == expected
 
 
-def test_no_allowed_place_is_an_error(d, model, tokens):
-    with pytest.raises(
-        ValueError, match=r"None of the keys \[5\] is at or before one of the queries \[2\]"
-    ):
-        attribute(d, model, tokens, None, 2, 5)
+def test_a_recorded_prompt_of_another_dictionary_or_model_is_refused(
+    prompt, model, gpt2_bridge, llama_bridge
+):
+    with pytest.raises(ValueError, match="recorded with another dictionary"):
+        attribute(tiny_dictionary(model, seed=1), model, prompt)
+    other = llama_bridge if model is gpt2_bridge else gpt2_bridge
+    with pytest.raises(ValueError, match="recorded with another model"):
+        attribute(prompt.dictionary, other, prompt)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"query_pos": 2, "key_pos": 5}, r"None of the keys \[5\]"),
+        ({"head": 0, "query_pos": 2, "key_pos": 5}, "got query 2 and key 5"),
+        ({"head": 1.0}, "head must be integers"),
+        ({"head": True}, "head must be integers"),
+        ({"head": []}, "head must be at least one integer"),
+        ({"key_pos": [[1, 2]]}, "key_pos must be a number or a list"),
+        ({"head": [0, 99]}, "head must lie in"),
+        ({"key_pos": [99]}, "key_pos must lie in"),
+    ],
+)
+def test_numbers_of_no_score_are_refused(d, model, prompt, numbers, message):
+    with pytest.raises(ValueError, match=message):
+        attribute(d, model, prompt, **numbers)
+
+
+# Names of version 0.1
+
+
+@pytest.mark.parametrize(("form", "source"), [("full", "transcoders"), ("kept", "feature_map")])
+def test_form_is_accepted_with_a_warning(attribution, form, source):
+    expected = attribution.to_frame(source)
+    with pytest.warns(DeprecationWarning, match="source="):
+        pd.testing.assert_frame_equal(attribution.to_frame(form=form), expected)
+    with pytest.warns(DeprecationWarning, match="source="):
+        pd.testing.assert_frame_equal(attribution.to_frame(form), expected)
+    with pytest.warns(DeprecationWarning, match="source="):
+        assert attribution.to_dict(3, form=form) == attribution.to_dict(3, source)
+
+
+def test_shown_is_render(attribution):
+    with pytest.warns(DeprecationWarning, match=r"Attribution\.render"):
+        attribution.shown(3)

@@ -158,9 +158,9 @@ def attribute(
         return Attribution.of(prompt, heads[0], queries[0], keys[0])
     attributions = Attributions()
     for one_head in heads:
+        rows = [prompt.position(one_head, one_query, one_query) for one_query in queries]
         head_terms = prompt.head_terms(one_head)
-        for one_query in queries:
-            query = prompt.position(one_head, one_query, one_query).query_pos
+        for _, query, _ in rows:
             terms = head_terms.row(query)
             for one_key in keys:
                 if prompt.is_allowed(query, one_key):

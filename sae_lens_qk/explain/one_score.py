@@ -335,7 +335,7 @@ class Attribution:
     @form_renamed
     def shown(self, n: int = 10, source: Source | None = None) -> RenderableType:
         """Old name of `render`, which goes with the next release."""
-        warn_renamed("Attribution.shown", "Attribution.render")
+        warn_renamed("Attribution.shown", "Attribution.render", stacklevel=4)
         return self.render(n, source)
 
     def _titled_tables(self, n: int, source: Source | None) -> list[tuple[str, pd.DataFrame]]:

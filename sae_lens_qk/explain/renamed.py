@@ -19,13 +19,18 @@ def form_renamed(method: Method) -> Method:
     """Let a method with an argument `source` take `form`, "full" and "kept" as well."""
 
     @functools.wraps(method)
-    def renamed(*args: Any, **kwargs: Any) -> Any:
-        if "form" in kwargs:
-            kwargs["source"] = kwargs.pop("form")
-        if not _SOURCES.keys().isdisjoint([*args, kwargs.get("source")]):
-            warn_renamed("form='full' or 'kept'", "source='transcoders' or 'feature_map'")
-        args = tuple(_SOURCES.get(value, value) for value in args)
-        kwargs = {name: _SOURCES.get(value, value) for name, value in kwargs.items()}
-        return method(*args, **kwargs)
+    def renamed(self: Any, *args: Any, form: str | None = None, **kwargs: Any) -> Any:
+        if form is not None:
+            kwargs["source"] = form
+        # `map` adds no frame between the caller and the warning
+        new_kwargs = dict(zip(kwargs, map(_new_source, kwargs.values()), strict=True))
+        return method(self, *map(_new_source, args), **new_kwargs)
 
     return cast(Method, renamed)
+
+
+def _new_source(value: Any) -> Any:
+    if not isinstance(value, str) or value not in _SOURCES:
+        return value
+    warn_renamed(f"form={value!r}", f"source={_SOURCES[value]!r}", stacklevel=4)
+    return _SOURCES[value]
