@@ -45,7 +45,7 @@ lint: setup
 check: lint test  ## before every commit; what CI runs first
 
 bench: setup  ## every benchmark, alone on the machine: writes benchmarks/results/cpu.md and cpu.json
-	$(PY) benchmarks/bench.py
+	$(PY) -m benchmarks.speed
 
 bench-quality: setup  ## what methods find of planted layers, and removals in a real model: writes benchmarks/results/quality*
 	$(PY) -m benchmarks.quality

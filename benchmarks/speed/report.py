@@ -201,7 +201,7 @@ def growth(results: Results, sizes: Sizes) -> list[str]:
                 cells[f"{prefix}step"] = seconds(point.get("seconds"))
                 cells[f"{prefix}memory"] = size(point.get("step_bytes"))
             pairs = [count(points[n]["pairs"]) for points in series.values() if n < len(points)]
-            cells["pairs"] = " / ".join(pairs)
+            cells["pairs "] = " / ".join(pairs)
             rows.append(cells)
         lines += ["", *_table(rows)]
     return lines
