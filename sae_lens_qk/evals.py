@@ -329,18 +329,24 @@ def _pattern_result(
     seed: int,
 ) -> PatternResult:
     """From the rows of one source, those of the zero pattern, and the model's own losses."""
-    kl = metrics.get("pattern_kl")  # [row, head]
-    agreement = metrics.get("argmax_agreement")
+    pattern_kl = None
+    pattern_kl_per_head = None
+    argmax_agreement = None
+    if "pattern_kl" in metrics:  # not of the zero pattern
+        kl = metrics["pattern_kl"]  # [row, head]
+        pattern_kl = bootstrap_interval(kl.mean(axis=1), seed=seed)
+        pattern_kl_per_head = kl.mean(axis=0).tolist()
+        argmax_agreement = float(metrics["argmax_agreement"].mean())
     shares: list[Any] = [None, None, None]
     if explained is not None:
         shares = [share.tolist() for share in explained_shares(explained)]
     ce_gain = zero["ce_loss"] - metrics["ce_loss"]
     logit_kl_gain = zero["logit_kl"] - metrics["logit_kl"]
     return PatternResult(
-        pattern_kl=None if kl is None else bootstrap_interval(kl.mean(axis=1), seed=seed),
-        pattern_kl_per_head=None if kl is None else kl.mean(axis=0).tolist(),
+        pattern_kl=pattern_kl,
+        pattern_kl_per_head=pattern_kl_per_head,
         pattern_tv=float(metrics["pattern_tv"].mean()),
-        argmax_agreement=None if agreement is None else float(agreement.mean()),
+        argmax_agreement=argmax_agreement,
         ce_loss=float(metrics["ce_loss"].mean()),
         logit_kl=float(metrics["logit_kl"].mean()),
         ce_recovered=bootstrap_interval(ce_gain, zero["ce_loss"] - clean_ce, seed=seed),
@@ -381,12 +387,14 @@ def rounding_loss(
         n_bytes = sum(tensor.nbytes for tensor in state_dict.values())
         for source, log_pattern in log_patterns(rounded.to(torch.float32)).items():
             reference = references[source]
+            difference = reference.exp() - log_pattern.exp()
+            divergence = spec.kl(reference, log_pattern)
             row = {
                 "dtype": str(dtype).removeprefix("torch."),
                 "source": source,
                 "megabytes": n_bytes / 1e6,
-                "pattern_error": float((reference.exp() - log_pattern.exp()).abs().max()),
-                "pattern_kl": float(spec.kl(reference, log_pattern)[:, :, 1:].mean()),
+                "pattern_error": float(difference.abs().max()),
+                "pattern_kl": float(divergence[:, :, 1:].mean()),
             }
             rows.append(row)
     return pd.DataFrame(rows).set_index(["dtype", "source"])

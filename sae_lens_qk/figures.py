@@ -5,7 +5,7 @@ pyplot: importing this module and drawing choose no backend and open no window. 
 `%matplotlib inline` shows them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -54,7 +54,7 @@ def pattern_triptych(
     true: Float[Tensor, "*head pos_q pos_k"],
     rebuilt: Float[Tensor, "*head pos_q pos_k"],
     words: Sequence[str],
-    heads: int | Iterable[int] | None = None,
+    heads: int | Sequence[int] | np.ndarray | Tensor | None = None,
     titles: Sequence[str] = ("model", "reconstructed", "reconstructed − model"),
     limit: float | None = None,
 ) -> "matplotlib.figure.Figure":
@@ -133,7 +133,8 @@ def density_histogram(
     least = np.log10(densities[densities > 0].min())
     first_edge = np.floor(least * _BINS_PER_DECADE) / _BINS_PER_DECADE
     width = 1 / _BINS_PER_DECADE
-    bins = 10.0 ** np.arange(min(-1.0, first_edge), width, width)
+    exponents = np.arange(min(-1.0, first_edge), width, width)
+    bins = (10.0**exponents).tolist()
     figure = _new_figure(COLUMN, 2.3)
     ax = figure.subplots()
     _style(ax, "share of tokens on which the feature fires", "features")
@@ -143,7 +144,9 @@ def density_histogram(
         ax.hist(sides[side], bins, histtype="step", color=colour, linestyle=style, label=label)
     ax.set_xscale("log")
     # above the panel, where it hides nothing
-    legend = dict(loc="outside upper center", ncols=2, columnspacing=1.2, frameon=False)
+    legend: dict[str, Any] = dict(
+        loc="outside upper center", ncols=2, columnspacing=1.2, frameon=False
+    )
     figure.legend(fontsize=FONT_SIZE - 1, **legend)
     return figure
 

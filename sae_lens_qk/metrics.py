@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from sae_lens_qk.attention import AttentionSpec
@@ -21,8 +21,8 @@ class Interval(NamedTuple):
 
 
 def bootstrap_interval(
-    values: Float[np.ndarray, " row"],
-    weights: Float[np.ndarray, " row"] | None = None,
+    values: Num[np.ndarray, " row"],
+    weights: Num[np.ndarray, " row"] | None = None,
     n_draws: int = 2000,
     seed: int = 0,
 ) -> Interval:
@@ -40,10 +40,13 @@ def bootstrap_interval(
     n_rows = len(values)
     if weights is None:
         weights = np.ones(n_rows)
-    draws = np.random.default_rng(seed).integers(0, n_rows, (n_draws, n_rows))
-    ratios = values[draws].sum(axis=1) / weights[draws].sum(axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return Interval(float(values.sum() / weights.sum()), float(low), float(high))
+    generator = np.random.default_rng(seed)
+    draws = generator.integers(0, n_rows, (n_draws, n_rows))
+    sums = values[draws].sum(axis=1)
+    ratios = sums / weights[draws].sum(axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5]).tolist()
+    value = float(values.sum() / weights.sum())
+    return Interval(value, low, high)
 
 
 def uniform_pattern(
@@ -51,7 +54,9 @@ def uniform_pattern(
 ) -> Float[Tensor, "pos_q pos_k"]:
     """The baseline: equal weights for the allowed keys, and for the sink where there is one."""
     allowed = spec.allowed_mask(n_pos, device)
-    n_choices = allowed.sum(dim=-1, keepdim=True) + bool(spec.sinks)
+    n_choices = allowed.sum(dim=-1, keepdim=True)
+    if spec.sinks:
+        n_choices = n_choices + 1
     return allowed / n_choices
 
 
@@ -65,12 +70,13 @@ def pattern_metrics(
     """
     true = log_true.exp()
     pattern = torch.zeros_like(true) if log_pattern is None else log_pattern.exp()
-    distance = 0.5 * (true - pattern).abs().sum(dim=-1)  # [row, head, pos_q]
-    metrics = {"pattern_tv": distance[..., 1:].mean(dim=(1, 2))}
+    l1_distance = (true - pattern).abs().sum(dim=-1)  # [row, head, pos_q]
+    metrics = {"pattern_tv": 0.5 * l1_distance[..., 1:].mean(dim=(1, 2))}
     if log_pattern is not None:
-        same_key = true.argmax(dim=-1) == pattern.argmax(dim=-1)
-        metrics["pattern_kl"] = spec.kl(log_true, log_pattern)[..., 1:].mean(dim=2)
-        metrics["argmax_agreement"] = same_key[..., 1:].double().mean(dim=(1, 2))
+        divergence = spec.kl(log_true, log_pattern)
+        metrics["pattern_kl"] = divergence[..., 1:].mean(dim=2)
+        agrees = true.argmax(dim=-1) == pattern.argmax(dim=-1)
+        metrics["argmax_agreement"] = agrees[..., 1:].double().mean(dim=(1, 2))
     return metrics
 
 
@@ -79,7 +85,8 @@ def next_token_loss(
 ) -> Float[Tensor, " row"]:
     """Mean cross-entropy of each row, nats."""
     next_tokens = tokens[:, 1:, None]
-    return -log_probs[:, :-1].gather(2, next_tokens).squeeze(2).mean(dim=1)
+    next_log_probs = log_probs[:, :-1].gather(2, next_tokens)  # [row, pos - 1, 1]
+    return -next_log_probs.mean(dim=(1, 2))
 
 
 def prediction_metrics(
@@ -96,12 +103,14 @@ def prediction_metrics(
     for start in range(0, len(next_tokens), _POSITIONS):
         chunk = slice(start, start + _POSITIONS)
         patched = flat_logits[chunk].float().log_softmax(dim=-1)
-        clean = flat_clean[chunk]
         next_log_probs.append(patched.gather(1, next_tokens[chunk, None]))
-        divergences.append((clean.exp() * (clean - patched)).sum(dim=-1))
+        clean = flat_clean[chunk]
+        terms = clean.exp() * (clean - patched)
+        divergences.append(terms.sum(dim=-1))
     log_probs = torch.cat(next_log_probs).view(tokens.shape)
     divergence = torch.cat(divergences).view(tokens.shape)
-    return {"ce_loss": -log_probs[:, :-1].mean(dim=1), "logit_kl": divergence.mean(dim=1)}
+    ce_loss = -log_probs[:, :-1].mean(dim=1)
+    return {"ce_loss": ce_loss, "logit_kl": divergence.mean(dim=1)}
 
 
 def explained_sums(
@@ -117,13 +126,20 @@ def explained_sums(
     allowed = spec.allowed_mask(scores.shape[-1], scores.device)
     s = scores.masked_fill(~allowed, 0.0).double()
     f = feature_scores.masked_fill(~allowed, 0.0).double()
-    equal_weights = (allowed / allowed.sum(dim=-1, keepdim=True)).double()
+    n_allowed = allowed.sum(dim=-1, keepdim=True)
     terms = [s.square(), f.square()]
-    for P in (pattern.double(), equal_weights):
-        s_centred = s - (P * s).sum(dim=-1, keepdim=True)
-        f_centred = f - (P * f).sum(dim=-1, keepdim=True)
-        terms += [P * (s_centred - f_centred).square(), P * s_centred.square()]
+    for weights in (pattern.double(), allowed.double() / n_allowed):
+        s_centred = _centred(s, weights)
+        f_centred = _centred(f, weights)
+        terms.append(weights * (s_centred - f_centred).square())
+        terms.append(weights * s_centred.square())
     return torch.stack([term.sum(dim=(0, 2, 3)) for term in terms])
+
+
+def _centred(values: Float[Tensor, "*row key"], weights: Tensor) -> Float[Tensor, "*row key"]:
+    """Minus the weighted mean over keys."""
+    mean = (weights * values).sum(dim=-1, keepdim=True)
+    return values - mean
 
 
 def explained_shares(sums: Float[Tensor, "6 head"]) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,12 +29,12 @@ _CELL = "width:13px;height:13px;padding:0;border:1px solid rgba(128,128,128,.25)
 
 def fixed(value: float | None, digits: int = 4) -> str:
     """So many decimals; a dash for None and NaN."""
-    return NONE if pd.isna(value) else f"{value:.{digits}f}"
+    return NONE if _is_missing(value) else f"{value:.{digits}f}"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
     """A share in percent; a dash for None and NaN."""
-    return NONE if pd.isna(value) else f"{value:.{digits}%}"
+    return NONE if _is_missing(value) else f"{value:.{digits}%}"
 
 
 def interval(
@@ -64,6 +64,10 @@ def significant(value: float, digits: int = 4) -> float | int | None:
     return int(rounded) if rounded.is_integer() and abs(rounded) < 1e6 else rounded
 
 
+def _is_missing(value: float | None) -> bool:
+    return value is None or math.isnan(value)
+
+
 # Frames
 
 
@@ -91,7 +95,7 @@ def rich_table(frame: pd.DataFrame, title: str) -> Table:
     is_number = [pd.api.types.is_numeric_dtype(frame[column]) for column in frame]
     texts = [name for name, number in zip(header, is_number, strict=True) if not number]
     rows = ([_cell(value) for value in row] for row in frame.itertuples(index=False))
-    style = dict(box=SIMPLE, show_edge=False, title_justify="left")
+    style: dict[str, Any] = dict(box=SIMPLE, show_edge=False, title_justify="left")
     return cell_table(header, rows, texts, title=Text(title), **style)
 
 
