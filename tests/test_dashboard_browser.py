@@ -7,17 +7,16 @@ import shutil
 
 import pandas as pd
 import pytest
-import torch
+from dashboard_cases import page_data, ranked_dictionary, tiny_statistics
 from PIL import Image
-from tiny_dictionaries import LAYER, N_PAIRS, tiny_dictionary
+from tiny_dictionaries import LAYER
 from tiny_models import tiny_tokens
 
 import sae_lens_qk as qk
-from sae_lens_qk.statistics.activations import collect_activations, model_batches
-from sae_lens_qk.explain.prompt import Prompt
-from sae_lens_qk.dashboard.data import ReportLimits
-from sae_lens_qk.dashboard.report import write_report
-from sae_lens_qk.host.layer import layer_inputs
+from sae_lens_qk.dashboard.page import write_page
+from sae_lens_qk.dashboard.pages import ReportLimits
+from sae_lens_qk.explain.removals import Directions
+from sae_lens_qk.explain.report import striking_positions
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -38,50 +37,59 @@ MARKUP = "<b>bold</b>&amp;"
 N_PROMPT = 13
 
 
-def words(ids):
+def words(token_ids):
     """A third of the tokens would like to be markup or white space."""
     special = [ATTACK, MARKUP, "\n", " lead", "", "\u202e"]
-    return [special[i // 3 % 6] if i % 3 == 0 else f"w{i}" for i in ids]
+    return [special[i // 3 % 6] if i % 3 == 0 else f"w{i}" for i in token_ids]
 
 
 @pytest.fixture(scope="module")
 def d(llama_bridge):
-    d = tiny_dictionary(llama_bridge)
-    kept = d.feature_map
-    statistics = torch.rand(N_PAIRS, 3, generator=torch.Generator().manual_seed(3))
-    d.set_feature_map(
-        qk.SparseFeatureMap(
-            kept.indices, kept.weights, kept.d_query, kept.d_key, kept.n_heads, statistics
-        )
-    )
-    rows = tiny_tokens(4, 17)
-    d.metrics = qk.evaluate(d, llama_bridge, rows, batch_size=2)
+    d = ranked_dictionary(llama_bridge)
+    d.metrics = qk.evaluate(d, llama_bridge, tiny_tokens(4, 17), batch_size=2)
     return d
 
 
 @pytest.fixture(scope="module")
 def prompts(d, llama_bridge):
-    made = [Prompt.of(d, llama_bridge, tiny_tokens(1, n, seed=n)) for n in (N_PROMPT, 31)]
-    return [dataclasses.replace(prompt, words=words(prompt.tokens.tolist())) for prompt in made]
+    recorded = []
+    for n_pos in (N_PROMPT, 31):
+        prompt = qk.RecordedPrompt.record(d, llama_bridge, tiny_tokens(1, n_pos, seed=n_pos))
+        recorded.append(dataclasses.replace(prompt, words=words(prompt.tokens.tolist())))
+    return recorded
 
 
 @pytest.fixture(scope="module")
-def url(d, prompts, llama_bridge, tmp_path_factory):
-    tokens = tiny_tokens(7, 41)
-    table = pd.DataFrame(
-        {"kind": [f"{MARKUP} {n}" for n in range(31)], "n": [(n * 7) % 31 for n in range(31)]}
-    )
-    path = write_report(
-        tmp_path_factory.mktemp("report") / "report.html",
+def directions(d, llama_bridge):
+    """Of features in the layer's input, for checks."""
+    layer = qk.AttentionLayer(llama_bridge, LAYER)
+    return Directions.fit(d, list(layer.inputs(tiny_tokens(16, 31))))
+
+
+@pytest.fixture(scope="module")
+def attribution(d, llama_bridge, prompts, directions):
+    """Of the weight that the first prompt opens with, checked."""
+    position = striking_positions(prompts[0], 1)[0]
+    attribution = qk.attribute(d, llama_bridge, prompts[0], *position)
+    return attribution.checked(directions=directions)
+
+
+@pytest.fixture(scope="module")
+def url(d, prompts, attribution, llama_bridge, tmp_path_factory):
+    kinds = [f"{MARKUP} {n}" for n in range(31)]
+    table = pd.DataFrame({"kind": kinds, "n": [(n * 7) % 31 for n in range(31)]})
+    data = page_data(
         d,
-        collect_activations(d, model_batches(llama_bridge, LAYER, tokens), progress=False),
+        tiny_statistics(d, llama_bridge),
         prompts,
+        [attribution],
+        limits=ReportLimits(features=20, pairs=80, cells=300),
         words=words,
         title=f"Tiny {MARKUP}",
-        limits=ReportLimits(features=20, pairs=80, cells=300),
-        inputs=lambda rows: layer_inputs(llama_bridge, LAYER, rows),
+        inputs=qk.AttentionLayer(llama_bridge, LAYER).inputs,
         tables={MARKUP: table},
     )
+    path = write_page(tmp_path_factory.mktemp("report") / "report.html", data)
     return path.as_uri()
 
 
@@ -243,6 +251,22 @@ POOR_CONTRAST = """() => {
 """Texts whose contrast with what lies behind them is below AA."""
 
 
+HIDDEN_SHAPES = """(picture) => {
+    const page = getComputedStyle(document.body).backgroundColor;
+    const frame = picture.closest("figure").getBoundingClientRect();
+    const hidden = [];
+    for (const shape of picture.querySelectorAll("rect:not(.target), line, text")) {
+        const style = getComputedStyle(shape);
+        const color = shape.tagName === "line" ? style.stroke : style.fill;
+        const { left, right, top, bottom } = shape.getBoundingClientRect();
+        const inside = left >= frame.left - 12 && right <= frame.right + 2 && top >= frame.top && bottom <= frame.bottom;
+        if (!inside || color === page || color === "none") hidden.push(shape.outerHTML);
+    }
+    return hidden;
+}"""
+"""Parts of a chart that lie outside of it, or have the colour of the page."""
+
+
 def test_the_menu_leads_everywhere(open_page):
     page = open_page()
     for name in ("Prompts", "Query features", "Key features", "Pairs", "Heads", "Overview"):
@@ -343,6 +367,22 @@ class TestPrompt:
         back.click()
         shows(page, "Prompt 1")
         assert path_of(page) == f"/prompt/0/{place}"
+
+    def test_a_prompt_opens_with_its_explanation(self, open_page, attribution):
+        page = open_page("/prompt/0")
+        view = page.locator(".cell-pairs")
+        assert view.locator("h2").inner_text().startswith(f"Head {attribution.position.head}: ")
+        assert f"{attribution.attention:.3f}" in view.inner_text()
+        verdict = attribution.causal_check.verdict
+        assert f"the explanation {verdict}." in view.locator(".check").inner_text()
+        rows = view.locator(".check tbody tr")
+        assert rows.count() == len(attribution.causal_check.table)
+        parts = view.locator("table", has_text="The score, by kind of term")
+        assert parts.locator("tbody tr").count() == len(attribution.parts())
+        links = page.locator(".explained a").evaluate_all("(as) => as.map((a) => a.hash)")
+        assert links == [f"#/prompt/0/{'/'.join(map(str, attribution.position))}"]
+        go(page, "/prompt/0/0/0/0")
+        assert page.locator(".check").count() == 0
 
     def test_a_cell_without_list_says_why(self, open_page):
         page = open_page("/prompt/1")
@@ -673,21 +713,46 @@ class TestLooks:
         page.emulate_media(color_scheme="light" if dark else "dark")
         assert is_dark() != dark
 
-    @pytest.mark.parametrize("path", ["/", "/heads", "/pair/{pair}", "/prompt/0"])
-    def test_charts_are_painted_and_have_their_numbers(self, open_page, numbers, path):
-        page = open_page(path.format(**numbers))
-        painted = """(nodes) => nodes.map((canvas) => {
-            const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-            return data.some((value) => value > 0);
-        })"""
-        canvases = page.locator("main canvas")
-        assert canvases.count() > 0
-        assert all(canvases.evaluate_all(painted))
-        for chart in page.locator("figure.chart").all():
-            assert len(chart.get_by_role("img").get_attribute("aria-label")) > 10
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    @pytest.mark.parametrize("path", ["/", "/heads", "/pair/{pair}"])
+    def test_charts_have_shapes_in_view_and_their_numbers(self, open_page, numbers, path, scheme):
+        page = open_page(path.format(**numbers), scheme)
+        charts = page.locator("figure.chart").all()
+        assert charts
+        for chart in charts:
+            picture = chart.get_by_role("img")
+            assert len(picture.get_attribute("aria-label")) > 10
+            assert picture.evaluate(HIDDEN_SHAPES) == []
         for summary in page.locator("summary").all():
             summary.click()
         assert page.locator("details table").count() == page.locator("details").count()
+
+    def test_bars_are_as_high_as_their_numbers(self, open_page):
+        page = open_page("/heads")
+        heads = section(page, "overview")["heads"]
+        chart = page.locator("figure.chart").last
+        heights = chart.locator("rect").evaluate_all(
+            "(bars) => bars.map((bar) => bar.height.baseVal.value)"
+        )
+        largest = max(heads["importance"])
+        expected = [value / largest * max(heights) for value in heads["importance"]]
+        assert heights == pytest.approx(expected, abs=0.1)
+        titles = chart.locator("rect title").all_text_contents()
+        assert titles[0].startswith("0, Importance by head: ")
+
+    @pytest.mark.parametrize("n_clicks", [0, 1, 2])
+    def test_thumbnails_take_the_colour_of_the_theme(self, open_page, n_clicks):
+        page = open_page("/prompt/0", scheme="dark")
+        toggle = page.get_by_role("button", name=re.compile("^Theme"))
+        for _ in range(n_clicks):  # to light, to dark
+            toggle.click()
+        thumbnail = page.locator(".heads canvas").first
+        full_weight = """(canvas) => {
+            const { data } = canvas.getContext("2d").getImageData(0, 0, 1, 1);
+            return `rgb(${data[0]}, ${data[1]}, ${data[2]})`;
+        }"""
+        expected = "rgb(8, 79, 156)" if n_clicks == 1 else "rgb(116, 184, 255)"
+        assert thumbnail.evaluate(full_weight) == expected
 
     def test_skip_link(self, open_page):
         page = open_page("/heads")

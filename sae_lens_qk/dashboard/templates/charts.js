@@ -51,7 +51,7 @@ function chart({ title, summary, labels, series, kind, xTicks, xTitle, yTitle, c
     svg("text", { x: "50%", y: bottom + 34, "text-anchor": "middle" }, xTitle),
     yTitle ? svg("text", { x: -8, y: 10, "text-anchor": "end" }, yTitle) : [],
   );
-  const key = ({ name, look }) => el("span", { class: `chart-key ${look(1)}` }, name);
+  const key = ({ name, look }) => el("span", { class: "chart-key" }, el("span", { class: look(1) }), name);
   return el(
     "figure",
     { class: "chart" },
