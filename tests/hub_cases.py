@@ -1,4 +1,4 @@
-"""Published dictionaries for the tests of loading and pushing, and loading in processes of their own."""
+"""Published dictionaries for tests of loading and pushing; loading in processes of their own."""
 
 import json
 import multiprocessing
@@ -9,9 +9,12 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from huggingface_hub import constants
@@ -20,21 +23,23 @@ from tiny_dictionaries import LAYER, tiny_dictionary
 from tiny_models import tiny_model, tiny_tokens
 
 import sae_lens_qk as qk
-import sae_lens_qk.pretrained.loading  # what loading imports, while Python's own files can be read; see without_privileges
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.host.support import Model
 
-REPO, FOLDER = "org/repo", "tiny-L1"
-WEIGHTS, SUMS = "sae_weights.safetensors", "SHA256SUMS"
+REPO = "org/repo"
+FOLDER = "tiny-L1"
+WEIGHTS = "sae_weights.safetensors"
+SUMS = "SHA256SUMS"
 FILES = ("README.md", SUMS, "cfg.json", "metrics.json", "runner_cfg.json", WEIGHTS)
 """Of a published dictionary."""
 
 Files = Mapping[str, bytes]
+Change = Callable[[Files], Files]
 Job = Callable[[], Any]
 
 
 def measured_dictionary(model: Model, seed: int = 0, **changes: Any) -> BilinearQKDictionary:
-    """A random dictionary that knows its figures and how it was trained; JumpReLU halves and 200 pairs."""
+    """A random dictionary that knows its metrics and how it was trained."""
     d = tiny_dictionary(model, seed=seed, **changes)
     d.metrics = qk.evaluate(d, model, tiny_tokens(3, 17), baselines=())
     cfg = qk.BilinearQKRunnerConfig(
@@ -56,56 +61,78 @@ def files_of(d: BilinearQKDictionary) -> dict[str, bytes]:
 
 def with_sums(files: Files) -> dict[str, bytes]:
     """With sums that fit."""
-    lines = [
-        f"{sha256(data).hexdigest()}  {name}\n" for name, data in files.items() if name != SUMS
-    ]
+    lines = []
+    for name, data in files.items():
+        if name != SUMS:
+            lines.append(f"{sha256(data).hexdigest()}  {name}\n")
     return {**files, SUMS: "".join(lines).encode()}
 
 
+def without(name: str) -> Change:
+    return lambda files: {other: data for other, data in files.items() if other != name}
+
+
+@dataclass
+class Versions:
+    """Two versions of one dictionary, as they are and as files."""
+
+    old: BilinearQKDictionary
+    new: BilinearQKDictionary
+    old_files: Files
+    new_files: Files
+
+
+def two_versions(model: Model) -> Versions:
+    old = measured_dictionary(model, seed=0)
+    new = measured_dictionary(model, seed=1)
+    return Versions(old, new, files_of(old), files_of(new))
+
+
 def publish(
-    hub: LoopbackHub, files: Files, folder: str = FOLDER, repo_id: str = REPO, **options: Any
+    hub: LoopbackHub,
+    files: Files,
+    folder: str = FOLDER,
+    repo_id: str = REPO,
+    **options: Any,
 ) -> str:
     """Commit the files as they are, on the server's side; the repository has to exist."""
-    return hub.commit(
-        repo_id, {f"{folder}/{name}": data for name, data in files.items()}, **options
-    )
+    paths = {f"{folder}/{name}": data for name, data in files.items()}
+    return hub.commit(repo_id, paths, **options)
 
 
 def served(hub: LoopbackHub) -> list[str]:
     """Method, file (or the call's last part) and status of every request since the last look."""
-    lines = [
-        f"{r.method} {r.path.partition('?')[0].rsplit('/', 1)[-1]} {r.status}" for r in hub.requests
-    ]
+    lines = []
+    for request in hub.requests:
+        name = PurePosixPath(urlsplit(request.path).path).name
+        lines.append(f"{request.method} {name} {request.status}")
     hub.requests.clear()
     return lines
 
 
 def tree(folder: Path) -> dict[str, str | bytes]:
     """Every folder, link and file below, with where it points and what it holds."""
-    found: dict[str, str | bytes] = {}
+    entries: dict[str, str | bytes] = {}
     for path in sorted(folder.rglob("*")):
-        held = (
-            f"-> {path.readlink()}"
-            if path.is_symlink()
-            else "folder"
-            if path.is_dir()
-            else path.read_bytes()
-        )
-        found[path.relative_to(folder).as_posix()] = held
-    return found
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            entries[name] = f"-> {path.readlink()}"
+        else:
+            entries[name] = "folder" if path.is_dir() else path.read_bytes()
+    return entries
 
 
 def same(one: BilinearQKDictionary, other: BilinearQKDictionary) -> bool:
     """Whether every tensor has the same bits, and the config the same values."""
-    mine, theirs = one.state_dict(), other.state_dict()
-    return (
-        mine.keys() == theirs.keys()
-        and all(
-            tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name])
-            for name, tensor in mine.items()
-        )
-        and one.cfg.to_dict() == other.cfg.to_dict()
-    )
+    tensors = one.state_dict()
+    other_tensors = other.state_dict()
+    if tensors.keys() != other_tensors.keys() or one.cfg.to_dict() != other.cfg.to_dict():
+        return False
+    for name, tensor in tensors.items():
+        other_tensor = other_tensors[name]
+        if tensor.dtype != other_tensor.dtype or not torch.equal(tensor, other_tensor):
+            return False
+    return True
 
 
 def raised(job: Job) -> str:
@@ -119,7 +146,7 @@ def raised(job: Job) -> str:
 
 @contextmanager
 def memory_limit(megabytes: int) -> Iterator[None]:
-    """Address space that may be taken on top of what this process has; beyond it allocations fail."""
+    """Address space that may be taken on top of what this process has; beyond it, MemoryError."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + megabytes * 2**20
@@ -130,7 +157,7 @@ def memory_limit(megabytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-# --- in a process of its own (`python hub_cases.py CACHE`) and in processes forked from that one
+# --- in a process of its own (`python hub_cases.py CACHE`) and in forks of that one
 
 
 def in_forks(*jobs: Job) -> list[Any]:
@@ -148,9 +175,12 @@ def in_forks(*jobs: Job) -> list[Any]:
 
     for job, result in zip(jobs, results, strict=True):
         context.Process(target=work, args=(job, result)).start()
-    outcomes = [result.get() for result in results]
-    assert not any(error for _, error in outcomes), outcomes
-    return [value for value, _ in outcomes]
+    values = []
+    for result in results:
+        value, error = result.get()
+        assert error is None, error
+        values.append(value)
+    return values
 
 
 def without_privileges(job: Job) -> Job:
@@ -167,16 +197,18 @@ def without_privileges(job: Job) -> Job:
 
 
 def summary(d: BilinearQKDictionary, model: Model) -> dict[str, Any]:
-    """Hashes of every tensor and of both patterns, the figures `evaluate` finds, and those that came along."""
+    """Hashes of every tensor and of both patterns, metrics anew and those that came along."""
     x = torch.randn(2, 11, d.cfg.d_in, generator=torch.Generator().manual_seed(7))
-    tensors = {
-        **d.state_dict(),
-        **{source: d.pattern(x, source) for source in ("transcoders", "feature_map")},
-    }
-    arrays = {name: tensor.detach().contiguous().numpy() for name, tensor in tensors.items()}
+    tensors = dict(d.state_dict())
+    for source in ("transcoders", "feature_map"):
+        tensors[source] = d.pattern(x, source)
+    hashes = {}
+    for name, tensor in tensors.items():
+        array = tensor.detach().contiguous().numpy()
+        hashes[name] = sha256(array.tobytes()).hexdigest()
     return {
-        "hashes": {name: sha256(array.tobytes()).hexdigest() for name, array in arrays.items()},
-        "figures": qk.evaluate(d, model, tiny_tokens(3, 17), baselines=()).to_dict(),
+        "hashes": hashes,
+        "new_metrics": qk.evaluate(d, model, tiny_tokens(3, 17), baselines=()).to_dict(),
         "metrics": d.metrics,
         "runner_cfg": d.runner_cfg,
         "cfg": d.cfg.to_dict(),
@@ -184,63 +216,65 @@ def summary(d: BilinearQKDictionary, model: Model) -> dict[str, Any]:
 
 
 def online(cache: Path) -> dict[str, Any]:
-    """Publish, load twice at once into an empty cache, then load from caches that cannot be written."""
+    """Publish, load twice at once into an empty cache, then load from caches nobody may write."""
     constants.HF_HUB_OFFLINE = False
     model = tiny_model("llama")
-    load = BilinearQKDictionary.from_pretrained
+    load = partial(BilinearQKDictionary.from_pretrained, REPO, FOLDER, cache_dir=cache)
 
-    def published() -> dict[str, Any]:
+    def publication() -> dict[str, Any]:
         d = measured_dictionary(model)
-        return {"commit": d.push_to_hub(REPO, FOLDER, token="hf_owner").oid, **summary(d, model)}
+        commit = d.push_to_hub(REPO, FOLDER, token="hf_owner")
+        return {"commit": commit.oid, **summary(d, model)}
 
-    (ours,) = in_forks(published)
+    (ours,) = in_forks(publication)
     commit = ours.pop("commit")
-    at_once = in_forks(*[lambda: summary(load(REPO, FOLDER, cache_dir=cache), model)] * 2)
-    before, empty = tree(cache), Path(tempfile.mkdtemp(dir=cache.parent))
+    summaries = in_forks(*[lambda: summary(load(), model)] * 2)
+    before = tree(cache)
+    return {
+        "ours": ours,
+        "commit": commit,
+        "at_once": summaries,
+        "cached": sorted(before),
+        **read_only(load, commit, cache, model),
+        "unchanged": tree(cache) == before,
+    }
+
+
+def read_only(
+    load: Callable[..., BilinearQKDictionary], commit: str, cache: Path, model: Model
+) -> dict[str, Any]:
+    """Loading as somebody who may not write into the cache, or into the folders in it."""
+    load = partial(load, token=False)
+    empty = Path(tempfile.mkdtemp(dir=cache.parent))
     folders = [path for path in (cache, *cache.rglob("*"), empty) if path.is_dir()]
     for path in folders:
         path.chmod(0o555)
-    by_branch, by_commit, refused = in_forks(
-        without_privileges(
-            lambda: summary(load(REPO, FOLDER, cache_dir=cache, token=False), model)
-        ),
-        without_privileges(
-            lambda: summary(
-                load(REPO, FOLDER, cache_dir=cache, token=False, revision=commit), model
-            )
-        ),
-        without_privileges(
-            lambda: raised(lambda: load(REPO, FOLDER, cache_dir=empty, token=False))
-        ),
+    branch_summary, commit_summary, refusal = in_forks(
+        without_privileges(lambda: summary(load(), model)),
+        without_privileges(lambda: summary(load(revision=commit), model)),
+        without_privileges(lambda: raised(lambda: load(cache_dir=empty))),
     )
+    # but not what is in them: somebody else's files in a shared cache
     for path in (cache, empty):
-        path.chmod(0o777)  # but not what is in it: somebody else's files in a shared cache
-    (refused_below,) = in_forks(
-        without_privileges(
-            lambda: raised(
-                lambda: load(REPO, FOLDER, cache_dir=cache, token=False, force_download=True)
-            )
-        )
+        path.chmod(0o777)
+    (refusal_below,) = in_forks(
+        without_privileges(lambda: raised(lambda: load(force_download=True)))
     )
     for path in folders:
         path.chmod(0o755)
     return {
-        "ours": ours,
-        "commit": commit,
-        "at_once": at_once,
-        "cached": sorted(before),
-        "unchanged": tree(cache) == before,
-        "read_only": [by_branch, by_commit],
-        "refused": refused,
+        "read_only": [branch_summary, commit_summary],
+        "refused": refusal,
         "empty": str(empty),
-        "refused_below": refused_below,
+        "refused_below": refusal_below,
     }
 
 
 def offline(cache: Path) -> dict[str, Any]:
     """Load what is cached."""
-    d = BilinearQKDictionary.from_pretrained(REPO, FOLDER, cache_dir=cache)
-    missing = raised(lambda: BilinearQKDictionary.from_pretrained(REPO, "other", cache_dir=cache))
+    load = partial(BilinearQKDictionary.from_pretrained, REPO, cache_dir=cache)
+    d = load(FOLDER)
+    missing = raised(lambda: load("other"))
     return {"loaded": summary(d, tiny_model("llama")), "missing": missing}
 
 

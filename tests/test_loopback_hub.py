@@ -1,18 +1,33 @@
-"""The loopback Hub as the real client sees it, and what the client does when Hub or line fail."""
+"""The loopback Hub as the real client sees it."""
 
 import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from hashlib import sha1, sha256
+from hashlib import sha256
 from pathlib import Path, PosixPath
-from typing import Any
 
 import httpx2
 import pytest
+from hub_calls import (
+    FILES,
+    REPO,
+    WEIGHTS,
+    commit,
+    download,
+    git_oid,
+    nobody,
+    owner,
+    serve_files,
+    served,
+    stranger,
+    tokens_sent,
+    unknown,
+    upload,
+    write_files,
+)
 from huggingface_hub import (
-    CommitInfo,
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
@@ -26,28 +41,12 @@ from huggingface_hub.errors import (
     BadRequestError,
     GatedRepoError,
     HfHubHTTPError,
-    LocalEntryNotFoundError,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from loopback_hub import LoopbackHub
-
-REPO = "org/repo"
-WEIGHTS = bytes(range(256)) * 40
-FILES = {
-    "cfg.json": b'{"d_in": 7}',
-    "half/sae_weights.safetensors": WEIGHTS,
-    "half/deep/notes.txt": b"notes",
-}
-STEPS = [1, 2, 4, 8, 8]
-"""The client's waits between its six attempts."""
-
-owner = HfApi(token="hf_owner")
-stranger = HfApi(token="hf_stranger")
-nobody = HfApi(token=False)
-unknown = HfApi(token="hf_unknown")
 
 
 @pytest.fixture(autouse=True)
@@ -60,64 +59,12 @@ def no_progress_bars() -> Iterator[None]:
 
 @pytest.fixture
 def repo(hub: LoopbackHub) -> LoopbackHub:
-    """The Hub with FILES in REPO."""
-    hub.create_repo(REPO)
-    hub.commit(REPO, FILES)
-    return hub
+    return serve_files(hub)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """FILES on disk."""
-    for path, data in FILES.items():
-        (tmp_path / "folder" / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "folder" / path).write_bytes(data)
-    return tmp_path / "folder"
-
-
-def served(hub: LoopbackHub) -> list[str]:
-    """The log since the last look, without the repository's name."""
-    lines = [
-        f"{request.method} {request.path} {request.status}".replace(REPO, "R")
-        for request in hub.requests
-    ]
-    hub.requests.clear()
-    return lines
-
-
-def git_oid(data: bytes) -> str:
-    return sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-def statuses(hub: LoopbackHub) -> list[int]:
-    return [request.status for request in hub.requests]
-
-
-def tokens_sent(hub: LoopbackHub, method: str) -> set[str | None]:
-    return {request.token for request in hub.requests if request.method == method}
-
-
-def upload(api: HfApi, path: str, data: bytes, **options: Any) -> CommitInfo:
-    """One file to REPO."""
-    options = {"repo_id": REPO, **options}
-    return api.upload_file(path_or_fileobj=data, path_in_repo=path, **options)
-
-
-def commit(
-    path: str,
-    data: bytes = b"x",
-    api: HfApi = owner,
-    repo_id: str = REPO,
-    **options: Any,
-) -> CommitInfo:
-    """One file, by the call that `push_to_hub` makes."""
-    operation = CommitOperationAdd(path, data)
-    return api.create_commit(repo_id, [operation], commit_message="m", **options)
-
-
-def download(cache: Path, path: str = "cfg.json", **options: Any) -> bytes:
-    """What the client reads of a file of REPO."""
-    return Path(hf_hub_download(REPO, path, cache_dir=cache, **options)).read_bytes()
+    return write_files(tmp_path / "folder")
 
 
 # --- the environment of the tests
@@ -518,163 +465,12 @@ def test_what_is_missing(repo, hub_cache, repo_id, filename, revision, error, to
             commit("x", api=api, repo_id=repo_id, revision=revision)
 
 
-# --- the client under faults
-
-
-def test_corruption_that_keeps_the_length_passes_the_client(repo, hub_cache):
-    """Of LFS files too, whose sum it knows: the reason why our manifests have sums of their own."""
-    for name in ("cfg.json", "half/sae_weights.safetensors"):
-        repo.fault("GET", name, flip_byte=3)
-        expected = bytearray(FILES[name])
-        expected[3] ^= 0xFF
-        assert download(hub_cache, name) == expected
-        assert download(hub_cache, name) == expected  # and it stays
-        assert download(hub_cache, name, force_download=True) == FILES[name]
-
-
-def test_a_wrong_length_is_refused(repo, hub_cache):
-    repo.fault("GET", "sae_weights", truncate=100)
-    with pytest.raises(OSError, match=r"^Consistency check failed.* 10240 .* 100"):
-        download(hub_cache, "half/sae_weights.safetensors")
-    assert not list(hub_cache.rglob("*safetensors"))
-    assert download(hub_cache, "half/sae_weights.safetensors") == WEIGHTS
-
-
-def test_a_download_cut_short_starts_anew(repo, hub_cache, hub_waits):
-    """Files below the client's chunk of 10 MiB; larger ones are resumed."""
-    repo.fault("GET", "sae_weights", truncate=100, drop=True, times=2)
-    assert download(hub_cache, "half/sae_weights.safetensors") == WEIGHTS
-    assert statuses(repo) == [200, 0, 0, 200]
-    assert hub_waits == [1, 1]
-
-
-def test_a_download_that_never_moves_ends(repo, hub_cache, hub_waits):
-    repo.fault("GET", "cfg.json", drop=True, times=None)
-    with pytest.raises(httpx2.RemoteProtocolError):
-        download(hub_cache)
-    assert hub_waits == [1] * 5
-    assert not list(hub_cache.rglob("cfg.json"))
-
-
-@pytest.mark.parametrize("status", [500, 503])
-def test_a_failing_hub(repo, hub_cache, hub_waits, status):
-    """A failing HEAD is tried once, then, with nothing in the cache, six times more.
-
-    A failing GET is tried only once.
-    """
-    repo.fault("HEAD", "cfg.json", status=status, times=None)
-    with pytest.raises(LocalEntryNotFoundError) as error:
-        hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)
-    assert isinstance(error.value.__cause__, HfHubHTTPError)
-    assert served(repo) == [f"HEAD /R/resolve/main/cfg.json {status}"] * 7
-    assert hub_waits == STEPS
-
-    repo.fault("GET", "sae_weights", status=status)
-    with pytest.raises(HfHubHTTPError):
-        hf_hub_download(REPO, "half/sae_weights.safetensors", cache_dir=hub_cache)
-    assert hub_waits == STEPS
-
-
-def test_a_hub_that_fails_for_a_moment(repo, hub_cache, hub_waits):
-    repo.fault("HEAD", "cfg.json", status=503, times=2)
-    repo.fault("GET", "cfg.json", status=429, headers={"Retry-After": "3"})
-    assert download(hub_cache) == FILES["cfg.json"]
-    assert hub_waits == [1, 4.0]
-    assert statuses(repo) == [503, 503, 200, 429, 200]
-
-
-def test_a_failing_hub_is_not_noticed_where_the_cache_has_the_file(repo, hub_cache, hub_waits):
-    path = hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)
-    repo.commit(REPO, {"cfg.json": b"{}"})
-    repo.fault("HEAD", "cfg.json", status=503)
-    assert hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache) == path  # the old one
-    assert hub_waits == []
-
-
-@pytest.mark.parametrize(
-    "error_code", ["RepoNotFound", "GatedRepo", "RevisionNotFound", "EntryNotFound"]
-)
-def test_injected_errors_carry_their_code_and_message(repo, hub_cache, error_code):
-    repo.fault("HEAD", "cfg.json", status=404, error_code=error_code, message="A reason")
-    with pytest.raises(HfHubHTTPError, match="A reason") as error:
-        hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)
-    assert error.value.response.headers["X-Error-Code"] == error_code
-
-
 def test_times_and_order_of_faults(repo):
     repo.fault("GET|POST", "/api/", status=418, times=2)
     repo.fault("GET", "models", status=410, times=None)
     address = f"{repo.url}/api/models/{REPO}"
     codes = [httpx2.get(address).status_code for _ in range(4)]
     assert codes == [418, 418, 410, 410]
-
-
-def test_a_dropped_upload_leaves_the_repository_unchanged(repo, folder, hub_waits):
-    (folder / "new.safetensors").write_bytes(bytes(10**6))
-    before = repo.commits(REPO)
-    repo.fault("PUT", "/lfs/", drop=True, times=None)
-    with pytest.raises(RuntimeError, match=r"Error while uploading 'new.safetensors' to the Hub"):
-        owner.upload_folder(repo_id=REPO, folder_path=folder)
-    methods = [request.method for request in repo.requests]
-    assert methods == ["POST"] * 2 + ["PUT"] * 6
-    assert hub_waits == STEPS
-    assert repo.commits(REPO) == before
-
-
-@pytest.mark.parametrize("call", ["preupload", "batch", "/lfs/", "verify"])
-def test_a_transfer_that_fails_for_a_moment_is_repeated(repo, folder, hub_waits, call):
-    data = bytes(10**6)
-    (folder / "new.safetensors").write_bytes(data)
-    repo.fault("POST|PUT", call, status=503)
-    repo.fault("POST|PUT", call, drop=True)
-    owner.upload_folder(repo_id=REPO, folder_path=folder)
-    assert repo.files(REPO)["new.safetensors"] == data
-    assert hub_waits == [1, 2]
-
-
-@pytest.mark.parametrize("call", ["repos/create", "commit/main", "branch/dev"])
-def test_what_changes_the_repository_is_tried_once(repo, hub_waits, call):
-    calls = {
-        "repos/create": lambda: owner.create_repo("org/new"),
-        "commit/main": lambda: commit("x"),
-        "branch/dev": lambda: owner.create_branch(REPO, branch="dev"),
-    }
-    repo.fault("POST", call, status=503)
-    with pytest.raises(HfHubHTTPError, match="503"):
-        calls[call]()
-    repo.fault("POST", call, drop=True)
-    with pytest.raises(httpx2.TransportError):
-        calls[call]()
-    assert hub_waits == []
-    assert len(repo.commits(REPO)) == 2
-
-
-def test_a_commit_whose_answer_is_lost_was_made(repo):
-    repo.fault("POST", "/commit/", drop=True, truncate=0)
-    with pytest.raises(httpx2.RemoteProtocolError):
-        commit("x")
-    assert len(repo.commits(REPO)) == 3
-    commit("x")  # and is found by the next attempt
-    assert len(repo.commits(REPO)) == 3
-
-
-def test_offline(repo, hub_cache, hub_waits):
-    path = hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)
-    repo.stop()
-    assert hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache) == path
-    assert hub_waits == []
-    with pytest.raises(LocalEntryNotFoundError) as error:
-        hf_hub_download(REPO, "half/sae_weights.safetensors", cache_dir=hub_cache)
-    assert isinstance(error.value.__cause__, httpx2.ConnectError)
-    assert hub_waits == STEPS
-    with pytest.raises(LocalEntryNotFoundError):
-        snapshot_download("org/other", cache_dir=hub_cache)
-    with pytest.raises(httpx2.ConnectError):
-        owner.model_info(REPO)
-    repo.stop()
-    repo.start()
-    repo.start()
-    assert owner.model_info(REPO).sha == repo.commits(REPO)[0].oid
 
 
 def test_a_hub_of_its_own_starts_and_ends():
