@@ -45,29 +45,31 @@ def softmax_kl(kl, gradient, scores, pattern, log_pattern, first_keys):
         row = task // n_heads
         head = task % n_heads
         for i in range(n_pos):
-            first = first_keys[i]
-            s = scores[row, head, i]
-            P = pattern[row, head, i]
-            log_P = log_pattern[row, head, i]
-            softmax = gradient[row, head, i]
-            largest = s[first]
-            for j in range(first + 1, i + 1):
+            # views of the allowed keys alone: loops over whole ranges vectorise
+            allowed = slice(first_keys[i], i + 1)
+            n_keys = i + 1 - first_keys[i]
+            s = scores[row, head, i, allowed]
+            P = pattern[row, head, i, allowed]
+            log_P = log_pattern[row, head, i, allowed]
+            softmax = gradient[row, head, i, allowed]
+            largest = s[0]
+            for j in range(1, n_keys):
                 largest = max(largest, s[j])
             total = scores.dtype.type(0)
-            for j in range(first, i + 1):
+            for j in range(n_keys):
                 exponential = np.exp(s[j] - largest)
                 softmax[j] = exponential
                 total += exponential
             log_normaliser = np.log(total) + largest
             inverse = 1 / total
             divergence = scores.dtype.type(0)
-            for j in range(first, i + 1):
+            for j in range(n_keys):
                 if P[j] != 0:  # NaN stays NaN
                     divergence += P[j] * (log_P[j] - s[j] + log_normaliser)
                 softmax[j] = softmax[j] * inverse - P[j]
             kl[row, head, i] = divergence
-            softmax[:first] = 0
-            softmax[i + 1 :] = 0
+            gradient[row, head, i, : first_keys[i]] = 0
+            gradient[row, head, i, i + 1 :] = 0
 
 
 @numba.njit(cache=True)

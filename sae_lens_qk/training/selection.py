@@ -24,8 +24,8 @@ _STRIDE = 61
 
 
 def strengths(
-    half: Transcoder, x: Float[Tensor, "*tokens d_model"], dtype: torch.dtype | None = None
-) -> Float[Tensor, "*tokens d"]:
+    half: Transcoder, x: Float[Tensor, "tokens d_model"], dtype: torch.dtype | None = None
+) -> Float[Tensor, "tokens d"]:
     """(x W_enc + b_enc) * ||decoder row||, by which features compete.
 
     Gradients reach the encoder, not the decoder norms.
@@ -38,7 +38,7 @@ def strengths(
     # The norms are folded into the weights: these have fewer entries than the strengths.
     W_enc = (half.W_enc * norms).to(dtype)
     b_enc = (half.b_enc * norms).to(dtype)
-    return torch.nn.functional.linear(half.process_sae_in(x).to(dtype), W_enc.T, b_enc)
+    return torch.addmm(b_enc, half.process_sae_in(x).to(dtype), W_enc)
 
 
 class Firing(NamedTuple):
@@ -82,15 +82,16 @@ class Selection:
     @torch.no_grad()
     def fires(self, strength: Float[Tensor, "tokens d"]) -> Firing:
         """Which entries of a batch fire."""
-        is_positive = strength > 0
+        nothing = strength.new_zeros(())
         if self.rule == "batchtopk":
             cutoff = batch_cutoff(strength, self.k).clamp(min=0)
-            return Firing(is_positive & (strength >= cutoff), cutoff)
+            if cutoff > 0:
+                return Firing(strength >= cutoff, cutoff)
         if self.rule == "topk":
-            strongest = strength.topk(int(self.k), dim=1).indices
-            is_strongest = torch.zeros_like(is_positive).scatter_(1, strongest, True)
-            is_positive &= is_strongest
-        return Firing(is_positive, strength.new_zeros(()))
+            values, features = strength.topk(int(self.k), dim=1)
+            fires = torch.zeros_like(strength, dtype=torch.bool)
+            return Firing(fires.scatter_(1, features, values > 0), nothing)
+        return Firing(strength > 0, nothing)
 
 
 def batch_cutoff(strength: Float[Tensor, "tokens d"], k: float) -> Float[Tensor, ""]:

@@ -183,7 +183,7 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
         if self.cfg.activation == "relu":
             return Encoded(hidden_pre, hidden_pre.relu())
         if self.training:
-            strength = strengths(half, x).flatten(0, -2)
+            strength = strengths(half, x.flatten(0, -2))
             selection = Selection(self.cfg.activation, self.cfg.k)
             fires = selection.fires(strength).fires.view_as(hidden_pre)
         else:
