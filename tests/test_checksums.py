@@ -1,4 +1,4 @@
-"""SHA256SUMS: what `sha256sum -c` reads and writes, and every way in which a folder can differ from it."""
+"""SHA256SUMS: what `sha256sum -c` reads and writes, and every way a folder can differ from it."""
 
 import re
 import subprocess
@@ -12,7 +12,15 @@ from tiny_dictionaries import tiny_dictionary
 from tiny_models import tiny_tokens
 
 import sae_lens_qk as qk
-from sae_lens_qk.pretrained.checksums import METRICS, RUNNER_CONFIG, SUMS, read_sums, sha256_of, verify_folder, write_sums
+from sae_lens_qk.pretrained.checksums import (
+    METRICS,
+    RUNNER_CONFIG,
+    SUMS,
+    read_sums,
+    sha256_of,
+    verify_folder,
+    write_sums,
+)
 
 DOCUMENTS = {
     "cfg.json": b'{"d_in": 24}\n',
@@ -43,24 +51,24 @@ def sha256sum(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 
 
 def refusal(folder: Path, **options) -> str:
-    """The message, the same whether sums are wanted or demanded."""
-    messages = []
+    """The message, the same with and without "strict"."""
+    messages = set()
     for verify in (True, "strict"):
         with pytest.raises(ValueError, match=re.escape(str(folder))) as error:
             verify_folder(folder, verify, **options)
-        messages.append(str(error.value))
-    assert messages[0] == messages[1]
+        messages.add(str(error.value))
     verify_folder(folder, False, **options)
-    return messages[0]
+    (message,) = messages
+    return message
 
 
 def test_sha256sum_accepts_what_is_written(folder):
-    done = sha256sum(folder, "--check", "--strict", SUMS)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == [f"{name}: OK" for name in sorted(FILES)]
-    assert read_sums(folder / SUMS) == {
-        name: sha256(content).hexdigest() for name, content in FILES.items()
-    }
+    process = sha256sum(folder, "--check", "--strict", SUMS)
+    assert process.returncode == 0
+    assert process.stderr == ""
+    assert process.stdout.splitlines() == [f"{name}: OK" for name in sorted(FILES)]
+    expected = {name: sha256(content).hexdigest() for name, content in FILES.items()}
+    assert read_sums(folder / SUMS) == expected
     (folder / "cfg.json").write_bytes(b"[]")
     assert sha256sum(folder, "--check", SUMS).returncode == 1
 
@@ -77,22 +85,18 @@ def test_writing_twice_changes_nothing(folder):
     assert (folder / SUMS).read_bytes() == before
 
 
-@pytest.mark.parametrize("with_documents", [False, True])
-def test_a_saved_dictionary_is_verifiable(with_documents, gpt2_bridge, tmp_path):
-    d, names = tiny_dictionary(gpt2_bridge), {"README.md", "cfg.json", "sae_weights.safetensors"}
-    if with_documents:
-        d.metrics, d.runner_cfg = (
-            qk.evaluate(d, gpt2_bridge, tiny_tokens(2, 7)),
-            qk.BilinearQKRunnerConfig().to_dict(),
-        )
+@pytest.mark.parametrize("documented", [False, True])
+def test_a_saved_dictionary_is_verifiable(documented, gpt2_bridge, tmp_path):
+    d = tiny_dictionary(gpt2_bridge)
+    names = {"README.md", "cfg.json", "sae_weights.safetensors"}
+    if documented:
+        d.metrics = qk.evaluate(d, gpt2_bridge, tiny_tokens(2, 7))
+        d.runner_cfg = qk.BilinearQKRunnerConfig().to_dict()
         names |= {"metrics.json", "runner_cfg.json"}
     d.save_model(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == names | {SUMS}
+    assert set(read_sums(tmp_path / SUMS)) == names
     assert sha256sum(tmp_path, "--check", "--strict", SUMS).returncode == 0
-    assert (
-        set(read_sums(tmp_path / SUMS))
-        == names
-        == {path.name for path in tmp_path.iterdir()} - {SUMS}
-    )
     verify_folder(tmp_path, "strict")
 
 
@@ -110,10 +114,9 @@ def test_a_saved_dictionary_is_verifiable(with_documents, gpt2_bridge, tmp_path)
 )
 def test_a_changed_file_is_refused(damage, name, folder):
     (folder / name).write_bytes(damage(FILES[name]))
-    assert refusal(folder) == (
-        f"{folder / name} does not have the SHA-256 sum that SHA256SUMS states: it is damaged or was changed. "
-        "Download it again (force_download=True), or save the dictionary again if the change was yours."
-    )
+    message = refusal(folder)
+    assert message.startswith(f"{folder / name} does not have the SHA-256 sum")
+    assert "force_download=True" in message
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -127,18 +130,16 @@ def test_a_missing_file_is_refused(name, folder):
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_an_unlisted_document_is_refused(name, folder):
-    """As when the weights of another dictionary are copied into the folder, or `metrics.json` of another run."""
+    """As when weights of another dictionary, or metrics of another run, are copied there."""
     lines = (folder / SUMS).read_text().splitlines(keepends=True)
     (folder / SUMS).write_text("".join(line for line in lines if not line.endswith(f"  {name}\n")))
-    assert (
-        refusal(folder)
-        == f"{folder / SUMS} does not list {name}: the folder mixes files of two dictionaries."
-    )
+    mixed = "the folder mixes files of two dictionaries"
+    assert refusal(folder) == f"{folder / SUMS} does not list {name}: {mixed}."
     (folder / name).unlink()
     if name in (METRICS, RUNNER_CONFIG):  # which a dictionary may lack
         verify_folder(folder, "strict")
     else:
-        assert "does not list" in str(refusal(folder))
+        assert "does not list" in refusal(folder)
 
 
 def test_other_files_may_be_unlisted(folder):
@@ -162,9 +163,7 @@ def test_hostile_names_are_refused(name, folder):
     line = f"{sha256(b'secret').hexdigest()}  {name}"
     with open(folder / SUMS, "a") as file:
         file.write(f"{line}\n")
-    assert refusal(folder) == (
-        f"{folder / SUMS} is damaged: {line!r} is not a SHA-256 sum and the name of a file in its folder."
-    )
+    assert refusal(folder).startswith(f"{folder / SUMS} is damaged: {line!r} is not a SHA-256 sum")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +182,7 @@ def test_damaged_sums_are_refused(change, folder):
     (folder / SUMS).write_text(change((folder / SUMS).read_text()))
     message = refusal(folder)
     assert message.startswith(f"{folder / SUMS} is damaged: ")
-    assert message.endswith(" is not a SHA-256 sum and the name of a file in its folder.")
+    assert message.endswith(" and the name of a file in its folder.")
     assert len(message) < 300 + len(str(folder))
 
 
@@ -211,9 +210,9 @@ def test_without_sums_there_is_a_warning_or_a_refusal(folder):
     missing = f"{folder} has no SHA256SUMS: its files cannot be verified"
     warning = f"{missing}. Load with verify='strict' to refuse such folders."
     refused = f"{missing}, and verification was asked for."
-    with pytest.warns(UserWarning, match=f"^{re.escape(warning)}$") as seen:
+    with pytest.warns(UserWarning, match=f"^{re.escape(warning)}$") as warned:
         verify_folder(folder, True)
-    assert len(seen) == 1
+    assert len(warned) == 1
     with pytest.raises(ValueError, match=f"^{re.escape(refused)}$"):
         verify_folder(folder, "strict")
     assert refusal(folder, sums_sha256=64 * "0") == refused
@@ -239,8 +238,6 @@ def test_a_good_folder_passes_in_silence(folder):
 
 @pytest.mark.parametrize("verify", ["yes", "True", "", None, 2, []])
 def test_other_modes_are_refused(verify, folder):
-    with pytest.raises(
-        ValueError,
-        match=rf"^verify must be True, False or 'strict', got {re.escape(repr(verify))}\.$",
-    ):
+    expected = re.escape(f"True, False or 'strict', got {verify!r}.")
+    with pytest.raises(ValueError, match=f"{expected}$"):
         verify_folder(folder, verify)

@@ -12,9 +12,18 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-PRETRAINED, PACKAGE = ROOT / "pretrained", ROOT / "sae_lens_qk"
+PRETRAINED = ROOT / "pretrained"
+PACKAGE = ROOT / "sae_lens_qk"
 REGISTRY = yaml.safe_load((PRETRAINED / "registry.yaml").read_text())
 SHIPPED = [name for name, entry in REGISTRY.items() if entry["status"] == "shipped"]
+DICTIONARY_FILES = {
+    "cfg.json",
+    "sae_weights.safetensors",
+    "metrics.json",
+    "runner_cfg.json",
+    "README.md",
+    "SHA256SUMS",
+}
 MEGABYTE = 1_000_000
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 
@@ -23,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 def run(*command: str | Path, **options) -> str:
     """Standard output of a command that succeeds."""
-    done = subprocess.run(
+    process = subprocess.run(
         [str(part) for part in command],
         capture_output=True,
         text=True,
@@ -31,8 +40,8 @@ def run(*command: str | Path, **options) -> str:
         check=False,
         **options,
     )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
+    assert process.returncode == 0, f"{process.stdout[-2000:]}\n{process.stderr[-3000:]}"
+    return process.stdout
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +49,8 @@ def wheel(tmp_path_factory) -> Path:
     """Built from the checkout with the hatchling of this environment (dev extra)."""
     folder = tmp_path_factory.mktemp("wheel")
     run(*PIP, "wheel", ROOT, "--no-deps", "--no-index", "--no-build-isolation", "-w", folder)
-    (made,) = folder.glob("sae_lens_qk-*-py3-none-any.whl")
-    return made
+    (path,) = folder.glob("sae_lens_qk-*-py3-none-any.whl")
+    return path
 
 
 def sha256(data: bytes) -> str:
@@ -55,32 +64,43 @@ def content(wheel) -> dict[str, str]:
         return {name: sha256(file.read(name)) for name in file.namelist()}
 
 
-def content_of(folder: Path) -> dict[str, str]:
-    files = (
-        path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts
-    )
-    return {path.relative_to(folder).as_posix(): sha256(path.read_bytes()) for path in files}
+def folder_content(folder: Path) -> dict[str, str]:
+    sums = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            name = path.relative_to(folder).as_posix()
+            sums[name] = sha256(path.read_bytes())
+    return sums
+
+
+def below(content: dict[str, str], folder: str) -> dict[str, str]:
+    """What lies in a folder, by its name there."""
+    return {
+        name.removeprefix(folder): data for name, data in content.items() if name.startswith(folder)
+    }
 
 
 class Installed:
     """The wheel in a folder of its own, found before the checkout; no Hub, nothing cached."""
 
     def __init__(self, wheel: Path, folder: Path):
-        self.site, self.hf_home, self.elsewhere = (
-            folder / name for name in ("site", "hf-home", "elsewhere")
-        )
+        self.site = folder / "site"
+        self.hf_home = folder / "hf-home"
+        self.elsewhere = folder / "elsewhere"
         self.hf_home.mkdir()
         self.elsewhere.mkdir()
         run(*PIP, "install", "--no-deps", "--no-index", "--target", self.site, wheel)
 
     def python(self, *arguments: str) -> str:
-        inherited = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("PYTHON", "HF_", "SAE_LENS_QK"))
+        variables = {
+            "PYTHONPATH": str(self.site),
+            "HF_HOME": str(self.hf_home),
+            "HF_HUB_OFFLINE": "1",
         }
-        here = {"PYTHONPATH": str(self.site), "HF_HOME": str(self.hf_home), "HF_HUB_OFFLINE": "1"}
-        return run(sys.executable, *arguments, cwd=self.elsewhere, env=inherited | here)
+        for name, value in os.environ.items():
+            if not name.startswith(("PYTHON", "HF_", "SAE_LENS_QK")):
+                variables[name] = value
+        return run(sys.executable, *arguments, cwd=self.elsewhere, env=variables)
 
 
 @pytest.fixture(scope="module")
@@ -92,91 +112,81 @@ def installed(wheel, tmp_path_factory) -> Installed:
 
 
 def test_the_wheel_holds_registry_recipes_and_shipped_dictionaries(content):
-    prefix = "sae_lens_qk/_shipped/"
-    shipped = {
-        name.removeprefix(prefix): data for name, data in content.items() if name.startswith(prefix)
-    }
-    assert shipped == content_of(PRETRAINED)
-    assert {
-        "registry.yaml",
-        "recipes/gpt2-small-L10.yaml",
-        "models/gpt2-3m/model.safetensors",
-    } < set(shipped)
+    shipped = below(content, "sae_lens_qk/_shipped/")
+    assert shipped == folder_content(PRETRAINED)
+    assert "registry.yaml" in shipped
+    assert "models/gpt2-3m/model.safetensors" in shipped
     for name, entry in REGISTRY.items():
         assert f"recipes/{entry.get('recipe', f'{name}.yaml')}" in shipped
     assert SHIPPED
     for name in SHIPPED:
-        documents = {"metrics.json", "runner_cfg.json", "README.md", "SHA256SUMS"}
-        files = {file.split("/")[1] for file in shipped if file.startswith(f"{name}/")}
-        assert files == {"cfg.json", "sae_weights.safetensors", *documents}
-        assert sum(path.stat().st_size for path in (PRETRAINED / name).iterdir()) < 10 * MEGABYTE
+        assert set(below(shipped, f"{name}/")) == DICTIONARY_FILES
+        sizes = [path.stat().st_size for path in (PRETRAINED / name).iterdir()]
+        assert sum(sizes) < 10 * MEGABYTE
 
 
 def test_the_wheel_holds_the_package_its_template_and_text_and_nothing_else(content):
-    others = {
-        name: data for name, data in content.items() if not name.startswith("sae_lens_qk/_shipped/")
-    }
-    (licence,) = (
-        data for name, data in others.items() if name.endswith(".dist-info/licenses/LICENSE")
-    )
-    assert licence == sha256((ROOT / "LICENSE").read_bytes())
-    package = {
-        name.removeprefix("sae_lens_qk/"): data
-        for name, data in others.items()
-        if ".dist-info/" not in name
-    }
-    assert package == content_of(PACKAGE)
-    assert {
-        "__main__.py",
-        "py.typed",
-        "pretrained/card.md.j2",
-        "data/smollm2_sample.parquet",
-    } < set(package)
+    licences = [name for name in content if name.endswith(".dist-info/licenses/LICENSE")]
+    assert [content[name] for name in licences] == [sha256((ROOT / "LICENSE").read_bytes())]
+    package = below(content, "sae_lens_qk/")
+    code = {name: data for name, data in package.items() if not name.startswith("_shipped/")}
+    assert code == folder_content(PACKAGE)
+    for name in ("__main__.py", "py.typed", "pretrained/card.md.j2", "data/smollm2_sample.parquet"):
+        assert name in code
+    others = [name for name in content if not name.startswith("sae_lens_qk/")]
+    assert all(".dist-info/" in name for name in others)
 
 
 # Installed
 
 
+SCRIPT = """
+import json
+import sys
+
+import sae_lens_qk as qk
+
+d = qk.BilinearQKDictionary.from_pretrained(sys.argv[1], verify="strict")
+facts = {
+    "file": qk.__file__,
+    "cfg": d.cfg.to_dict(),
+    "n_pairs": len(d.feature_map),
+    "metrics": d.metrics,
+}
+print(json.dumps(facts))
+"""
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_dictionaries_load_verified(installed, name):
-    script = (
-        "import json, sys, sae_lens_qk as qk\n"
-        "d = qk.BilinearQKDictionary.from_pretrained(sys.argv[1], verify='strict')\n"
-        "told = {'file': qk.__file__, 'cfg': d.cfg.to_dict(), 'n_pairs': len(d.feature_map), 'metrics': d.metrics}\n"
-        "print(json.dumps(told))"
-    )
-    told = json.loads(installed.python("-c", script, name).splitlines()[-1])
-    assert Path(told["file"]).is_relative_to(installed.site)
-    stored = json.loads((PRETRAINED / name / "cfg.json").read_text())
-    assert told["cfg"] == {
-        **told["cfg"],
-        **stored,
-        "dtype": "float32",
-    }  # newer fields have defaults
-    assert told["n_pairs"] == stored["n_pairs"] > 0
-    assert told["metrics"] == json.loads((PRETRAINED / name / "metrics.json").read_text())
+    facts = json.loads(installed.python("-c", SCRIPT, name).splitlines()[-1])
+    assert Path(facts["file"]).is_relative_to(installed.site)
+    cfg = json.loads((PRETRAINED / name / "cfg.json").read_text())
+    # newer fields have defaults
+    assert facts["cfg"] == {**facts["cfg"], **cfg, "dtype": "float32"}
+    assert facts["n_pairs"] == cfg["n_pairs"] > 0
+    assert facts["metrics"] == json.loads((PRETRAINED / name / "metrics.json").read_text())
     assert not list(installed.hf_home.rglob("models--*"))
 
 
 def test_list_prints_every_name(installed):
-    """Whole, as a pipe has no width that could cut them off, and with the command for what is not published."""
-    lines = [line.split() for line in installed.python("-m", "sae_lens_qk", "list").splitlines()]
+    """Whole, as a pipe cuts nothing off; what is not published, with its command."""
+    text = installed.python("-m", "sae_lens_qk", "list")
+    lines = [" ".join(line.split()) for line in text.splitlines()]
     for name, entry in REGISTRY.items():
-        assert sum(words[:1] == [name] and words[-1] == entry["status"] for words in lines) == 1
-        command = f"python -m sae_lens_qk train --config {name}".split()
-        assert any(words[-len(command) :] == command for words in lines) == (
-            entry["status"] == "unpublished"
-        )
+        status = entry["status"]
+        rows = [line for line in lines if line.startswith(f"{name} ") and line.endswith(status)]
+        assert len(rows) == 1
+        command = f"python -m sae_lens_qk train --config {name}"
+        is_named = any(line.endswith(command) for line in lines)
+        assert is_named == (status == "unpublished")
 
 
 def test_recipes_are_found_by_name(installed):
     assert not (installed.elsewhere / "pretrained").exists()
     recipe = yaml.safe_load((PRETRAINED / "recipes" / "gpt2-small-L10.yaml").read_text())
-    shown = " ".join(
-        installed.python(
-            "-m", "sae_lens_qk", "train", "--config", "gpt2-small-L10", "--help"
-        ).split()
-    )
-    assert f"Layer whose attention is decomposed. (default: {recipe['layer']})" in shown
-    assert f"Pairs kept, at most. (default: {recipe['mask']['n_pairs']})" in shown
+    text = installed.python("-m", "sae_lens_qk", "train", "--config", "gpt2-small-L10", "--help")
+    page = " ".join(text.split())
+    assert f"Layer whose attention is decomposed. (default: {recipe['layer']})" in page
+    assert f"Pairs kept, at most. (default: {recipe['mask']['n_pairs']})" in page
     assert recipe["layer"] == 10
