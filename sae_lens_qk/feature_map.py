@@ -1,16 +1,18 @@
-"""The sparse feature map: which (query feature, key feature, head) triples carry attention, and how strongly.
+"""The sparse feature map: which (query feature, key feature, head) triples carry attention.
 
 A pair (a, b, h) with weight m adds to the scores of head h
 
     m * query_acts[i, a] * key_acts[j, b] * M[a, b, h](i - j),
     M[a, b, h](delta) = scale * <R_delta W_dec_q[a, h], W_dec_k[b, g(h)]>
 
-Index `d_query` (`d_key`) is the constant feature: activation 1, decoder row b_dec. Constant x constant belongs to every
-map with weight 1 and is not listed.
+Index `d_query` (`d_key`) is the constant feature: activation 1, decoder row b_dec. Constant x
+constant belongs to every map with weight 1 and is not listed.
 """
 
+import math
+import operator
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import numpy as np
 import torch
@@ -24,13 +26,11 @@ from sae_lens_qk.scoring.scorer import PairScorer
 Pairs = Int[Tensor, "pair 3"] | np.ndarray | Sequence[Sequence[int]]
 """Triples (query feature, key feature, head)."""
 
-Wanted = int | np.integer | Iterable[int] | np.ndarray | None
-"""One number, several, or (None) all."""
+Numbers = SupportsIndex | Iterable[SupportsIndex]
+"""One number or several."""
 
-_DIGITS = 4  # base 256: bfloat16 holds integers up to 256 exactly
-_DENSE_LIMIT = 1 << 28
-_LEAST = 1e-30  # stands for zero where statistics are stored as logarithms
 STATISTICS = ("importance", "effect", "co_occurrence")
+_DENSE_LIMIT = 1 << 28
 
 
 class Features(NamedTuple):
@@ -41,18 +41,19 @@ class Features(NamedTuple):
 
 
 class SparseFeatureMap(nn.Module):
-    """Kept (query feature, key feature, head) triples with weights in [0, 1], sorted by their indices.
+    """(query feature, key feature, head) triples with weights in [0, 1], sorted by their indices.
 
     Args:
-        indices: [n_pairs, 3] integers, one row a pair: query feature in [0, d_query], key feature in [0, d_key], head.
-        weights: [n_pairs] in [0, 1].
-        d_query, d_key, n_heads: the sizes the indices refer to.
-        statistics: [n_pairs, 3] measured on data, zeros where nothing was (see `STATISTICS`): importance, what dropping
-            the pair costs to leading order (nats a query); effect, mean of its unmasked score over the positions where
-            both features fire; co_occurrence, the share of (query, allowed key) positions where they do.
+        indices: integers [pair, 3]: query feature in [0, d_query], key feature in [0, d_key], head.
+        weights: [pair] in [0, 1].
+        d_query, d_key, n_heads: the sizes that the indices refer to.
+        statistics: [pair, 3] measured on data, zeros where nothing was (see `STATISTICS`):
+            importance, what dropping the pair costs to leading order (nats per query); effect, mean
+            of its unmasked score over the positions where both features fire; co_occurrence, the
+            share of (query, allowed key) positions where they do.
     Raises:
-        ValueError: wrong shapes, indices out of range, duplicate pairs, the constant x constant pair, or weights that
-            are not finite numbers in [0, 1].
+        ValueError: wrong shapes, indices out of range, duplicate pairs, the constant x constant
+            pair, or weights that are not finite numbers in [0, 1].
     """
 
     indices: Tensor
@@ -69,13 +70,22 @@ class SparseFeatureMap(nn.Module):
         statistics: Tensor | None = None,
     ):
         super().__init__()
-        self.d_query, self.d_key, self.n_heads = d_query, d_key, n_heads
-        listed = as_pairs(indices, weights.device)
+        self.d_query = d_query
+        self.d_key = d_key
+        self.n_heads = n_heads
+        pairs = as_pairs(indices, weights.device)
         if statistics is None:
-            statistics = weights.new_zeros(len(listed), len(STATISTICS))
-        self._check_values(listed, weights, statistics)
-        order = self._codes(listed).argsort()
-        self.register_buffer("indices", listed[order])
+            statistics = weights.new_zeros(len(pairs), len(STATISTICS))
+        _check_shapes(pairs, weights, statistics)
+        if len(pairs) and not pairs.is_meta:
+            self._check_pairs(pairs)
+            self._check_weights(weights)
+            if not statistics.isfinite().all():
+                raise ValueError(
+                    "Pair statistics must be finite: give zeros where nothing was measured."
+                )
+        order = self._codes(pairs).argsort()
+        self.register_buffer("indices", pairs[order])
         self.register_buffer("weights", weights.detach()[order])
         self.register_buffer("statistics", statistics.detach()[order])
 
@@ -89,142 +99,131 @@ class SparseFeatureMap(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> "SparseFeatureMap":
-        """A map of unset pairs, to be filled by `load_state_dict` (SAELens builds modules on `meta` first)."""
-        made = cls([], torch.empty(0, dtype=dtype, device=device), d_query, d_key, n_heads)
-        made.indices = torch.zeros(n_pairs, 3, dtype=torch.int64, device=device)
-        made.weights = torch.ones(n_pairs, dtype=dtype, device=device)
-        made.statistics = torch.zeros(n_pairs, len(STATISTICS), dtype=dtype, device=device)
-        return made
+        """A map of unset pairs, to be filled by `load_state_dict`.
+
+        SAELens builds modules on the device `meta` first.
+        """
+        feature_map = cls([], torch.empty(0, dtype=dtype, device=device), d_query, d_key, n_heads)
+        weights = torch.ones(n_pairs, dtype=dtype, device=device)
+        feature_map.indices = torch.zeros(n_pairs, 3, dtype=torch.int64, device=device)
+        feature_map.weights = weights
+        feature_map.statistics = weights.new_zeros(n_pairs, len(STATISTICS))
+        return feature_map
 
     @classmethod
     def all_pairs(
         cls, d_query: int, d_key: int, n_heads: int, dtype: torch.dtype = torch.float32
     ) -> "SparseFeatureMap":
         """Every pair with weight 1, constants included; for small sizes."""
-        everything = torch.cartesian_prod(
-            torch.arange(d_query + 1), torch.arange(d_key + 1), torch.arange(n_heads)
-        )
-        constant = (everything[:, 0] == d_query) & (everything[:, 1] == d_key)
-        listed = everything[~constant]
-        return cls(listed, torch.ones(len(listed), dtype=dtype), d_query, d_key, n_heads)
+        features = torch.arange(d_query + 1), torch.arange(d_key + 1)
+        pairs = torch.cartesian_prod(*features, torch.arange(n_heads))
+        pairs = pairs[:-n_heads]  # constant x constant comes last
+        return cls(pairs, torch.ones(len(pairs), dtype=dtype), d_query, d_key, n_heads)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(d_query, d_key, n_heads)."""
+        return self.d_query, self.d_key, self.n_heads
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def extra_repr(self) -> str:
-        return f"{len(self)} pairs of {self.d_query} query features, {self.d_key} key features, {self.n_heads} heads"
+        sides = f"{self.d_query} query features, {self.d_key} key features"
+        return f"{len(self)} pairs of {sides}, {self.n_heads} heads"
 
-    def _check_values(self, indices: Tensor, weights: Tensor, statistics: Tensor) -> None:
-        if (
-            indices.shape != (len(weights), 3)
-            or weights.ndim != 1
-            or statistics.shape != (len(weights), len(STATISTICS))
-        ):
+    # What is refused
+
+    def _check_pairs(self, pairs: Tensor) -> None:
+        largest = pairs.new_tensor([self.d_query, self.d_key, self.n_heads - 1])
+        if (pairs < 0).any() or (pairs > largest).any():
+            low = pairs.amin(dim=0).tolist()
+            high = pairs.amax(dim=0).tolist()
             raise ValueError(
-                "A feature map needs indices [n_pairs, 3], weights [n_pairs] and statistics [n_pairs, 3], "
-                f"got {list(indices.shape)}, {list(weights.shape)} and {list(statistics.shape)}."
+                f"Pair indices must lie in [0, {self.d_query}] x [0, {self.d_key}] x "
+                f"[0, {self.n_heads - 1}] (query feature, key feature, head), got {low} to {high}: "
+                "the map belongs to another dictionary."
             )
-        if indices.is_meta or not len(indices):
-            return
-        upper = torch.tensor([self.d_query, self.d_key, self.n_heads - 1], device=indices.device)
-        low, high = indices.amin(dim=0), indices.amax(dim=0)
-        if (low < 0).any() or (high > upper).any():
-            raise ValueError(
-                f"Pair indices must lie in [0, {self.d_query}] x [0, {self.d_key}] x [0, {self.n_heads - 1}] (query "
-                f"feature, key feature, head), got {low.tolist()} to {high.tolist()}: the map belongs to another dictionary."
-            )
-        if ((indices[:, 0] == self.d_query) & (indices[:, 1] == self.d_key)).any():
+        if (pairs[:, :2] == largest[:2]).all(dim=1).any():
             raise ValueError(
                 "The constant x constant pair is part of every map and must not be listed."
             )
-        codes, order = self._codes(indices).sort()
+        codes, order = self._codes(pairs).sort()
         repeated = order[1:][codes.diff() == 0]
         if len(repeated):
-            raise ValueError(
-                f"The map lists the pair {tuple(indices[repeated[0]].tolist())} twice: merge duplicates first."
-            )
-        self._check_weights(weights)
-        if not statistics.isfinite().all():
-            raise ValueError(
-                "Pair statistics must be finite: give zeros where nothing was measured."
-            )
+            pair = tuple(pairs[repeated[0]].tolist())
+            raise ValueError(f"The map lists the pair {pair} twice: merge duplicates first.")
 
     def _check_weights(self, weights: Tensor) -> None:
-        if not (weights.isfinite() & (weights >= 0) & (weights <= 1)).all():
+        if not ((weights >= 0) & (weights <= 1)).all():  # false for NaN
             raise ValueError("Pair weights must be finite numbers in [0, 1]: clamp them first.")
 
+    # Pairs
+
     def _codes(self, pairs: Tensor) -> Int[Tensor, " pair"]:
-        """One number a pair, ordered as the pairs are."""
+        """One number per pair, ordered as the pairs are."""
         return (pairs[:, 0] * (self.d_key + 1) + pairs[:, 1]) * self.n_heads + pairs[:, 2]
 
     def find(self, pairs: Pairs) -> Int[Tensor, " pair"]:
         """Row of each pair in this map, -1 where it is not listed."""
         pairs = as_pairs(pairs, self.indices.device)
-        wanted = self._codes(pairs)
+        codes = self._codes(pairs)
         if not len(self):
-            return torch.full_like(wanted, -1)
-        at = torch.searchsorted(self._codes(self.indices), wanted).clamp(max=len(self) - 1)
-        return torch.where(
-            (self.indices[at] == pairs).all(dim=1), at, -1
-        )  # foreign pairs may share a code
+            return torch.full_like(codes, -1)
+        rows = torch.searchsorted(self._codes(self.indices), codes).clamp(max=len(self) - 1)
+        # compared as triples: pairs out of range may share a code
+        return rows.where((self.indices[rows] == pairs).all(dim=1), -1)
 
-    def select(self, keep: Tensor) -> "SparseFeatureMap":
+    def _rebuilt(self, indices: Tensor, weights: Tensor, statistics: Tensor) -> "SparseFeatureMap":
+        return type(self)(indices, weights, *self.sizes, statistics)
+
+    def select(self, rows: Tensor) -> "SparseFeatureMap":
         """The pairs at the given rows or where a bool mask is True."""
-        return type(self)(
-            self.indices[keep],
-            self.weights[keep],
-            self.d_query,
-            self.d_key,
-            self.n_heads,
-            self.statistics[keep],
-        )
+        return self._rebuilt(self.indices[rows], self.weights[rows], self.statistics[rows])
 
     def restrict(
         self,
-        heads: Wanted = None,
-        query_features: Wanted = None,
-        key_features: Wanted = None,
+        heads: Numbers | None = None,
+        query_features: Numbers | None = None,
+        key_features: Numbers | None = None,
     ) -> "SparseFeatureMap":
         """The pairs of the given heads, query features and key features; None: of all."""
-        keep = torch.ones(len(self), dtype=torch.bool, device=self.indices.device)
-        for column, wanted in enumerate((query_features, key_features, heads)):
-            if wanted is not None:
-                values = list(wanted) if isinstance(wanted, Iterable) else [wanted]
-                keep &= torch.isin(self.indices[:, column], self.indices.new_tensor(values))
-        return self.select(keep)
+        mask = torch.ones(len(self), dtype=torch.bool, device=self.indices.device)
+        for column, numbers in enumerate((query_features, key_features, heads)):
+            if numbers is not None:
+                values = self.indices.new_tensor(_as_list(numbers))
+                mask &= torch.isin(self.indices[:, column], values)
+        return self.select(mask)
 
     def reweighted(self, weights: Tensor) -> "SparseFeatureMap":
-        return type(self)(
-            self.indices, weights, self.d_query, self.d_key, self.n_heads, self.statistics
-        )
+        """These pairs with other weights."""
+        return self._rebuilt(self.indices, weights, self.statistics)
 
     def measured_as(self, other: "SparseFeatureMap") -> "SparseFeatureMap":
-        """These pairs and weights with the statistics that `other` has of them, zeros where it does not list them."""
-        at = other.find(self.indices)
+        """These pairs and weights with the statistics that `other` has of them, zeros elsewhere."""
+        rows = other.find(self.indices)
+        is_listed = rows >= 0
         statistics = torch.zeros_like(self.statistics)
-        statistics[at >= 0] = other.statistics[at[at >= 0]].to(statistics.dtype)
-        return type(self)(self.indices, self.weights, *self._sizes, statistics)
+        statistics[is_listed] = other.statistics[rows[is_listed]].to(statistics.dtype)
+        return self._rebuilt(self.indices, self.weights, statistics)
 
     def __or__(self, other: "SparseFeatureMap") -> "SparseFeatureMap":
-        """The pairs of both, as of dicts: where both list a pair, the right one's weight and statistics.
+        """Union, with dict semantics: of pairs in both maps, the right one's weight and statistics.
 
         Raises:
             ValueError: the maps belong to dictionaries of other sizes.
         """
-        if self._sizes != other._sizes:
+        if self.sizes != other.sizes:
             raise ValueError(
-                f"Maps of (d_query, d_key, n_heads) = {self._sizes} and {other._sizes} cannot be merged."
+                f"Maps of (d_query, d_key, n_heads) = {self.sizes} and {other.sizes} "
+                "cannot be merged."
             )
-        mine = self.select(other.find(self.indices) < 0)
-        parts = [
-            torch.cat([getattr(m, name) for m in (mine, other)])
-            for name in ("indices", "weights", "statistics")
-        ]
-        return type(self)(parts[0], parts[1], *self._sizes, parts[2])
-
-    @property
-    def _sizes(self) -> tuple[int, int, int]:
-        return self.d_query, self.d_key, self.n_heads
+        unique = self.select(other.find(self.indices) < 0)
+        return self._rebuilt(
+            torch.cat([unique.indices, other.indices]),
+            torch.cat([unique.weights, other.weights]),
+            torch.cat([unique.statistics, other.statistics]),
+        )
 
     def to_dense(self) -> Float[Tensor, "d_query_1 d_key_1 head"]:
         """The mask as a dense array, constant x constant included (weight 1); for small sizes.
@@ -232,8 +231,8 @@ class SparseFeatureMap(nn.Module):
         Raises:
             MemoryError: more than 268M entries.
         """
-        shape = self.d_query + 1, self.d_key + 1, self.n_heads
-        if np.prod(shape, dtype=float) > _DENSE_LIMIT:
+        shape = (self.d_query + 1, self.d_key + 1, self.n_heads)
+        if math.prod(shape) > _DENSE_LIMIT:
             raise MemoryError(
                 f"A dense mask of {shape} entries is too large: work with indices and weights."
             )
@@ -241,6 +240,8 @@ class SparseFeatureMap(nn.Module):
         dense[tuple(self.indices.T)] = self.weights
         dense[self.d_query, self.d_key] = 1.0
         return dense
+
+    # Scores
 
     def scores(
         self,
@@ -281,62 +282,37 @@ class SparseFeatureMap(nn.Module):
 
 
 def as_pairs(pairs: Pairs, device: torch.device | str = "cpu") -> Int[Tensor, "pair 3"]:
-    """Pairs as an int64 tensor [n, 3].
+    """Pairs as an int64 tensor [pair, 3].
 
     Raises:
         ValueError: not integers, or not triples.
     """
-    writable = (
-        pairs if isinstance(pairs, Tensor) else np.array(pairs)
-    )  # pandas hands out read-only views
-    made = torch.as_tensor(writable, device=device)
-    if made.numel() == 0:
+    # copied, because pandas hands out read-only views
+    numbers = pairs if isinstance(pairs, Tensor) else np.array(pairs)
+    triples = torch.as_tensor(numbers, device=device)
+    if triples.numel() == 0:
         return torch.zeros(0, 3, dtype=torch.int64, device=device)
-    if made.is_floating_point() or made.ndim != 2 or made.shape[1] != 3:
+    if triples.is_floating_point() or triples.ndim != 2 or triples.shape[1] != 3:
         raise ValueError(
-            f"Pairs are integer triples (query feature, key feature, head), got {made.dtype} of shape {list(made.shape)}."
+            "Pairs are integer triples (query feature, key feature, head), "
+            f"got {triples.dtype} of shape {list(triples.shape)}."
         )
-    return made.to(torch.int64)
+    return triples.to(torch.int64)
 
 
-def pack_indices(indices: Int[Tensor, "pair 3"]) -> Tensor:
-    """Base-256 digits [n_pairs, 3, 4] as bytes, least significant first: exact in every dtype a loader may cast them to."""
-    shifts = torch.arange(_DIGITS, device=indices.device) * 8
-    return ((indices[..., None] >> shifts) & 255).to(torch.uint8)
+def _as_list(numbers: Numbers) -> list[int]:
+    if isinstance(numbers, Tensor | np.ndarray):
+        numbers = numbers.tolist()  # a single number where there are no axes
+    if isinstance(numbers, Iterable):
+        return [operator.index(number) for number in numbers]
+    return [operator.index(numbers)]
 
 
-def unpack_indices(digits: Tensor) -> Int[Tensor, "pair 3"]:
-    """Inverse of `pack_indices`.
-
-    Raises:
-        ValueError: not the digits of triples, as in a damaged file.
-    """
-    if (
-        digits.shape[1:] != (3, _DIGITS)
-        or not ((digits >= 0) & (digits <= 255) & (digits == digits.round())).all()
-    ):
+def _check_shapes(pairs: Tensor, weights: Tensor, statistics: Tensor) -> None:
+    n_pairs = len(pairs)
+    if weights.shape != (n_pairs,) or statistics.shape != (n_pairs, len(STATISTICS)):
         raise ValueError(
-            f"Packed pairs must be integers 0 to 255 of shape [n_pairs, 3, {_DIGITS}], got shape {list(digits.shape)} with "
-            "other values or axes: the file is damaged."
+            "A feature map needs indices [n_pairs, 3], weights [n_pairs] and statistics "
+            f"[n_pairs, 3], got {list(pairs.shape)}, {list(weights.shape)} and "
+            f"{list(statistics.shape)}."
         )
-    shifts = torch.arange(_DIGITS, device=digits.device) * 8
-    return (digits.round().to(torch.int64) << shifts).sum(dim=-1)
-
-
-def pack_statistics(statistics: Float[Tensor, "pair 3"]) -> Tensor:
-    """Importance and co-occurrence as logarithms: their range is beyond float16's. Inverse: `unpack_statistics`."""
-    importance, effect, co_occurrence = _at_least_float32(statistics).unbind(dim=1)
-    logs = [values.clamp(min=_LEAST).log() for values in (importance, co_occurrence)]
-    return torch.stack([logs[0], effect, logs[1]], dim=1).to(statistics.dtype)
-
-
-def unpack_statistics(packed: Float[Tensor, "pair 3"]) -> Tensor:
-    importance, effect, co_occurrence = _at_least_float32(packed).unbind(dim=1)
-    values = [
-        log.exp() * (log > np.log(4 * _LEAST)) for log in (importance, co_occurrence)
-    ]  # zero stays zero
-    return torch.stack([values[0], effect, values[1]], dim=1).to(packed.dtype)
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

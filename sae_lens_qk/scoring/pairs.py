@@ -27,38 +27,38 @@ def pair_kernel(
     spec: AttentionSpec,
     offsets: Int[Tensor, " offset"],
 ) -> Float[Tensor, "pair _"]:
-    """M[a, b, h](offset) = scale * <R_offset W_dec_q[a, h], W_dec_k[b, g(h)]>: [pair, offset], or [pair, 1] without rotary.
+    """M[a, b, h](offset) = scale * <R_offset W_dec_q[a, h], W_dec_k[b, g(h)]>.
 
     With (q1, q2), (k1, k2) the halves of the rotating dimensions and theta the inverse frequencies,
 
-        <R_d q, k> = sum_f (q1 k1 + q2 k2)_f cos(theta_f d) + (q1 k2 - q2 k1)_f sin(theta_f d) + <q, k> of the rest.
+        <R_d q, k> = sum_f (q1 k1 + q2 k2)_f cos(theta_f d) + (q1 k2 - q2 k1)_f sin(theta_f d)
+                     + <q, k> of the other dimensions
+
+    Returns:
+        [pair, offset], or [pair, 1] without rotary embeddings: the same at every offset.
     """
     dtype = torch.promote_types(decoders.query.dtype, torch.float32)
-    cos, sin = spec.cos_sin(offsets, dtype)
-    made = []
+    cos, sin = spec.cos_sin(offsets, dtype)  # [offset, freq]
+    rotary_dim = spec.rotary_dim
+    chunks = []
     for chunk in indices.split(_CHUNK):
         query, key, head = chunk.unbind(dim=1)
-        q = decoders.query[query, head].to(dtype) * spec.scale
+        q = decoders.query[query, head].to(dtype) * spec.scale  # [pair, d_head]
         k = decoders.key[key, head // spec.heads_per_kv].to(dtype)
-        values = (q[:, spec.rotary_dim :] * k[:, spec.rotary_dim :]).sum(dim=1, keepdim=True)
-        if spec.rotary_dim:
-            q1, q2 = q[:, : spec.rotary_dim].chunk(2, dim=1)
-            k1, k2 = k[:, : spec.rotary_dim].chunk(2, dim=1)
-            values = values + (q1 * k1 + q2 * k2) @ cos.T + (q1 * k2 - q2 * k1) @ sin.T
-        made.append(values)
-    return torch.cat(made)
+        kernel = (q[:, rotary_dim:] * k[:, rotary_dim:]).sum(dim=1, keepdim=True)
+        if rotary_dim:
+            q1, q2 = q[:, :rotary_dim].chunk(2, dim=1)
+            k1, k2 = k[:, :rotary_dim].chunk(2, dim=1)
+            kernel = kernel + (q1 * k1 + q2 * k2) @ cos.T + (q1 * k2 - q2 * k1) @ sin.T
+        chunks.append(kernel)
+    return torch.cat(chunks)
 
 
 def constant_scores(
     decoders: Decoders, spec: AttentionSpec, n_pos: int
 ) -> Float[Tensor, "head pos_q pos_k"]:
-    """The constant x constant term, scale * <R_i b_q[h], R_j b_k[g(h)]>, at allowed keys; zero at future keys."""
-    positions = torch.arange(n_pos, device=decoders.query.device)
-    heads = positions.new_tensor(range(spec.n_heads))
-    constant = torch.stack(
-        [heads * 0 + len(decoders.query) - 1, heads * 0 + len(decoders.key) - 1, heads], dim=1
-    )
-    kernel = pair_kernel(constant, decoders, spec, positions)
-    offsets = (positions[:, None] - positions).clamp(min=0)
-    scores = kernel.expand(-1, n_pos)[:, offsets]
-    return scores * spec.allowed_mask(n_pos, scores.device)
+    """The constant x constant term, scale * <R_i b_q[h], R_j b_k[g(h)]>; zero where not allowed."""
+    queries = decoders.query[-1].expand(1, n_pos, -1, -1)
+    keys = decoders.key[-1].expand(1, n_pos, -1, -1)
+    scores = spec.scores(queries, keys)[0]
+    return scores.masked_fill(~spec.allowed_mask(n_pos, scores.device), 0.0)

@@ -15,7 +15,7 @@ from sae_lens_qk.attention import AttentionSpec
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.feature_map import SparseFeatureMap
 from sae_lens_qk.scoring.entries import ActiveEntries, active_entries
-from sae_lens_qk.scoring.kernels import first_firings, numbers
+from sae_lens_qk.scoring.kernels import firing_ranks, first_firings
 from sae_lens_qk.scoring.pairs import Decoders
 from sae_lens_qk.training.kernels import add_statistics, insert_all
 from sae_lens_qk.weights import QKWeights
@@ -220,8 +220,8 @@ class PairTable:
             first_keys: first allowed key of each query.
         """
         _, n_keys, n_heads = self.sizes
-        firing, n_fired = first_firings(n_keys, 0, len(pattern), keys.start, keys.feature)
-        k_local = numbers(firing, n_keys)[keys.feature]
+        firing, n_fired = first_firings(n_keys, keys.start, keys.feature)
+        k_local = firing_ranks(firing, n_keys)[keys.feature]
         present, first_row = np.unique(features, return_index=True)
         first_row = np.append(first_row, len(features))
         next_feature = np.zeros(_TABLES, np.int64)

@@ -17,7 +17,7 @@ from typing_extensions import override
 from sae_lens_qk.attention import SIDES, AttentionSpec, Side
 from sae_lens_qk.config import TRANSCODERS_ARCHITECTURE, BilinearQKConfig, TranscodersTrainingConfig
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.feature_map import pack_indices
+from sae_lens_qk.stored_form import pack_indices
 from sae_lens_qk.training.initialization import data_start, scores_start
 from sae_lens_qk.training.losses import (
     dead_feature_loss,
