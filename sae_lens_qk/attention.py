@@ -300,7 +300,8 @@ class AttentionSpec:
         logits = self.capped(scores)
         keys = torch.arange(query_pos + 1, device=scores.device)
         if self.alibi_slopes:
-            logits = logits + self.alibi_slopes[head] * (keys - query_pos)
+            offsets = (keys - query_pos).to(logits.dtype)
+            logits = logits + self.alibi_slopes[head] * offsets
         if self.window is not None:
             forbidden = ~self.allowed(query_pos, keys)
             logits = logits.masked_fill(forbidden, -torch.inf)
