@@ -209,7 +209,8 @@ def overview(prompt: RecordedPrompt, query_pos: SupportsIndex = -1) -> pd.DataFr
     looks = pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
     looks.insert(3, "key", [prompt.words[key] for key in keys.tolist()])
     pairs = prompt.strongest(1, query_positions=[i])
-    pairs = pairs[pairs["pattern_effect"] > 0]
-    pairs = pairs[["head", "key_pos", "query_feature", "key_feature", "pattern_effect"]]
-    pairs = pairs.astype({"query_feature": "Int64", "key_feature": "Int64"})
-    return looks.merge(pairs, how="left", on=["head", "key_pos"])
+    supporting = pairs.query("pattern_effect > 0").astype(
+        {"query_feature": "Int64", "key_feature": "Int64"}
+    )
+    columns = ["head", "key_pos", "query_feature", "key_feature", "pattern_effect"]
+    return looks.merge(supporting[columns], how="left", on=["head", "key_pos"])

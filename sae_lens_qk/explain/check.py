@@ -62,8 +62,8 @@ class Check(NamedTuple):
     @property
     def holds(self) -> bool | None:
         """Whether `features` hold on both sides at every k from 2 on; None: no controls exist."""
-        judged = self.table.query("ranking == 'features' and k >= 2").dropna(subset="holds")
-        return bool(judged["holds"].all()) if len(judged) else None
+        rows = self.table.query("ranking == 'features' and k >= 2").dropna(subset="holds")
+        return bool(rows["holds"].all()) if len(rows) else None
 
     @property
     def verdict(self) -> str:
@@ -117,11 +117,11 @@ def check(
     ks = [int(number) for number in integers("k", k).reshape(-1)]
     if min(ks) < 1:
         raise ValueError(f"k must be numbers of pairs or features, 1 or more, got {ks}.")
-    fitted = prompt.directions if directions is None else directions
+    directions = prompt.directions if directions is None else directions
     generator = torch.Generator().manual_seed(seed)
     row = prompt.score_row(position.head, position.query_pos)
     rows = []
-    for removal in named_removals(prompt, position, terms, ks, fitted):
+    for removal in named_removals(prompt, position, terms, ks, directions):
         site = removal.site
         names, factors = _removals(site, removal.top, n_controls, generator)
         measured = row.change(site.measure(row, factors), site.key_pos)

@@ -144,8 +144,8 @@ class Attribution:
     ) -> Int[Tensor, "pair 3"]:
         """The strongest pairs of `top` as (query feature, key feature, head), for `fwd_hooks`."""
         top = self.top(n, sign, source=source)
-        pairs = top[top["kind"] != "constant"][["query_feature", "key_feature"]]
-        triples = pairs.assign(head=self.position.head).to_numpy(dtype=np.int64)
+        pairs = top.query("kind != 'constant'").assign(head=self.position.head)
+        triples = pairs[["query_feature", "key_feature", "head"]].to_numpy(dtype=np.int64)
         return as_pairs(triples)
 
     @form_renamed

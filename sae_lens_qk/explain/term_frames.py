@@ -112,17 +112,17 @@ def marginal_tables(
     Args:
         weights: share of each term that counts for its features; the rest is a row of its own.
     """
-    at_key = terms.key_positions == key_pos
-    counted = weights[:, at_key] > 0  # [a, b]
+    key_mask = terms.key_positions == key_pos
+    in_source = weights[:, key_mask] > 0  # [a, b]
     own = terms.weighted(weights)
     rest = terms.weighted(1 - weights)
     query_features = terms.query_features
-    key_features = terms.key_features[at_key]
+    key_features = terms.key_features[key_mask]
     query_table = _marginal_table(
         row,
         key_pos,
         query_features,
-        counted.sum(dim=1),
+        in_source.sum(dim=1),
         own.rows("query", key_pos, query_features),
         rest.rows("query", key_pos, query_features),
     )
@@ -130,7 +130,7 @@ def marginal_tables(
         row,
         key_pos,
         key_features,
-        counted.sum(dim=0),
+        in_source.sum(dim=0),
         own.key_feature_rows(key_features),
         rest.key_feature_rows(key_features),
     )
@@ -139,7 +139,7 @@ def marginal_tables(
 
 def feature_terms(frame: pd.DataFrame) -> pd.DataFrame:
     """Terms of features and constants alone: neither errors nor what the mask takes away."""
-    return frame[~frame["kind"].isin(SUMS)]
+    return frame.query("kind not in @SUMS")
 
 
 def top_terms(frame: pd.DataFrame, n: int, sign: Sign) -> pd.DataFrame:
@@ -150,8 +150,8 @@ def top_terms(frame: pd.DataFrame, n: int, sign: Sign) -> pd.DataFrame:
     """
     if sign not in ("both", "supporting", "inhibiting"):
         raise ValueError(f"sign must be 'both', 'supporting' or 'inhibiting', got {sign!r}.")
-    supporting = frame[frame["pattern_effect"] > 0].nlargest(n, "pattern_effect")
-    inhibiting = frame[frame["pattern_effect"] < 0].nsmallest(n, "pattern_effect")
+    supporting = frame.query("pattern_effect > 0").nlargest(n, "pattern_effect")
+    inhibiting = frame.query("pattern_effect < 0").nsmallest(n, "pattern_effect")
     if sign == "supporting":
         return supporting.reset_index(drop=True)
     if sign == "inhibiting":
@@ -236,9 +236,7 @@ def _marginal_table(
             "pattern_effect": row.effect(rows, key_pos).cpu().numpy(),
         }
     )
-    is_rest = frame["feature"].isna()
-    shown = is_rest | (frame["n_terms"] > 0) | (frame["pattern_effect"] != 0)
-    return sorted_by_effect(frame[shown])
+    return sorted_by_effect(frame.query("feature.isna() or n_terms > 0 or pattern_effect != 0"))
 
 
 def _kinds(query_excess: np.ndarray, key_excess: np.ndarray) -> np.ndarray:

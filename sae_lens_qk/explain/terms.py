@@ -123,9 +123,9 @@ def pair_weights(
     rows[query_features] = torch.arange(len(query_features), device=rows.device)
     columns = key_features.new_full((d_key + 2,), -1)
     columns[key_features] = torch.arange(len(key_features), device=columns.device)
-    listed = (pairs_head == head) & (rows[pairs_query] >= 0) & (columns[pairs_key] >= 0)
+    in_table = (pairs_head == head) & (rows[pairs_query] >= 0) & (columns[pairs_key] >= 0)
     table = feature_map.weights.new_zeros(len(query_features), len(key_features))
-    table[rows[pairs_query[listed]], columns[pairs_key[listed]]] = feature_map.weights[listed]
+    table[rows[pairs_query[in_table]], columns[pairs_key[in_table]]] = feature_map.weights[in_table]
     if rows[d_query] >= 0 and columns[d_key] >= 0:
         table[rows[d_query], columns[d_key]] = 1.0
     return table
