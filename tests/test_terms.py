@@ -184,7 +184,7 @@ def test_effects_are_derivatives_of_the_log_pattern(variant):
     scores, term = some_scores(2)
     row = AttentionRow(spec, head=1, query_pos=4, scores=scores)
     strength = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    pattern = row.softmax(scores + strength * term)
+    pattern = row.row_pattern(scores + strength * term)
     (slope,) = torch.autograd.grad(pattern[3].log(), strength)
     assert float(row.effect(term, 3)) == pytest.approx(float(slope))
 

@@ -91,7 +91,10 @@ def measure(
                 )
                 if number in followed_cases and (name, side) == FOLLOWED:
                     edited_rows[number] = _rows_to_follow(
-                        removals, score_row.softmax(actual), score_row.softmax(predicted), sizes
+                        removals,
+                        score_row.row_pattern(actual),
+                        score_row.row_pattern(predicted),
+                        sizes,
                     )
     return outcomes, edited_rows
 

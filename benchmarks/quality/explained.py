@@ -178,7 +178,7 @@ class _Counts:
         self.n_supporting.append(len(best))
         # the row without the best pair, without the best two, ...
         removed = contributions[best[:, 0], best[:, 1]].cumsum(dim=0)
-        drops = row.pattern[key_pos] - row.softmax(row.scores - removed)[:, key_pos]
+        drops = row.pattern[key_pos] - row.row_pattern(row.scores - removed)[:, key_pos]
         if len(drops) and drops[-1] > 0:
             self.weight_shares.append(float(drops[-1] / row.pattern[key_pos]))
             for share, numbers in self.pairs_for.items():

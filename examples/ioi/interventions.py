@@ -210,8 +210,8 @@ def _edits(
         factors = {"top": removal.top.to(site.rows.dtype)}
         factors |= control_removals(site, removal.top, generator)
         stacked_factors = torch.stack(list(factors.values()))
-        patterns = row.softmax(site.measure(row, stacked_factors))
-        predicted_patterns = row.softmax(site.predict(row, stacked_factors))
+        patterns = row.row_pattern(site.measure(row, stacked_factors))
+        predicted_patterns = row.row_pattern(site.predict(row, stacked_factors))
         for n, condition in enumerate(factors):
             key = RemovalKey(site.side, removal.ranking, removal.k, condition)
             yield key, _Edit(patterns[n], float(predicted_patterns[n, key_pos]))

@@ -61,9 +61,9 @@ class AttentionRow:
         self.head = head
         self.query_pos = query_pos
         self.scores = scores
-        self.pattern = self.softmax(scores) if pattern is None else pattern
+        self.pattern = self.row_pattern(scores) if pattern is None else pattern
 
-    def softmax(self, scores: Float[Tensor, "*n pos"]) -> Float[Tensor, "*n pos"]:
+    def row_pattern(self, scores: Float[Tensor, "*n pos"]) -> Float[Tensor, "*n pos"]:
         """The pattern that other scores would give in this row."""
         return self.spec.row_pattern(scores, self.head, self.query_pos)
 
@@ -85,11 +85,11 @@ class AttentionRow:
 
     def attention_drop(self, rows: Float[Tensor, "n pos"], key_pos: int) -> Float[Tensor, " n"]:
         """P[j] less what remains of it when each term leaves the whole row of scores."""
-        return self.pattern[key_pos] - self.softmax(self.scores - rows)[:, key_pos]
+        return self.pattern[key_pos] - self.row_pattern(self.scores - rows)[:, key_pos]
 
     def change(self, edited: Float[Tensor, "n pos"], key_pos: int) -> Change:
         """What the row becomes with other scores."""
-        pattern = self.softmax(edited)
+        pattern = self.row_pattern(edited)
         logit_drops = self.spec.capped(self.scores) - self.spec.capped(edited)
         return Change(
             tv=(pattern - self.pattern).abs().sum(dim=-1) / 2,
