@@ -162,8 +162,11 @@ def test_shipped_dictionaries_load_verified(installed, name):
     facts = json.loads(installed.python("-c", SCRIPT, name).splitlines()[-1])
     assert Path(facts["file"]).is_relative_to(installed.site)
     cfg = json.loads((PRETRAINED / name / "cfg.json").read_text())
-    # newer fields have defaults
-    assert facts["cfg"] == {**facts["cfg"], **cfg, "dtype": "float32"}
+    # newer fields have defaults, and the host's metadata are filled in
+    for field in cfg.keys() - {"dtype", "metadata"}:
+        assert facts["cfg"][field] == cfg[field]
+    assert facts["cfg"]["metadata"]["model_name"] == cfg["model_name"]
+    assert facts["cfg"]["dtype"] == "float32"
     assert facts["n_pairs"] == cfg["n_pairs"] > 0
     assert facts["metrics"] == json.loads((PRETRAINED / name / "metrics.json").read_text())
     assert not list(installed.hf_home.rglob("models--*"))
@@ -188,5 +191,5 @@ def test_recipes_are_found_by_name(installed):
     text = installed.python("-m", "sae_lens_qk", "train", "--config", "gpt2-small-L10", "--help")
     page = " ".join(text.split())
     assert f"Layer whose attention is decomposed. (default: {recipe['layer']})" in page
-    assert f"Pairs kept, at most. (default: {recipe['mask']['n_pairs']})" in page
+    assert f"Pairs left at the end, at most. (default: {recipe['mask']['n_pairs']})" in page
     assert recipe["layer"] == 10

@@ -104,10 +104,13 @@ def repository_card(
     """
     summaries = dict(sorted(folders.items()))
     section = f"{_BEGIN}\n{_listing(repo_id, summaries)}\n{_END}"
+    # a header has to be there, or the client takes the first rule of the text for one
     card = _parsed(existing or f"---\n{{}}\n---\n\n# {repo_id.split('/')[-1]}\n")
     if _SECTION.search(card.text):
+        # a function, so that backslashes in names are not escapes
         card.text = _SECTION.sub(lambda _: section, card.text, count=1)
     else:
+        # half a mark would swallow the text between it and the next section
         text = card.text.replace(_BEGIN, "").replace(_END, "").rstrip()
         card.text = f"{text}\n\n{section}\n"
     headers: list[Any] = [card.data]

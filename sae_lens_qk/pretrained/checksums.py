@@ -57,6 +57,7 @@ def read_sums(path: Path) -> dict[str, str]:
         raise ValueError(f"{path} is damaged: it is not text ({error}).") from error
     sums = {}
     for line in lines:
+        # names of files elsewhere would let the sums make us read them
         match = _LINE.fullmatch(line)
         if match is None or match[2] in (".", "..", SUMS):
             raise ValueError(
@@ -92,11 +93,13 @@ def verify_folder(folder: Path, verify: Verify, sums_sha256: str | None = None) 
             raise ValueError(f"{message}, and verification was asked for.")
         warnings.warn(f"{message}. Load with verify='strict' to refuse such folders.", stacklevel=2)
         return
+    # whoever changes a file with its sum does not pass this
     if sums_sha256 and sha256_of(folder / SUMS) != sums_sha256:
         raise ValueError(
             f"{folder / SUMS} is not the file the registry names (SHA-256 {sums_sha256})."
         )
     sums = read_sums(folder / SUMS)
+    # optional, so that an unlisted one may be left over from another dictionary
     for name in (METRICS, RUNNER_CONFIG):
         if name not in sums and (folder / name).is_file():
             raise ValueError(

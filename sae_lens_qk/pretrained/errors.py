@@ -65,6 +65,7 @@ def _explanation(error: BaseException, repo_id: str, revision: str, path: str) -
         return OSError(
             f"{repo_id} sends {path} cut short, after several attempts: try again later."
         )
+    # before RepositoryNotFoundError, its base class
     if isinstance(error, GatedRepoError):
         return PermissionError(
             f"{repo_id} is gated: accept its terms on its page, then pass token= or log in with "

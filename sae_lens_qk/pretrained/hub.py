@@ -97,6 +97,7 @@ def fetched(place: HubFolder, force_download: bool = False) -> Iterator[Path]:
         return
     with _staging_cache(place.cache_dir) as staging:
         staged = place._replace(revision=commit, cache_dir=staging)
+        # not where the caller distrusts the cache
         if not force_download:
             _link_weights(place.cached_repo / "blobs", staged.cached_repo / "blobs")
         with explained(place.repo_id, place.revision, place.path(CONFIG)):
@@ -104,6 +105,7 @@ def fetched(place: HubFolder, force_download: bool = False) -> Iterator[Path]:
         yield folder
         with _writing(place.cache_dir):
             _adopt(staged.cached_repo, place.cached_repo)
+            # a branch or tag: what it names now is what the client looks up offline
             if place.revision != commit:
                 ref = place.cached_repo / "refs" / place.revision
                 ref.parent.mkdir(parents=True, exist_ok=True)
@@ -114,6 +116,7 @@ def _look_up(place: HubFolder) -> tuple[Path | None, str]:
     """The copy in the cache that can be used, or None and the commit to download."""
     if _COMMIT.fullmatch(place.revision) and (copy := _cached(place)):
         return copy, place.revision
+    # what the cache holds of the branch, in case the Hub cannot be reached
     fallback = _cached(place, needs_sums=False)
     commit = _newest_commit(place, has_copy=fallback is not None)
     if commit is None:
@@ -129,6 +132,7 @@ def _newest_commit(place: HubFolder, has_copy: bool = False) -> str | None:
     url = hf_hub_url(place.repo_id, place.path(CONFIG), revision=place.revision)
     with explained(place.repo_id, place.revision, place.path(CONFIG)):
         try:
+            # with a copy at hand one attempt is enough
             metadata = get_hf_file_metadata(url, token=place.token, retry_on_errors=not has_copy)
         except (HTTPError, OfflineModeIsEnabled) as error:
             is_unreachable = is_transient(error) or isinstance(error, OfflineModeIsEnabled)
@@ -157,6 +161,7 @@ def _cached(place: HubFolder, needs_sums: bool = True) -> Path | None:
             place.repo_id, place.path(name), place.cache_dir, revision=place.revision
         )
 
+    # a path; None: not cached; another object: the Hub is known not to have it
     config = look_up(CONFIG)
     sums = look_up(SUMS)
     if not isinstance(config, str) or (needs_sums and sums is None):

@@ -43,6 +43,7 @@ def located(
         place = _named_place(release, sae_id, revision)
     else:
         place = _registered_place(entry, revision)
+        # the registry's sum is that of its own commit
         if revision in (None, entry.revision):
             sums_sha256 = entry.sha256
     if isinstance(place, Path):

@@ -113,6 +113,7 @@ class Pretrained:
         """
         check_verify(verify)
         is_host_release = sae_id is not None and "/" not in release and not Path(release).is_dir()
+        # a release without a slash, with an sae_id, is one of SAELens's own registry
         if converter is not None or is_host_release:
             if verify == "strict" or revision or token or cache_dir:
                 raise ValueError(
@@ -131,6 +132,7 @@ class Pretrained:
                 fold_W_dec_norm,
             )
             return dictionary
+        # a download enters the cache only when the body ends well: verified and loaded
         cache = hub_cache(cache_dir)
         with located(release, sae_id, revision, token, cache, force_download) as location:
             verify_folder(location.folder, verify, location.sums_sha256)
@@ -184,6 +186,7 @@ class Pretrained:
         Raises:
             ValueError: `metrics` or `runner_cfg` cannot be put into a card; nothing is written.
         """
+        # before the weights: what cannot be put into a card leaves the folder as it was
         texts = documents(self, Path(path).resolve().name)
         host: Any = super()
         paths = host.save_model(path)
@@ -236,7 +239,9 @@ class Pretrained:
         with tempfile.TemporaryDirectory() as scratch:
             staged = Path(scratch) / name
             self.save_model(staged)
+            # the card's snippet names the repository instead of a path
             write_documents(staged, documents(self, name, source=f'"{repo_id}", "{folder}"'))
+            # what cannot be loaded again (pairs out of range, NaN) is not sent
             type(self).load_from_disk(staged)
             return publish(
                 staged,

@@ -53,6 +53,7 @@ def publish(
     """
     with tempfile.TemporaryDirectory() as cache, explained(repo_id, revision), _writable(repo_id):
         repository = _Repository(HfApi(token=token), repo_id, revision, Path(cache))
+        # an attempt after somebody else's commit starts over from their commit
         for attempt in retrying(lambda error: is_transient(error) or _has_moved_on(error)):
             with attempt:
                 repository.create(private)
@@ -101,6 +102,7 @@ class _Repository(NamedTuple):
 
     def create(self, private: bool) -> None:
         self.api.create_repo(self.repo_id, private=private, exist_ok=True)
+        # an existing repository is not made private: that would be somebody's surprise
         if private and not self.api.model_info(self.repo_id).private:
             raise ValueError(
                 f"{self.repo_id} exists and is public: private=True is for a repository that is "
@@ -117,12 +119,14 @@ class _Repository(NamedTuple):
 
         Fails if somebody else commits meanwhile.
         """
+        # everything is read at one commit, and the new one must be its child
         head = str(self.api.model_info(self.repo_id, revision=self.revision).sha)
         present = self.api.list_repo_files(self.repo_id, revision=head)
         files = {f"{folder}/{path.name}": path for path in staged.iterdir()}
         operations = [CommitOperationAdd(path, file) for path, file in sorted(files.items())]
         card = self._card(head, present, folder, staged)
         operations.append(CommitOperationAdd(CARD, card.encode()))
+        # files of an older version; folders below are other dictionaries
         deletions = [
             CommitOperationDelete(path)
             for path in sorted(set(present) - set(files))
@@ -152,6 +156,7 @@ class _Repository(NamedTuple):
         """Every QK dictionary of the repository, by folder."""
         summaries = {}
         for path in map(PurePosixPath, present):
+            # a cfg.json at the top is not a folder's
             if path.name != CONFIG or not path.parent.name:
                 continue
             cfg = _json_object(self._read(str(path), head)) or {}

@@ -101,6 +101,7 @@ class Entry:
     @property
     def command(self) -> str:
         """What trains it."""
+        # by its name where the command line finds it by that
         config = self.recipe.stem if self.recipe == recipe_file(self.recipe.stem) else self.recipe
         return f"python -m sae_lens_qk train --config {shlex.quote(str(config))}"
 
@@ -166,6 +167,7 @@ def pretrained_dictionaries() -> pd.DataFrame:
         with the feature map patched in (NaN: not measured); repo, revision; and command, which
         trains it.
     """
+    # nullable integers: a published entry without a recipe has no sizes
     rows = [_row(entry) for entry in registry().values()]
     table = pd.DataFrame(rows, columns=list(_COLUMNS))
     return table.astype(dict.fromkeys(("layer", "d_query", "d_key", "n_pairs"), "Int64"))
