@@ -40,8 +40,9 @@ class Compactable:
         cfg = self.cfg
         live_query = torch.as_tensor(live_query, dtype=torch.bool)
         live_key = torch.as_tensor(live_key, dtype=torch.bool)
-        lengths_match = (len(live_query), len(live_key)) == (cfg.d_query, cfg.d_key)
-        if not lengths_match or not (live_query.any() and live_key.any()):
+        lengths = (len(live_query), len(live_key))
+        is_empty = not (live_query.any() and live_key.any())
+        if lengths != (cfg.d_query, cfg.d_key) or is_empty:
             raise ValueError(
                 f"compact needs masks of lengths {cfg.d_query} and {cfg.d_key} "
                 "that keep a feature per side."

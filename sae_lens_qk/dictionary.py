@@ -42,7 +42,7 @@ class QueriesKeys(NamedTuple):
 class BilinearQKDictionary(
     OneDecoderRefusals, Patchable, Compactable, Pretrained, SAE[BilinearQKConfig]
 ):
-    """Query and key transcoders of one attention layer, and the feature pairs that carry its pattern.
+    """Query and key transcoders of one attention layer, and the pairs that carry its pattern.
 
     With x the tensor that W_Q and W_K multiply,
 
@@ -55,7 +55,7 @@ class BilinearQKDictionary(
     Methods that take x also take `features(x)`: encode once, hand it on.
 
     Attributes:
-        query, key: stock SAELens transcoders. Hooks on `query.hook_sae_acts_post` act on every path.
+        query, key: stock SAELens transcoders. Hooks on `query.hook_sae_acts_post` act everywhere.
         feature_map: `SparseFeatureMap`, empty until step 2 has run.
         spec: the layer's attention, `AttentionSpec`.
         metrics, runner_cfg: metrics and settings of the training run, saved next to the weights;
@@ -74,7 +74,7 @@ class BilinearQKDictionary(
         if use_error_term:
             raise NotImplementedError(REFUSALS["use_error_term"])
         if not cfg.attention:
-            raise ValueError("cfg.attention is empty: a dictionary needs its layer's AttentionSpec.")
+            raise ValueError("cfg.attention is empty: give the AttentionSpec of the layer.")
         super().__init__(cfg)
         self.cfg.metadata.model_name = cfg.model_name
         self.cfg.metadata.hook_name = cfg.hook_name
@@ -125,8 +125,10 @@ class BilinearQKDictionary(
     @property
     def decoders(self) -> Decoders:
         """Decoder rows by head, the bias as last row (the constant feature)."""
-        query_rows = torch.cat([self.query.W_dec, self.query.b_dec[None]])
-        key_rows = torch.cat([self.key.W_dec, self.key.b_dec[None]])
+        query_bias = self.query.b_dec[None]
+        key_bias = self.key.b_dec[None]
+        query_rows = torch.cat([self.query.W_dec, query_bias])  # [d_query + 1, d_queries]
+        key_rows = torch.cat([self.key.W_dec, key_bias])  # [d_key + 1, d_keys]
         return Decoders(self.spec.split_queries(query_rows), self.spec.split_keys(key_rows))
 
     # Features
@@ -153,8 +155,11 @@ class BilinearQKDictionary(
     @override
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
         """Flattened [q_hat | k_hat], d_out = (n_heads + n_kv_heads) * d_head."""
-        query_acts, key_acts = feature_acts.split([self.cfg.d_query, self.cfg.d_key], dim=-1)
-        return torch.cat([self.query.decode(query_acts), self.key.decode(key_acts)], dim=-1)
+        sizes = [self.cfg.d_query, self.cfg.d_key]
+        query_acts, key_acts = feature_acts.split(sizes, dim=-1)
+        queries = self.query.decode(query_acts)
+        keys = self.key.decode(key_acts)
+        return torch.cat([queries, keys], dim=-1)
 
     @override
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_out"]:
@@ -165,9 +170,9 @@ class BilinearQKDictionary(
     def reconstruct(self, x: Float[Tensor, "batch pos d_model"] | Features) -> QueriesKeys:
         """q_hat and k_hat by head, of the layer's input or its features."""
         features = self._as_features(x)
-        queries = self.spec.split_queries(self.query.decode(features.query))
-        keys = self.spec.split_keys(self.key.decode(features.key))
-        return QueriesKeys(queries, keys)
+        queries = self.query.decode(features.query)  # [batch, pos, d_queries]
+        keys = self.key.decode(features.key)
+        return QueriesKeys(self.spec.split_queries(queries), self.spec.split_keys(keys))
 
     def scores(
         self, x: Float[Tensor, "batch pos d_model"] | Features, source: Source = "transcoders"
@@ -181,7 +186,8 @@ class BilinearQKDictionary(
             return self.spec.scores(*self.reconstruct(x))
         if source == "feature_map":
             self.require_feature_map()
-            return self.feature_map.scores(self._as_features(x), self.decoders, self.spec)
+            features = self._as_features(x)
+            return self.feature_map.scores(features, self.decoders, self.spec)
         raise ValueError(f"source must be 'transcoders' or 'feature_map', got {source!r}.")
 
     def pattern(
@@ -215,21 +221,24 @@ class BilinearQKDictionary(
         """Score of a pair per unit of both activations: M[a,b,h](offset), offset = query - key.
 
         Args:
-            pairs: triples (query feature, key feature, head), kept or not; d_query / d_key stand for
-                the constants.
+            pairs: triples (query feature, key feature, head), kept or not; d_query / d_key stand
+                for the constants.
             offsets: relative positions >= 0; without rotary embeddings all give the same score.
         Raises:
             ValueError: pairs out of range, or a negative offset.
         """
         pairs = as_pairs(pairs, self.device)
         offsets = torch.as_tensor(offsets, device=self.device)
-        upper = pairs.new_tensor([self.cfg.d_query, self.cfg.d_key, self.spec.n_heads - 1])
-        if ((pairs < 0) | (pairs > upper)).any() or (offsets < 0).any():
+        d_query, d_key, n_heads = self.feature_map.sizes
+        upper = pairs.new_tensor([d_query, d_key, n_heads - 1])
+        foreign = (pairs < 0) | (pairs > upper)
+        if foreign.any() or (offsets < 0).any():
             raise ValueError(
-                f"Pairs must lie in [0, {upper[0]}] x [0, {upper[1]}] x [0, {upper[2]}] "
+                f"Pairs must lie in [0, {d_query}] x [0, {d_key}] x [0, {n_heads - 1}] "
                 "and offsets be at least 0."
             )
-        return pair_kernel(pairs, self.decoders, self.spec, offsets).expand(-1, len(offsets))
+        kernel = pair_kernel(pairs, self.decoders, self.spec, offsets)  # [pair, offset or 1]
+        return kernel.expand(-1, len(offsets))
 
     @torch.no_grad()
     def pair_frame(self) -> pd.DataFrame:
@@ -238,17 +247,19 @@ class BilinearQKDictionary(
         Returns:
             query_feature, key_feature, head (d_query / d_key stand for the constant feature),
             weight in [0, 1], score_at_0, the pair's score per unit of both activations at offset 0,
-            and as measured on data (NaN where nothing was) importance, effect and co_occurrence; see
-            `SparseFeatureMap`.
+            and as measured on data (NaN where nothing was) importance, effect and co_occurrence;
+            see `SparseFeatureMap`.
         """
         feature_map = self.feature_map
         statistics = feature_map.statistics.float().cpu().clone()
         statistics[statistics[:, 2] == 0] = torch.nan
+        indices = feature_map.indices
+        weights = feature_map.weights.float()
+        kernel = self.pair_kernel(indices, [0]).float()
         columns = ["query_feature", "key_feature", "head"]
-        frame = pd.DataFrame(feature_map.indices.cpu().numpy(), columns=columns)
-        frame["weight"] = feature_map.weights.float().cpu().numpy()
-        score_at_0 = self.pair_kernel(feature_map.indices, [0])[:, 0]
-        frame["score_at_0"] = score_at_0.float().cpu().numpy()
+        frame = pd.DataFrame(indices.cpu().numpy(), columns=columns)
+        frame["weight"] = weights.cpu().numpy()
+        frame["score_at_0"] = kernel[:, 0].cpu().numpy()
         frame[list(STATISTICS)] = statistics.numpy()
         return frame
 
@@ -258,11 +269,11 @@ class BilinearQKDictionary(
         Raises:
             ValueError: a map for another number of features or heads.
         """
-        expected = (self.cfg.d_query, self.cfg.d_key, self.spec.n_heads)
-        actual = (feature_map.d_query, feature_map.d_key, feature_map.n_heads)
-        if expected != actual:
+        expected = self.feature_map.sizes
+        if feature_map.sizes != expected:
             raise ValueError(
-                f"The map must be for (d_query, d_key, n_heads) = {expected}, got one for {actual}."
+                f"The map must be for (d_query, d_key, n_heads) = {expected}, "
+                f"got one for {feature_map.sizes}."
             )
         self.feature_map = SparseFeatureMap(
             feature_map.indices, feature_map.weights, *expected, feature_map.statistics
@@ -278,14 +289,13 @@ class BilinearQKDictionary(
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        sizes = (self.cfg.d_query, self.cfg.d_key, self.spec.n_heads)
-        from_stored_form(state_dict, self.state_dict(), sizes)
+        from_stored_form(state_dict, self.state_dict(), self.feature_map.sizes)
 
     @override
     def _apply(
         self, fn: Callable[[Tensor], Tensor], recurse: bool = True
     ) -> "BilinearQKDictionary":
-        """Every cast and move ends here: keep the config and both halves in step with the weights."""
+        """Every cast and move ends here: config and halves stay in step with the weights."""
         super()._apply(fn, recurse)
         weight = self.query.W_dec
         for module in (self, self.query, self.key):
@@ -311,7 +321,9 @@ class BilinearQKDictionary(
 
     @override
     def get_W_dec_norm(self) -> Float[Tensor, " d_sae"]:
-        return torch.cat([self.query.get_W_dec_norm(), self.key.get_W_dec_norm()])
+        query_norms = self.query.get_W_dec_norm()
+        key_norms = self.key.get_W_dec_norm()
+        return torch.cat([query_norms, key_norms])
 
 
 if ARCHITECTURE not in SAE_CLASS_REGISTRY:

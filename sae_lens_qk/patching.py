@@ -1,4 +1,4 @@
-"""Running a model with a reconstructed, thinned or edited attention pattern, through its own hooks."""
+"""Running a model with a reconstructed, thinned or edited pattern, through its own hooks."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -48,9 +48,9 @@ class Patchable:
 
         The pattern becomes that of the scores (softmax, with the spec's mask)
 
-            "transcoders"   s<R_i q_hat, R_j k_hat>, plus (factor - 1) times each edited pair's term c
+            "transcoders"   s<R_i q_hat, R_j k_hat>, plus (factor - 1) times edited pairs' terms c
             "feature_map"   the kept pairs' terms m c, edited pairs with factor * m
-            "model"         the model's own scores, plus (factor - 1) times each edited pair's term c
+            "model"         the model's own scores, plus (factor - 1) times edited pairs' terms c
 
         with c = query_acts[i,a] key_acts[j,b] M[a,b,h](i-j). Ablating is factor 0. Common uses:
 
@@ -74,7 +74,11 @@ class Patchable:
         """
         layer = proven_layer(self.cfg, model)
         score_fn = self._score_function(source, ablate_pairs, scale_pairs, keep_pairs)
-        return layer.pattern_hooks(lambda x, scores: self.spec.pattern(score_fn(x, scores)), heads)
+
+        def pattern(x: Tensor, scores: Tensor) -> Tensor:
+            return self.spec.pattern(score_fn(x, scores))
+
+        return layer.pattern_hooks(pattern, heads)
 
     @contextmanager
     def patched(
@@ -84,7 +88,8 @@ class Patchable:
 
         The model is restored on leaving, whatever happens inside.
         """
-        with model.hooks(fwd_hooks=self.fwd_hooks(model, source, **edits)):
+        hooks = self.fwd_hooks(model, source, **edits)
+        with model.hooks(fwd_hooks=hooks):
             yield model
 
     def _score_function(
@@ -110,13 +115,14 @@ class Patchable:
                 "source 'model' edits the true scores: give ablate_pairs or scale_pairs."
             )
         # maps refuse foreign pairs, whatever the source
-        sizes = (self.cfg.d_query, self.cfg.d_key, self.spec.n_heads)
+        sizes = self.feature_map.sizes
         changes = _FactorMap(edited_pairs, factors - 1.0, *sizes)
         if source == "feature_map":
             return self._map_score_function(keep_pairs, edited_pairs, factors)
         if keep_pairs is not None:
             pairs = as_pairs(keep_pairs)
-            return self._pair_score_function(SparseFeatureMap(pairs, torch.ones(len(pairs)), *sizes))
+            unit_weights = torch.ones(len(pairs))
+            return self._pair_score_function(SparseFeatureMap(pairs, unit_weights, *sizes))
 
         def edited_scores(x: Tensor, scores: Tensor) -> Tensor:
             features = self.features(x)
@@ -142,8 +148,8 @@ class Patchable:
         weights = feature_map.weights.clone()
         rows = _rows_of(feature_map, edited_pairs)
         weights[rows] = weights[rows] * factors.to(weights.dtype)
-        sizes = (self.cfg.d_query, self.cfg.d_key, self.spec.n_heads)
-        return self._pair_score_function(_FactorMap(feature_map.indices, weights, *sizes))
+        edited_map = _FactorMap(feature_map.indices, weights, *feature_map.sizes)
+        return self._pair_score_function(edited_map)
 
     def _pair_score_function(self, pairs: SparseFeatureMap) -> ScoreFn:
         """Scores of a list of pairs and of constant x constant."""
@@ -167,12 +173,14 @@ def _edits(
         ValueError: a pair is named twice.
     """
     ablated = as_pairs([] if ablate_pairs is None else ablate_pairs)
-    scaled = as_pairs(list(scale_pairs or {}))
-    scale_factors = torch.tensor(list((scale_pairs or {}).values()), dtype=torch.float32)
+    scale_pairs = scale_pairs or {}
+    scaled = as_pairs(list(scale_pairs))
+    zeros = torch.zeros(len(ablated))
+    scale_factors = torch.tensor(list(scale_pairs.values()), dtype=torch.float32)
     pairs = torch.cat([ablated, scaled])
     if len(pairs.unique(dim=0)) < len(pairs):
         raise ValueError("ablate_pairs and scale_pairs together must name each pair once.")
-    return pairs, torch.cat([torch.zeros(len(ablated)), scale_factors])
+    return pairs, torch.cat([zeros, scale_factors])
 
 
 def _rows_of(feature_map: SparseFeatureMap, pairs: Int[Tensor, "pair 3"]) -> Int[Tensor, " pair"]:

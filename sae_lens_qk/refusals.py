@@ -1,14 +1,16 @@
-"""Methods of SAELens's SAE that assume one decoder and one output hook, refused by name and with the way out."""
+"""Methods of SAELens's SAE that assume one decoder and one output hook, refused by name."""
 
 from typing import Any, NoReturn
 
 REFUSALS = {
     "use_error_term": "A QK dictionary has two outputs and no error term: use d.patched(model).",
-    "add_sae": "A QK dictionary cannot be attached with add_sae (two decoders, one output hook): use d.patched(model), "
-    "or attach d.query and d.key, which are stock transcoders.",
-    "fold_activation_norm_scaling_factor": "QK dictionaries are trained without activation normalisation.",
+    "add_sae": "A QK dictionary cannot be attached with add_sae (two decoders, one output hook): "
+    "use d.patched(model), or attach d.query and d.key, which are stock transcoders.",
+    "fold_activation_norm_scaling_factor": "QK dictionaries are trained without activation "
+    "normalisation.",
     "fold_activation_whitening": "QK dictionaries are trained without activation whitening.",
-    "fold_and_get_W_dec_norm": "There are two decoders: fold d.query and d.key, or call d.fold_W_dec_norm().",
+    "fold_and_get_W_dec_norm": "There are two decoders: fold d.query and d.key, or call "
+    "d.fold_W_dec_norm().",
     "turn_on_forward_pass_hook_z_reshaping": "QK dictionaries read the layer's input, not hook_z.",
 }
 

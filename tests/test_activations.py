@@ -525,11 +525,11 @@ def test_inputs_that_are_not_finite_are_refused(d, tokens, x):
 
 @ONE_MODEL
 def test_unknown_features_and_pairs_are_refused(statistics):
-    with pytest.raises(ValueError, match="key features have numbers 0 to 30.*got 31"):
+    with pytest.raises(ValueError, match=r"key features have numbers 0 to 30.*got 31"):
         statistics.feature_contexts("key", 31)
-    with pytest.raises(ValueError, match="numbers 0 to 28 .*got -1"):
+    with pytest.raises(ValueError, match=r"numbers 0 to 28 .*got -1"):
         statistics.feature_co_occurrence("query", -1)
-    with pytest.raises(ValueError, match="Pairs have numbers 0 to 199.*got 200"):
+    with pytest.raises(ValueError, match=r"Pairs have numbers 0 to 199.*got 200"):
         statistics.pair_contexts(200)
 
 

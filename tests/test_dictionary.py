@@ -344,7 +344,7 @@ def test_the_map_is_needed_for_its_pattern():
 def test_unknown_sources_are_refused(dictionary, monkeypatch):
     # what users meet outside pytest
     monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
-    with pytest.raises(ValueError, match="source must be .* got 'model'"):
+    with pytest.raises(ValueError, match=r"source must be .* got 'model'"):
         dictionary.pattern(random_x(), source="model")
 
 

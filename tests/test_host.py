@@ -245,7 +245,7 @@ def test_unsupported_models_are_refused_by_the_name_of_the_feature(unsupported_m
 def test_other_objects_are_no_models(monkeypatch):
     # what users meet outside pytest
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(UnsupportedModelError, match="Expected a TransformerBridge.*got Linear"):
+    with pytest.raises(UnsupportedModelError, match=r"Expected a TransformerBridge.*got Linear"):
         check_host(nn.Linear(2, 3), 0)
 
 

@@ -349,7 +349,7 @@ def test_foreign_pairs_are_refused(llama_bridge, llama_dictionary, source, pair)
     if source != "model":
         edits.append({"keep_pairs": [pair]})
     for edit in edits:
-        with pytest.raises(ValueError, match="Pair indices must lie in|does not keep the pair"):
+        with pytest.raises(ValueError, match=r"Pair indices must lie in|does not keep the pair"):
             llama_dictionary.fwd_hooks(llama_bridge, source, **edit)
 
 

@@ -1,1 +1,1 @@
-"""The only folder that reads transformer_lens: what is supported, a layer, its residual stream, the proof, loading."""
+"""The only folder that reads transformer_lens: support, a layer, the proof, loading."""

@@ -160,9 +160,13 @@ class AttentionLayer:
         """W_V, b_V, W_O, b_O, detached; missing biases are zeros, grouped values not repeated."""
         attn = self.block.attn
         W_V, b_V = self._grouped("V")
-        b_O = attn.W_O.new_zeros(attn.W_O.shape[2]) if attn.b_O is None else attn.b_O.detach()
+        W_O = attn.W_O.detach()
+        b_O = W_O.new_zeros(W_O.shape[2]) if attn.b_O is None else attn.b_O.detach()
         return OVWeights(
-            W_V=W_V.detach(), b_V=_bias_or_zeros(b_V, W_V), W_O=attn.W_O.detach(), b_O=b_O
+            W_V=W_V.detach(),
+            b_V=_bias_or_zeros(b_V, W_V),
+            W_O=W_O,
+            b_O=b_O,
         )
 
     def _grouped(self, name: str) -> tuple[Tensor, Tensor | None]:
@@ -193,7 +197,9 @@ class AttentionLayer:
         _, values = run_recording(self.model, tokens, [name], stop_at_layer=self.index + 1)
         return self.complete(values[name])
 
-    def record(self, tokens: Int[Tensor, "batch pos"], fwd_hooks: Sequence[Any] = ()) -> LayerRecord:
+    def record(
+        self, tokens: Int[Tensor, "batch pos"], fwd_hooks: Sequence[Any] = ()
+    ) -> LayerRecord:
         """Run the model up to this layer and keep its input, scores and pattern.
 
         Args:
@@ -215,7 +221,9 @@ class AttentionLayer:
         check_attention_call(x, scores)
         return LayerRecord(x, scores, values[self.names.pattern])
 
-    def pattern_hooks(self, pattern_fn: PatternFn, heads: Iterable[SupportsIndex] | None = None) -> Hooks:
+    def pattern_hooks(
+        self, pattern_fn: PatternFn, heads: Iterable[SupportsIndex] | None = None
+    ) -> Hooks:
         """Hooks that overwrite the layer's pattern with `pattern_fn(x, scores)`.
 
         Args:
@@ -240,7 +248,8 @@ class AttentionLayer:
             call["scores"] = value
 
         def overwrite(pattern: Tensor, hook: Any) -> Tensor:
-            rebuilt = pattern_fn(call.pop("x"), call.pop("scores")).to(pattern.dtype)
+            rebuilt = pattern_fn(call.pop("x"), call.pop("scores"))
+            rebuilt = rebuilt.to(pattern.dtype)
             if chosen_heads is None:
                 return rebuilt
             patched = pattern.clone()
@@ -331,13 +340,15 @@ def run_recording(
     """
     values: dict[str, Tensor] = {}
 
-    def keep(value: Tensor, hook: Any, name: str) -> None:
-        values[name] = value.clone()
+    def recorder(name: str) -> Callable[..., None]:
+        def keep(value: Tensor, hook: Any) -> None:
+            values[name] = value.clone()
 
-    recorders = [(name, lambda value, hook, name=name: keep(value, hook, name)) for name in names]
-    logits = model.run_with_hooks(
-        tokens, fwd_hooks=[*fwd_hooks, *recorders], prepend_bos=False, **options
-    )
+        return keep
+
+    recorders = [(name, recorder(name)) for name in names]
+    hooks = [*fwd_hooks, *recorders]
+    logits = model.run_with_hooks(tokens, fwd_hooks=hooks, prepend_bos=False, **options)
     silent = [name for name in names if name not in values]
     if silent:
         raise UnsupportedModelError(f"The hook {silent[0]} never fires in this model.")
@@ -378,7 +389,8 @@ def check_mask(scores: Tensor, spec: AttentionSpec) -> None:
     """
     # hosts mask with -inf or with the smallest float
     masked = scores <= torch.finfo(scores.dtype).min / 2
-    if (masked == spec.allowed_mask(scores.shape[-1], scores.device)).any():
+    allowed = spec.allowed_mask(scores.shape[-1], scores.device)
+    if (masked == allowed).any():
         raise UnsupportedModelError(
             "The model masks other keys than its spec says: padded input is not supported."
         )
@@ -399,5 +411,7 @@ def _hooked_inv_freq(model: HookedTransformer) -> Float[Tensor, " freq"]:
     cfg = model.cfg
     if cfg.positional_embedding_type != "rotary" or cfg.rotary_dim is None:
         return torch.empty(0)
-    exponent = torch.arange(cfg.rotary_dim // 2, dtype=torch.float32) / (cfg.rotary_dim / 2)
-    return 1.0 / torch.as_tensor(cfg.rotary_base, dtype=torch.float32) ** exponent
+    frequencies = torch.arange(cfg.rotary_dim // 2, dtype=torch.float32)
+    exponent = frequencies / (cfg.rotary_dim / 2)
+    base = torch.as_tensor(cfg.rotary_base, dtype=torch.float32)
+    return 1.0 / base**exponent

@@ -1,4 +1,4 @@
-"""The host is proven, not trusted: a layer rebuilt from its weights against the model's own hooks."""
+"""The host is proven, not trusted: a layer rebuilt from weights against the model's hooks."""
 
 import copy
 import logging
@@ -48,9 +48,7 @@ class HostReport(NamedTuple):
 
 
 @torch.no_grad()
-def check_host(
-    model: Model, layer: SupportsIndex, tokens: Tensor | None = None
-) -> HostReport:
+def check_host(model: Model, layer: SupportsIndex, tokens: Tensor | None = None) -> HostReport:
     """Prove that this package computes what the model computes.
 
     q, k, scores and pattern are rebuilt from the weights. Models in reduced precision are proven on
@@ -73,23 +71,29 @@ def check_host(
     names = attention.names
     if tokens is None:
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, int(model.cfg.d_vocab), (2, 17), generator=generator)
+        d_vocab = int(model.cfg.d_vocab)
+        tokens = torch.randint(0, d_vocab, (2, 17), generator=generator)
     tokens = tokens.to(weights.W_Q.device)
 
     logits, values = run_recording(attention.model, tokens, names)
     record = attention.record_of(values)
     check_mask(record.scores, spec)
 
-    queries = weights.queries(record.x)
+    queries = weights.queries(record.x)  # [batch, pos, head, d_head]
     keys = weights.keys(record.x)
     scores = spec.scores(queries, keys)
     allowed = spec.allowed_mask(scores.shape[-1], scores.device)
     max_score = largest(scores[..., allowed])
+    # hosts show queries and keys by head or flat
+    query_errors = queries.flatten(2) - values[names.queries].flatten(2)
+    key_errors = keys.flatten(2) - values[names.keys].flatten(2)
+    score_errors = scores - record.scores
+    pattern_errors = spec.pattern(scores) - record.pattern
     errors = {
-        "queries": largest(queries.flatten(2) - values[names.queries].flatten(2)),
-        "keys": largest(keys.flatten(2) - values[names.keys].flatten(2)),
-        "scores": largest((scores - record.scores)[..., allowed]),
-        "pattern": largest(spec.pattern(scores) - record.pattern),
+        "queries": largest(query_errors),
+        "keys": largest(key_errors),
+        "scores": largest(score_errors[..., allowed]),
+        "pattern": largest(pattern_errors),
     }
     limit = TOLERANCE * max(1.0, max_score, largest(queries), largest(keys))
     for name, error in errors.items():
@@ -147,7 +151,8 @@ def check_fingerprint(
     expected_values = torch.tensor(expected, dtype=torch.float64)
     distance = math.inf
     if len(actual_values) == len(expected_values):
-        distance = float((actual_values - expected_values).norm() / expected_values.norm())
+        difference = (actual_values - expected_values).norm()
+        distance = float(difference / expected_values.norm())
     same_folding = (trained_mode in FOLDED_MODES) == (layer.mode in FOLDED_MODES)
     limit = _NEAR if same_folding else _ROUNDED
     if not distance <= limit:  # NaN weights included
@@ -173,10 +178,12 @@ def _logit_change(layer: AttentionLayer, tokens: Tensor, logits: Tensor) -> floa
     n_pos = tokens.shape[1]
     allowed = layer.spec.allowed_mask(n_pos, tokens.device)
     uniform = allowed / allowed.sum(dim=-1, keepdim=True)
-    overwrite: Hooks = [
-        (layer.names.pattern, lambda pattern, hook: uniform.to(pattern.dtype).expand_as(pattern))
-    ]
-    changed = layer.model.run_with_hooks(tokens, fwd_hooks=overwrite, prepend_bos=False)
+
+    def overwrite(pattern: Tensor, hook: Any) -> Tensor:
+        return uniform.to(pattern.dtype).expand_as(pattern)
+
+    hooks: Hooks = [(layer.names.pattern, overwrite)]
+    changed = layer.model.run_with_hooks(tokens, fwd_hooks=hooks, prepend_bos=False)
     return largest(changed - logits)
 
 

@@ -33,7 +33,9 @@ def residual_names(layer: AttentionLayer) -> ResidualNames:
     """Hook names of what the layer reads and writes, checked to exist."""
     block = f"blocks.{layer.index}"
     if isinstance(layer.model, TransformerBridge):
-        names = ResidualNames(f"{block}.hook_in", f"{block}.attn.o.hook_in", f"{block}.mlp.hook_out")
+        names = ResidualNames(
+            f"{block}.hook_in", f"{block}.attn.o.hook_in", f"{block}.mlp.hook_out"
+        )
     else:
         names = ResidualNames(
             f"{block}.hook_resid_pre", f"{block}.attn.hook_z", f"{block}.hook_mlp_out"

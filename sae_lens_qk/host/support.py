@@ -1,9 +1,10 @@
 """Which models are supported: what a layer has that this package does not compute, by name.
 
-Supported are TransformerBridge (plain and in compatibility mode) and HookedTransformer (processed or
-not) with learned positions (GPT-2), rotary embeddings in rotate-half order, full or partial (Llama,
-GPT-NeoX), and grouped keys. To support a variant: give `AttentionSpec` its field and equation, read
-it in `layer.py`, and drop its line here; `proof.py` then proves the reading on the model itself.
+Supported are TransformerBridge (plain and in compatibility mode) and HookedTransformer (processed
+or not) with learned positions (GPT-2), rotary embeddings in rotate-half order, full or partial
+(Llama, GPT-NeoX), and grouped keys. To support a variant: give `AttentionSpec` its field and
+equation, read it in `layer.py`, and drop its line here; `proof.py` then proves the reading on the
+model itself.
 """
 
 from collections.abc import Callable

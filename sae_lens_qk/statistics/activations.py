@@ -114,14 +114,18 @@ class ActivationStatistics:
         return frame
 
     def feature_contexts(self, side: Side, feature: SupportsIndex) -> list[FeatureContext]:
-        """Where a feature is strongest, at most once per row, strongest first; of equals the earlier.
+        """Where a feature is strongest, at most once per row, strongest first.
+
+        Of equals the earlier comes first.
 
         Raises:
             ValueError: no such feature.
         """
         sums, number = self._feature(side, feature)
         contexts = []
-        for (row, pos), value in zip(sums.top_position[number], sums.top_value[number], strict=True):
+        for (row, pos), value in zip(
+            sums.top_position[number], sums.top_value[number], strict=True
+        ):
             if row >= 0:
                 contexts.append(FeatureContext(int(row), int(pos), float(value)))
         return contexts
@@ -263,7 +267,7 @@ def collect_activations(
 
     Args:
         batches: (tokens [batch, pos], x [batch, pos, d_model]) with x the layer's input, for full,
-            unpadded sequences of one length: `cache_batches`, `model_batches` or any other iterable.
+            unpadded sequences of one length: `cache_batches`, `model_batches`, any iterable.
         n_top: contexts kept per feature and pair.
         folder: where the result is saved, as by `ActivationStatistics.save`; one that lies there
             already, of this dictionary and these rows, is read instead of running the pass again.

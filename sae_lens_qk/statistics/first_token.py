@@ -92,8 +92,8 @@ def first_token_use(
     With s the scores of the source and c the sum of the features' terms, means over rows and over
     the queries after the first that may attend to key 0:
 
-        advantage      s[i,0] - mean over other keys of s[i,j]    attention_rebuilt    pattern(s)[i,0]
-        contribution   the same of c                              attention_without    pattern(s - c)
+        advantage      s[i,0] - mean over other keys of s[i,j]   attention_rebuilt   pattern(s)[i,0]
+        contribution   the same of c                             attention_without   pattern(s - c)
 
     Args:
         batches: as of `first_token_features`.
@@ -136,8 +136,7 @@ def first_token_use(
     ]
     heads = tables.pop()
     alone = [
-        table.assign(key_feature=feature)
-        for feature, table in zip(features, tables, strict=True)
+        table.assign(key_feature=feature) for feature, table in zip(features, tables, strict=True)
     ]
     feature_rows = pd.concat(alone or [heads[:0].assign(key_feature=0)], ignore_index=True)
     return FirstTokenUse(feature_rows[["key_feature", *heads.columns]], heads)

@@ -8,8 +8,8 @@ e = m^2 * importance. With e_h those that one (query feature a, key feature b) h
                                                                                 by the same pairs
 
 The constants, and features that are always on, take part in most of what heads have in common.
-`pair_importances` leaves them out on demand; its rows, filtered in any way, are what the tables here
-are computed from.
+`pair_importances` leaves them out on demand; its rows, filtered in any way, are what the tables
+here are computed from.
 """
 
 import math
@@ -33,8 +33,8 @@ def pair_importances(
         without: a table with the columns side and feature, such as `dense_features` gives: no pairs
             with these.
     Returns:
-        `d.pair_frame()` and masked_importance = weight^2 * importance, nats per query; pairs without
-        (weight 0, or never measured) are left out.
+        `d.pair_frame()` and masked_importance = weight^2 * importance, nats per query; pairs
+        without (weight 0, or never measured) are left out.
     Raises:
         ValueError: no feature map, or one whose pairs were never measured.
     """
@@ -46,8 +46,8 @@ def pair_importances(
     masked_importance = weight**2 * pairs["importance"].to_numpy(float)
     if np.isnan(masked_importance).all():
         raise ValueError(
-            "No pair of this feature map has statistics: rank its pairs on data, or pass pairs with "
-            "a masked_importance column."
+            "No pair of this feature map has statistics: rank its pairs on data, or pass pairs "
+            "with a masked_importance column."
         )
     keep = masked_importance > 0
     if not constants:
@@ -66,8 +66,8 @@ def head_table(d: BilinearQKDictionary, pairs: pd.DataFrame | None = None) -> pd
         pairs: rows of `pair_importances(d)`; default: all.
     Returns:
         head, pairs, of them with query_constant and with key_constant, distinct query_features and
-        key_features (constants not counted), masked_importance (sum, nats per query), and the shares
-        of it in the strongest 1 % and 10 % of the head's pairs, rounded up: top_1_percent,
+        key_features (constants not counted), masked_importance (sum, nats per query), and the
+        shares of it in the strongest 1 % and 10 % of the head's pairs, rounded up: top_1_percent,
         top_10_percent. Zeros for a head without pairs.
     """
     pairs = pair_importances(d) if pairs is None else pairs

@@ -49,7 +49,7 @@ def _make_room(values, positions, strength):
 def add_features(
     count, total, top_value, top_position, co_firing, first_row, n_pos, start, feature, value
 ):
-    """Add rows of one side; co_firing[a, b] for a < b, or an empty array where it is not counted."""
+    """Add rows of one side; co_firing[a, b] for a < b, or an empty array: not counted."""
     strongest = np.zeros(len(count), np.float32)  # of the row, by feature
     strongest_pos = np.zeros(len(count), np.int32)
     firing = np.zeros_like(count)  # features that fire in the row

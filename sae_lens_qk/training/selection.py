@@ -63,7 +63,7 @@ class Selection:
     """
 
     rule: Activation
-    k: float = 0.0
+    k: float | int = 0.0
     context_size: int | None = None
 
     @torch.no_grad()
@@ -94,7 +94,7 @@ class Selection:
         return Firing(strength > 0, nothing)
 
 
-def batch_cutoff(strength: Float[Tensor, "tokens d"], k: float) -> Float[Tensor, ""]:
+def batch_cutoff(strength: Float[Tensor, "tokens d"], k: float | int) -> Float[Tensor, ""]:
     """The smallest of the k * tokens strongest entries of the whole batch.
 
     Selecting it among millions is slow, so a sample says first above which value about twice as
@@ -113,7 +113,7 @@ def batch_cutoff(strength: Float[Tensor, "tokens d"], k: float) -> Float[Tensor,
 
 @torch.no_grad()
 def calibrated_threshold(
-    half: Transcoder, batches: Sequence[Float[Tensor, "tokens d_model"]], k: float
+    half: Transcoder, batches: Sequence[Float[Tensor, "tokens d_model"]], k: float | int
 ) -> Float[Tensor, ""]:
     """The strength that k features per token exceed, on average over the batches.
 
