@@ -333,5 +333,8 @@ class AttentionSpec:
 
 
 def _remainder(pattern: Float[Tensor, "*rows key"]) -> Float[Tensor, "*rows"]:
-    """What a row leaves to the sink; never 0, so that its logarithm is finite."""
-    return (1.0 - pattern.sum(dim=-1)).clamp(min=torch.finfo(pattern.dtype).tiny)
+    """What a row leaves to the sink, at least the rounding error of a sum of 1.
+
+    Below that a smaller bound would add the logarithm of noise to the divergence.
+    """
+    return (1.0 - pattern.sum(dim=-1)).clamp(min=torch.finfo(pattern.dtype).eps)

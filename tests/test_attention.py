@@ -238,6 +238,18 @@ def test_divergence_of_a_pattern_with_itself_is_zero_and_its_gradient_finite(var
         assert scores.grad.abs().max() > 0.1
 
 
+@pytest.mark.parametrize("sink", [-5.0, -10.0, -15.0, -40.0])
+def test_a_sink_that_takes_next_to_nothing_adds_no_noise(sink):
+    """Its share is the rest of a sum of 1, where float32 rounds to 1e-7."""
+    spec = make_spec(sinks=(sink,) * N_HEADS)
+    scores = random_scores(n_pos=29)
+    other_scores = scores + 0.1 * random_scores(n_pos=29, seed=1)
+    exact = spec.kl(spec.log_pattern(scores), spec.log_pattern(other_scores))
+    log_pattern = spec.log_pattern(scores.float())
+    kl = spec.kl(log_pattern, spec.log_pattern(other_scores.float()))
+    assert_near(kl.double(), exact, 2e-6)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_plain_is_the_causal_softmax_and_nothing_else(variant):
     assert make_spec(**variant).is_plain == (not any(variant.values()))
