@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 
 PIECES = {
     "demo.py": ["feature_map", "rebuilt from features", "supporting pairs", "output/demo.html"],
@@ -34,13 +35,15 @@ def test_every_example_is_listed():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PIECES)
 def test_examples_run(name, tmp_path):
-    command = [sys.executable, str(EXAMPLES / name)]
+    script = [str(EXAMPLES / name)] if name.endswith(".py") else ["-m", f"examples.{name}"]
+    command = [sys.executable, *script]
     if name not in SHORT:
         command.append("--smoke")
+    settings = {"HF_HUB_OFFLINE": "1", "COLUMNS": "140", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         command,
         cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "140"},
+        env=os.environ | settings,
         capture_output=True,
         text=True,
         timeout=1200,
