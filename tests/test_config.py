@@ -58,19 +58,28 @@ def changed_config() -> qk.BilinearQKRunnerConfig:
     "make", [qk.BilinearQKRunnerConfig, changed_config], ids=["default", "changed"]
 )
 def test_round_trip(make, suffix, tmp_path):
-    cfg, path = make(), tmp_path / f"config.{suffix}"
+    cfg = make()
+    path = tmp_path / f"config.{suffix}"
     cfg.save(path)
-    read = qk.BilinearQKRunnerConfig.from_file(path)
-    assert read == cfg
-    assert read.to_dict() == cfg.to_dict()
-    assert (read.sae, read.mask, read.logger) == (cfg.sae, cfg.mask, cfg.logger)
-    written = json.loads(path.read_text()) if suffix == "json" else yaml.safe_load(path.read_text())
-    assert written["mask"]["n_pairs"] == cfg.mask.n_pairs
-    assert written["sae"]["architecture"] == "bilinear_qk_transcoders"
-    if make is changed_config:
-        assert read != qk.BilinearQKRunnerConfig()
-        assert {name: getattr(read, name) for name in CHANGED} == CHANGED
-        assert (read.sae.d_query, read.sae.d_key, read.sae.d_sae, read.sae.k) == (29, 31, 60, 4.5)
+    reread = qk.BilinearQKRunnerConfig.from_file(path)
+    assert reread == cfg
+    assert reread.to_dict() == cfg.to_dict()
+    assert reread.sae == cfg.sae
+    assert reread.mask == cfg.mask
+    assert reread.logger == cfg.logger
+    parse = json.loads if suffix == "json" else yaml.safe_load
+    content = parse(path.read_text())
+    assert content["mask"]["n_pairs"] == cfg.mask.n_pairs
+    assert content["sae"]["architecture"] == "bilinear_qk_transcoders"
+
+
+def test_changed_values_are_those_that_are_read(tmp_path):
+    path = tmp_path / "config.json"
+    changed_config().save(path)
+    cfg = qk.BilinearQKRunnerConfig.from_file(path)
+    assert cfg != qk.BilinearQKRunnerConfig()
+    assert {name: getattr(cfg, name) for name in CHANGED} == CHANGED
+    assert (cfg.sae.d_query, cfg.sae.d_key, cfg.sae.d_sae, cfg.sae.k) == (29, 31, 60, 4.5)
 
 
 def test_to_dict_is_json():
@@ -108,7 +117,7 @@ def test_a_partial_file_leaves_the_defaults(tmp_path):
         ),
         (
             {"sae": {"architecture": "standard"}},
-            "sae.architecture must be 'bilinear_qk_transcoders', got 'standard'",
+            "must be 'bilinear_qk_transcoders', got",
         ),
         ({"mask": 3}, "^mask must be a mapping of config fields, got 3"),
         ({"lr": "1e-3"}, "^lr must be float, got the text '1e-3'"),
@@ -156,7 +165,7 @@ def test_numbers_in_scientific_notation_are_numbers(text, tmp_path):
     [
         (
             lambda: qk.MaskStepConfig(n_pairs=10, n_candidates=9),
-            "n_candidates must be at least mask.n_pairs, got 9 and 10",
+            r"at least mask\.n_pairs, got 9 and 10",
         ),
         (lambda: qk.MaskStepConfig(prune_until=1.5), r"prune_until must lie in \[0, 1\], got 1.5"),
         (
@@ -165,16 +174,19 @@ def test_numbers_in_scientific_notation_are_numbers(text, tmp_path):
         ),
         (
             lambda: qk.MaskStepConfig(fine_tune_lr=-1e-3),
-            "mask.fine_tune_lr must not be negative, got -0.001",
+            "fine_tune_lr must not be negative",
         ),
         (
             lambda: qk.MaskStepConfig(fine_tune_lr=1e-3, lr=0.0),
-            "mask.lr must be positive when .* tuned, got 0.0",
+            r"mask\.lr must be positive .*, got 0\.0",
         ),
-        (lambda: qk.MaskTrainingConfig(d_in=4, max_pairs=0), "max_pairs must be at least 1, got 0"),
         (
-            lambda: qk.MaskTrainingConfig(d_in=4, fine_tune=True, half_architecture="transcoder"),
-            "Only JumpReLU transcoders can be tuned with the mask",
+            lambda: qk.MaskTrainingConfig(
+                d_in=4,
+                mask=qk.MaskStepConfig(fine_tune_lr=1e-3),
+                half_architecture="transcoder",
+            ),
+            "Only JumpReLU transcoders can be tuned",
         ),
         (
             lambda: qk.TranscodersTrainingConfig(d_in=4, d_query=0),
@@ -182,7 +194,7 @@ def test_numbers_in_scientific_notation_are_numbers(text, tmp_path):
         ),
         (
             lambda: qk.TranscodersTrainingConfig(d_in=4, d_query=8, k=9),
-            r"k must lie in \(0, min\(d_query, d_key\)\], got 9",
+            r"k must lie in .*, got 9",
         ),
         (lambda: qk.TranscodersTrainingConfig(d_in=4, k=0), "k must lie in"),
         (
@@ -213,15 +225,15 @@ def test_numbers_in_scientific_notation_are_numbers(text, tmp_path):
         ),
         (
             lambda: qk.BilinearQKRunnerConfig(mask=qk.MaskStepConfig(training_tokens=100)),
-            "mask.training_tokens must be 0 or cover one batch of 2048, got 100",
+            "be 0 or cover one batch of 2048, got 100",
         ),
         (
             lambda: qk.BilinearQKRunnerConfig(mask=qk.MaskStepConfig(train_batch_size_tokens=500)),
-            r"mask.train_batch_size_tokens must be a multiple of context_size, got 500 and 256",
+            "multiple of context_size, got 500 and 256",
         ),
         (
             lambda: qk.BilinearQKRunnerConfig(mask=qk.MaskStepConfig(train_batch_size_tokens=0)),
-            r"mask.train_batch_size_tokens must be a multiple of context_size, got 0 and 256",
+            "multiple of context_size, got 0 and 256",
         ),
         (
             lambda: qk.BilinearQKRunnerConfig(logger=LoggingConfig(log_to_wandb=True)),
@@ -254,31 +266,34 @@ def test_architectures_are_registered():
 @pytest.mark.parametrize("architecture", ["bilinear_qk_transcoders", "bilinear_qk_mask"])
 def test_stock_command_line_builds_our_configs(architecture):
     config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
-    made = config_class(d_in=512, d_sae=1024)
-    assert (made.d_in, made.d_sae, made.architecture()) == (
-        512,
-        made.d_query + made.d_key,
-        architecture,
-    )
-    parsed = _parse_cfg_args(
-        [
-            "--architecture",
-            architecture,
-            "--d_in",
-            "20",
-            "--d_query",
-            "29",
-            "--n_batches_in_buffer",
-            "16",
-        ]
-    )
-    assert type(parsed.sae) is config_class
-    assert (parsed.sae.d_in, parsed.sae.d_query, parsed.sae.d_sae) == (
-        20,
-        29,
-        29 + parsed.sae.d_key,
-    )
-    assert parsed.sae.get_inference_config_class() is qk.BilinearQKConfig
+    cfg = config_class(d_in=512, d_sae=1024)
+    assert (cfg.d_in, cfg.d_sae) == (512, cfg.d_query + cfg.d_key)
+    assert cfg.architecture() == architecture
+    options = {
+        "architecture": architecture,
+        "d_in": "20",
+        "d_query": "29",
+        "n_batches_in_buffer": "16",
+        "lr": "0.5",
+    }
+    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    parsed = _parse_cfg_args(arguments)
+    sae = parsed.sae
+    assert type(sae) is config_class
+    assert (sae.d_in, sae.d_query, sae.d_sae) == (20, 29, 29 + sae.d_key)
+    assert parsed.lr == 0.5  # the trainer's, not that of the mask block
+    assert sae.get_inference_config_class() is qk.BilinearQKConfig
+
+
+def test_step_2_keeps_its_settings_in_json():
+    mask = qk.MaskStepConfig(lr=0.5, fine_tune_lr=0.1, n_pairs=7, output_coefficient=2.0)
+    cfg = qk.MaskTrainingConfig(d_in=4, n_pairs=11, prune_steps=3, k_query=1.5, mask=mask)
+    values = json.loads(json.dumps(cfg.to_dict()))
+    assert values["mask"]["n_pairs"] == 7
+    assert values["metadata"]["training_architecture_details"]["mask"] == values["mask"]
+    reread = qk.MaskTrainingConfig.from_dict(values)
+    assert reread.mask == mask
+    assert (reread.n_pairs, reread.prune_steps, reread.k_query) == (11, 3, 1.5)
 
 
 def test_training_leaves_the_config_as_it_is(tmp_path, text_dataset):
@@ -312,19 +327,14 @@ def test_training_leaves_the_config_as_it_is(tmp_path, text_dataset):
 
 def test_mask_step_takes_the_settings_of_step_2():
     cfg = changed_config()
-    cfg.mask.lr, cfg.mask.fine_tune_lr, cfg.mask.n_checkpoints = 0.5, 0.0, 2
+    cfg.mask.lr = 0.5
+    cfg.mask.fine_tune_lr = 0.0
+    cfg.mask.n_checkpoints = 2
     step = cfg.mask_step()
-    assert (step.training_tokens, step.lr, step.n_checkpoints, step.lr_warm_up_steps) == (
-        640,
-        0.5,
-        2,
-        0,
-    )
-    assert (
-        step.train_batch_size_tokens
-        == cfg.mask.train_batch_size_tokens
-        != cfg.train_batch_size_tokens
-    )
+    assert (step.training_tokens, step.n_checkpoints) == (640, 2)
+    assert (step.lr, step.lr_warm_up_steps) == (0.5, 0)
+    assert step.train_batch_size_tokens == cfg.mask.train_batch_size_tokens
+    assert step.train_batch_size_tokens != cfg.train_batch_size_tokens
     cfg.mask.train_batch_size_tokens = None
     assert cfg.mask_step().train_batch_size_tokens == cfg.train_batch_size_tokens
     assert (cfg.training_tokens, cfg.lr) == (6400, 1e-5)
@@ -334,10 +344,12 @@ def test_mask_step_of_a_tuning_run_takes_the_learning_rate_of_the_transcoders():
     """SAETrainer has one; the mask's is a multiple of it."""
     cfg = changed_config()
     assert (cfg.mask_step().lr, cfg.mask.lr) == (3e-4, 1e-2)
+    assert cfg.mask.fine_tune
+    assert cfg.mask.mask_speed == pytest.approx(1e-2 / 3e-4)
     cfg.mask.fine_tune_lr = 0.0
     assert cfg.mask_step().lr == 1e-2
-    frozen = qk.MaskTrainingConfig(d_in=4, half_architecture="transcoder")
-    assert (frozen.fine_tune, frozen.mask_speed) == (False, 1.0)
+    assert not cfg.mask.fine_tune
+    assert cfg.mask.mask_speed == 1.0
 
 
 def test_original_sizes_are_those_before_compaction():
