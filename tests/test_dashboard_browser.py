@@ -1,170 +1,24 @@
-"""The report in a browser: every view, by mouse and by keyboard, in both themes, without a network."""
+"""The report in a browser: every view, tables, search, charts, both themes, without a network."""
 
-import dataclasses
-import os
 import re
-import shutil
 
-import pandas as pd
 import pytest
-from dashboard_cases import page_data, ranked_dictionary, tiny_statistics
-from PIL import Image
-from tiny_dictionaries import LAYER
-from tiny_models import tiny_tokens
 
-import sae_lens_qk as qk
-from sae_lens_qk.dashboard.page import write_page
-from sae_lens_qk.dashboard.pages import ReportLimits
-from sae_lens_qk.explain.removals import Directions
-from sae_lens_qk.explain.report import striking_positions
-
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="the browser tests need `pip install playwright`"
 )
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        CHROMIUM is None,
-        reason="the browser tests need chromium on the PATH (apt-get install chromium)",
-    ),
-]
+from page_steps import (  # noqa: E402
+    ATTACK,
+    MARKUP,
+    needs_browser,
+    path_of,
+    section,
+    shows,
+)
+from PIL import Image  # noqa: E402
 
-ATTACK = "<script>alert(1)</script>"
-MARKUP = "<b>bold</b>&amp;"
-N_PROMPT = 13
-
-
-def words(token_ids):
-    """A third of the tokens would like to be markup or white space."""
-    special = [ATTACK, MARKUP, "\n", " lead", "", "\u202e"]
-    return [special[i // 3 % 6] if i % 3 == 0 else f"w{i}" for i in token_ids]
-
-
-@pytest.fixture(scope="module")
-def d(llama_bridge):
-    d = ranked_dictionary(llama_bridge)
-    d.metrics = qk.evaluate(d, llama_bridge, tiny_tokens(4, 17), batch_size=2)
-    return d
-
-
-@pytest.fixture(scope="module")
-def prompts(d, llama_bridge):
-    recorded = []
-    for n_pos in (N_PROMPT, 31):
-        prompt = qk.RecordedPrompt.record(d, llama_bridge, tiny_tokens(1, n_pos, seed=n_pos))
-        recorded.append(dataclasses.replace(prompt, words=words(prompt.tokens.tolist())))
-    return recorded
-
-
-@pytest.fixture(scope="module")
-def directions(d, llama_bridge):
-    """Of features in the layer's input, for checks."""
-    layer = qk.AttentionLayer(llama_bridge, LAYER)
-    return Directions.fit(d, list(layer.inputs(tiny_tokens(16, 31))))
-
-
-@pytest.fixture(scope="module")
-def attribution(d, llama_bridge, prompts, directions):
-    """Of the weight that the first prompt opens with, checked."""
-    position = striking_positions(prompts[0], 1)[0]
-    attribution = qk.attribute(d, llama_bridge, prompts[0], *position)
-    return attribution.checked(directions=directions)
-
-
-@pytest.fixture(scope="module")
-def url(d, prompts, attribution, llama_bridge, tmp_path_factory):
-    kinds = [f"{MARKUP} {n}" for n in range(31)]
-    table = pd.DataFrame({"kind": kinds, "n": [(n * 7) % 31 for n in range(31)]})
-    data = page_data(
-        d,
-        tiny_statistics(d, llama_bridge),
-        prompts,
-        [attribution],
-        limits=ReportLimits(features=20, pairs=80, cells=300),
-        words=words,
-        title=f"Tiny {MARKUP}",
-        inputs=qk.AttentionLayer(llama_bridge, LAYER).inputs,
-        tables={MARKUP: table},
-    )
-    path = write_page(tmp_path_factory.mktemp("report") / "report.html", data)
-    return path.as_uri()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        os.environ.setdefault("NO_AT_BRIDGE", "1")
-        browser = started.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"],
-        )
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_page(browser, url):
-    """Opens the report at a path; afterwards nothing may have been fetched, logged as an error or popped up."""
-    contexts, wrong = [], []
-
-    def opened(path="/", scheme="light", width=1280):
-        context = browser.new_context(
-            viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True
-        )
-        contexts.append(context)
-        page = context.new_page()
-        page.on(
-            "request",
-            lambda request: (
-                request.url.split("#")[0] == url or wrong.append(f"request {request.url[:100]}")
-            ),
-        )
-        page.on("console", lambda message: wrong.append(f"{message.type} {message.text}"))
-        page.on("pageerror", lambda error: wrong.append(f"error {error}"))
-        page.on(
-            "dialog", lambda dialog: (wrong.append(f"dialog {dialog.message}"), dialog.dismiss())
-        )
-        page.goto(f"{url}#{path}")
-        page.wait_for_selector("h1")
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert not wrong
-
-
-def section(page, name):
-    """What the page itself holds as data."""
-    return page.evaluate(f"JSON.parse(document.getElementById('data-{name}').textContent)")
-
-
-def path_of(page):
-    return page.url.split("#")[1]
-
-
-def go(page, path):
-    """To another view of the open report."""
-    page.evaluate(
-        """(path) => new Promise((done) => {
-            addEventListener("hashchange", () => done(), { once: true });
-            location.hash = path;
-        })""",
-        path,
-    )
-
-
-def shows(page, heading):
-    """The view of this heading comes up."""
-    playwright.expect(page.locator("h1")).to_have_text(heading)
-
-
-def first_pair(page):
-    return section(page, "pairs")["pair"][0]
-
+pytest_plugins = ["report_browser"]
+pytestmark = needs_browser
 
 VIEWS = {
     "/": "Tiny",
@@ -183,20 +37,6 @@ VIEWS = {
     "/prompt/0/0/3/5": "Not here",
     "/nowhere/%": "Not here",
 }
-
-
-@pytest.fixture(scope="module")
-def numbers(browser, url):
-    page = browser.new_page()
-    page.goto(url)
-    features = section(page, "features")
-    found = {
-        "query": features["query"]["feature"][0],
-        "key": features["key"]["feature"][0],
-        "pair": first_pair(page),
-    }
-    page.close()
-    return found
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -238,11 +78,14 @@ POOR_CONTRAST = """() => {
     };
     const poor = new Set();
     for (const node of document.querySelectorAll("body *")) {
-        const text = [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
-        if (!text || !node.checkVisibility() || node.closest(".hidden, .skip, [disabled], script")) continue;
+        const isText = (child) => child.nodeType === 3 && child.textContent.trim();
+        const left_out = node.closest(".hidden, .skip, [disabled], script");
+        if (![...node.childNodes].some(isText) || !node.checkVisibility() || left_out) continue;
         const behind = [];
-        for (let up = node; up; up = up.parentElement) behind.unshift(getComputedStyle(up).backgroundColor);
-        const [back, front] = [luminance(behind), luminance([...behind, getComputedStyle(node).color])];
+        for (let up = node; up; up = up.parentElement)
+            behind.unshift(getComputedStyle(up).backgroundColor);
+        const back = luminance(behind);
+        const front = luminance([...behind, getComputedStyle(node).color]);
         const contrast = (Math.max(back, front) + 0.05) / (Math.min(back, front) + 0.05);
         if (contrast < 4.5) poor.add(`${node.tagName} ${node.className}: ${contrast.toFixed(2)}`);
     }
@@ -259,8 +102,10 @@ HIDDEN_SHAPES = """(picture) => {
         const style = getComputedStyle(shape);
         const color = shape.tagName === "line" ? style.stroke : style.fill;
         const { left, right, top, bottom } = shape.getBoundingClientRect();
-        const inside = left >= frame.left - 12 && right <= frame.right + 2 && top >= frame.top && bottom <= frame.bottom;
-        if (!inside || color === page || color === "none") hidden.push(shape.outerHTML);
+        const inWidth = left >= frame.left - 12 && right <= frame.right + 2;
+        const inHeight = top >= frame.top && bottom <= frame.bottom;
+        const isPainted = color !== page && color !== "none";
+        if (!inWidth || !inHeight || !isPainted) hidden.push(shape.outerHTML);
     }
     return hidden;
 }"""
@@ -291,186 +136,6 @@ def test_back_and_forward(open_page, numbers):
     shows(page, f"Tiny {MARKUP}")
     page.go_forward()
     shows(page, "Pairs")
-
-
-def cell_name(prompt, head, i, j, source="feature_map"):
-    at = i * (i + 1) // 2 + j
-    shown = [
-        prompt["words"][pos].replace("\n", "⏎").replace("\u202e", "U+202E") or "∅" for pos in (i, j)
-    ]
-    real, rebuilt = prompt["true"][head][at], prompt["rebuilt"][source][head][at]
-    return f'head {head}, query "{shown[0]}" ({i}), key "{shown[1]}" ({j}): true {real:.2f}, rebuilt {rebuilt:.2f}'
-
-
-def cell(page, i, j, pattern="true"):
-    return page.locator(f'.pattern.{pattern} [data-i="{i}"][data-j="{j}"]')
-
-
-def listed_pairs(page):
-    """(contribution, effect) as shown, supporters then inhibitors."""
-    values = []
-    for table in page.locator(".cell-pairs table").all():
-        for row in table.locator("tbody tr").all():
-            texts = [
-                text.replace("−", "-").replace("+", "")
-                for text in row.locator("td.number").all_inner_texts()
-            ]
-            values.append(tuple(float(text) for text in texts))
-    return values
-
-
-class TestPrompt:
-    def test_a_clicked_cell_lists_its_pairs(self, open_page):
-        page = open_page("/prompt/0")
-        (prompt, _) = section(page, "prompts")
-        head, i, j = next(
-            tuple(map(int, key.split("/")))
-            for key, pairs in prompt["cells"].items()
-            if min(p[3] for p in pairs) < 0 < max(p[3] for p in pairs)
-        )
-        page.get_by_role("radio", name=f"Head {head}").check(force=True)
-        for pattern in ("true", "rebuilt", "difference"):
-            cell(page, 0, 0, pattern).click()
-            cell(page, i, j, pattern).click()
-            assert path_of(page) == f"/prompt/0/{head}/{i}/{j}"
-            assert page.locator(".cell[aria-selected]").count() == 3
-            assert cell_name(prompt, head, i, j) in page.get_by_role("status").inner_text()
-            expected = prompt["cells"][f"{head}/{i}/{j}"]
-            expected = [p for p in expected if p[3] > 0] + [p for p in expected[::-1] if p[3] < 0]
-            shown = listed_pairs(page)
-            assert len(shown) == len(expected)
-            for (contribution, effect), pair in zip(shown, expected, strict=True):
-                assert contribution == pytest.approx(
-                    pair[2], rel=6e-2
-                )  # 3 digits, or 2 of very small ones
-                assert effect == pytest.approx(pair[3], rel=6e-2)
-        page.reload()
-        assert len(listed_pairs(page)) == len(expected)  # the address says which cell
-
-    def test_pairs_link_to_their_pages_and_back(self, open_page):
-        page = open_page("/prompt/0")
-        (prompt, _) = section(page, "prompts")
-        pairs = section(page, "pairs")
-        triples = zip(pairs["query_feature"], pairs["key_feature"], pairs["head"], strict=True)
-        numbers = dict(zip(triples, pairs["pair"], strict=True))
-        place, number = next(
-            (key, numbers[p[0], p[1], int(key.split("/")[0])])
-            for key, listed in prompt["cells"].items()
-            for p in listed
-            if (p[0], p[1], int(key.split("/")[0])) in numbers
-        )
-        go(page, f"/prompt/0/{place}")
-        page.locator(".cell-pairs").get_by_role("link", name=f"pair {number}", exact=True).click()
-        shows(page, f"Pair {number}")
-        back = page.locator(f'a[href="#/prompt/0/{place}"]')
-        assert back.count() == 1
-        back.click()
-        shows(page, "Prompt 1")
-        assert path_of(page) == f"/prompt/0/{place}"
-
-    def test_a_prompt_opens_with_its_explanation(self, open_page, attribution):
-        page = open_page("/prompt/0")
-        view = page.locator(".cell-pairs")
-        assert view.locator("h2").inner_text().startswith(f"Head {attribution.position.head}: ")
-        assert f"{attribution.attention:.3f}" in view.inner_text()
-        verdict = attribution.causal_check.verdict
-        assert f"the explanation {verdict}." in view.locator(".check").inner_text()
-        rows = view.locator(".check tbody tr")
-        assert rows.count() == len(attribution.causal_check.table)
-        parts = view.locator("table", has_text="The score, by kind of term")
-        assert parts.locator("tbody tr").count() == len(attribution.parts())
-        links = page.locator(".explained a").evaluate_all("(as) => as.map((a) => a.hash)")
-        assert links == [f"#/prompt/0/{'/'.join(map(str, attribution.position))}"]
-        go(page, "/prompt/0/0/0/0")
-        assert page.locator(".check").count() == 0
-
-    def test_a_cell_without_list_says_why(self, open_page):
-        page = open_page("/prompt/1")
-        prompt = section(page, "prompts")[1]
-        assert len(prompt["cells"]) <= 300 < prompt["n_cells"]
-        i, j = next(
-            (i, j) for i in range(31) for j in range(i + 1) if f"1/{i}/{j}" not in prompt["cells"]
-        )
-        go(page, f"/prompt/1/1/{i}/{j}")
-        assert "not among them" in page.locator(".cell-pairs").inner_text()
-
-    def test_heads_and_sources(self, open_page):
-        page = open_page("/prompt/0/2/12/1")
-        (prompt, _) = section(page, "prompts")
-        for head in (1, 3, 0):
-            page.get_by_role("radio", name=f"Head {head}").check(force=True)
-            for i, j in ((0, 0), (5, 2), (12, 12)):
-                assert cell(page, i, j).get_attribute("aria-label") == cell_name(prompt, head, i, j)
-            assert path_of(page).startswith(f"/prompt/0/{head}/")
-        page.get_by_label("Rebuilt from").select_option("transcoders")
-        assert cell(page, 7, 3).get_attribute("aria-label") == cell_name(
-            prompt, 0, 7, 3, "transcoders"
-        )
-        page.go_back()
-        playwright.expect(page.get_by_role("radio", name="Head 3")).to_be_checked()
-        assert path_of(page).startswith("/prompt/0/3/")
-
-    def test_colors_grow_with_the_weight(self, open_page):
-        page = open_page("/prompt/0/0/12/1")
-        (prompt, _) = section(page, "prompts")
-        level = "(node) => Number(node.style.getPropertyValue('--level'))"
-        at = {(i, j): i * (i + 1) // 2 + j for i in range(N_PROMPT) for j in range(i + 1)}
-        values = {place: prompt["true"][0][n] for place, n in at.items()}
-        levels = {place: cell(page, *place).evaluate(level) for place in list(at)[::5]}
-        by_value = sorted(levels, key=lambda place: values[place])
-        assert [levels[place] for place in by_value] == sorted(levels.values())
-        for i, j in list(at)[::7]:
-            n = at[i, j]
-            too_little = prompt["rebuilt"]["feature_map"][0][n] < prompt["true"][0][n]
-            assert (
-                "negative" in (cell(page, i, j, "difference").get_attribute("class") or "")
-            ) == too_little
-
-    def test_the_keyboard_alone(self, open_page):
-        page = open_page("/prompt/0/2/6/3")
-        (prompt, _) = section(page, "prompts")
-        page.get_by_role("radio", name="Head 2").focus()
-        page.keyboard.press("ArrowRight")
-        assert page.get_by_role("radio", name="Head 3").is_checked()
-        for _ in range(2):  # over the source
-            page.keyboard.press("Tab")
-        name = "document.activeElement.getAttribute('aria-label')"
-        assert page.evaluate(name) == cell_name(prompt, 3, 6, 3)
-        for key, place in (
-            ("ArrowDown", (7, 3)),
-            ("ArrowRight", (7, 4)),
-            ("Home", (7, 0)),
-            ("ArrowLeft", (7, 0)),
-            ("End", (7, 7)),
-            ("ArrowUp", (7, 7)),
-            ("ArrowRight", (7, 7)),
-            ("ArrowLeft", (7, 6)),
-            ("ArrowUp", (6, 6)),
-            ("Control+End", (12, 12)),
-            ("ArrowDown", (12, 12)),
-            ("Control+Home", (0, 0)),
-        ):
-            page.keyboard.press(key)
-            assert page.evaluate(name) == cell_name(prompt, 3, *place), key
-            assert page.locator(".readout").inner_text().startswith("head 3, query")
-        page.keyboard.press("ArrowDown")
-        page.keyboard.press("Enter")
-        assert path_of(page) == "/prompt/0/3/1/0"
-        assert page.evaluate(name) == cell_name(prompt, 3, 1, 0)  # still there
-        page.keyboard.press("Tab")
-        assert (
-            page.evaluate("document.activeElement.closest('.pattern').className")
-            == "pattern rebuilt"
-        )
-        assert page.evaluate(name) == cell_name(prompt, 3, 1, 0)
-
-    def test_grids_have_rows_and_headings(self, open_page):
-        page = open_page("/prompt/0")
-        grid = page.get_by_role("grid", name=re.compile("Model, head"))
-        assert grid.get_by_role("row").count() == N_PROMPT + 1
-        assert grid.get_by_role("gridcell").count() == N_PROMPT * (N_PROMPT + 1) // 2
-        assert grid.get_by_role("rowheader").count() == N_PROMPT
-        assert grid.get_by_role("columnheader").count() == N_PROMPT + 1
 
 
 class TestSearch:
@@ -610,84 +275,6 @@ def test_the_pictures_show_the_views(browser, url, numbers, tmp_path):
     assert sizes["prompt"][1] > 900  # all of it, the pairs of the chosen weight below the patterns
 
 
-class TestTexts:
-    def test_tokens_stay_text(self, open_page, numbers):
-        page = open_page(f"/feature/key/{numbers['key']}")
-        page.locator(".passage").first.wait_for()
-        before = page.locator("script").count()
-        for path in (
-            "/prompt/0",
-            "/prompt/1",
-            f"/pair/{numbers['pair']}",
-            "/features/query",
-            f"/search/{ATTACK}",
-            "/",
-        ):
-            go(page, path)
-            assert page.locator("script").count() == before
-            assert page.locator("main b").count() == 0
-        assert MARKUP in page.locator("h1").inner_text()
-        go(page, "/prompt/1")
-        text = page.locator(".prompt-text").evaluate("(node) => node.textContent")
-        shown = {ATTACK, MARKUP, "⏎", "∅", "U+202E"}
-        assert {word for word in shown if word in text} >= {ATTACK, "⏎"}
-
-    def test_the_policy_holds(self, browser, url):
-        page = browser.new_page()
-        page.goto(url)
-        for attack in (
-            "document.body.innerHTML = '<b>x</b>'",
-            "document.body.append(document.createElement('script'))",
-        ):
-            before = page.locator("body *").count()
-            code = f"{attack}; document.querySelector('script:last-of-type').textContent = 'document.title = 1'"
-            with pytest.raises(playwright.Error, match="Trusted"):
-                page.evaluate(code)
-            assert page.locator("body *").count() <= before + 1
-        with pytest.raises(playwright.Error, match="Failed to fetch"):
-            page.evaluate("fetch('https://example.org')")
-        page.close()
-
-    def test_feature_contexts_are_shaded_by_activation(self, open_page, numbers):
-        page = open_page(f"/feature/query/{numbers['query']}")
-        features = section(page, "features")["query"]
-        acts = features["contexts"][0][0][3]
-        first = page.locator(".contexts li").first
-        shaded = first.locator(".firing").evaluate_all(
-            "(ns) => ns.map((n) => Number(n.style.getPropertyValue('--level')))"
-        )
-        expected = [act / features["max"][0] for act in acts if act]
-        assert shaded == pytest.approx(expected, abs=1e-3)
-        assert first.locator("mark").count() == 1
-        assert first.locator("mark").evaluate("(n) => n.textContent").startswith("fires on: ")
-
-    def test_pair_contexts_mark_query_and_key(self, open_page, numbers):
-        page = open_page(f"/pair/{numbers['pair']}")
-        pairs, texts = section(page, "pairs"), section(page, "texts")
-        for item, (row, i, j, _) in zip(
-            page.locator(".contexts li").all(), pairs["contexts"][0], strict=True
-        ):
-            marks = dict(
-                item.locator("mark").evaluate_all(
-                    "(ns) => ns.map((n) => n.textContent.split(': '))"
-                )
-            )
-            word = {
-                pos: next(
-                    texts["words"][run[pos - at]]
-                    for at, run in texts["rows"][str(row)]
-                    if at <= pos < at + len(run)
-                )
-                for pos in (i, j)
-            }
-            names = {"query and key token": i} if i == j else {"query token": i, "key token": j}
-            shown = {
-                name: word[pos].replace("\n", "⏎").replace("\u202e", "U+202E") or "∅"
-                for name, pos in names.items()
-            }
-            assert marks == shown
-
-
 class TestLooks:
     @pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
     def test_themes(self, open_page, scheme, dark):
@@ -766,10 +353,13 @@ class TestLooks:
         page = open_page("/features/query")
         for _ in range(14):
             page.keyboard.press("Tab")
-            outline = "((style) => style.outlineStyle + style.outlineWidth)(getComputedStyle(document.activeElement))"
-            assert page.evaluate(outline) == "solid2px", page.evaluate(
-                "document.activeElement.outerHTML"
+            outline = page.evaluate(
+                """() => {
+                    const style = getComputedStyle(document.activeElement);
+                    return style.outlineStyle + style.outlineWidth;
+                }"""
             )
+            assert outline == "solid2px", page.evaluate("document.activeElement.outerHTML")
 
     @pytest.mark.parametrize("width", [1000, 1280, 1920])
     @pytest.mark.parametrize(

@@ -154,7 +154,12 @@ class Directions(NamedTuple):
         """Fitted on rows of the text that comes with the package, stored in its cache folder.
 
         Half a minute on two cores for SmolLM2, once per dictionary.
+
+        Args:
+            n_rows: how many.
+            n_pos: length of a row, or the model's context if that is shorter.
         """
+        n_pos = min(n_pos, model.cfg.n_ctx)
         # directions depend on the transcoders alone
         weights = {
             name: tensor
