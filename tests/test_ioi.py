@@ -184,9 +184,9 @@ def scan_by_hooks(model, batch: IOIPrompts) -> tuple[np.ndarray, np.ndarray]:
 
 def test_parts_add_up_to_the_logit_difference(any_model, batches):
     scan = scan_heads(any_model, batches, n_names=2)
-    by_hooks = [scan_by_hooks(any_model, batch) for batch in batches]
-    attention = np.concatenate([batch_attention for batch_attention, _ in by_hooks])
-    differences = np.concatenate([batch_differences for _, batch_differences in by_hooks])
+    expected = [scan_by_hooks(any_model, batch) for batch in batches]
+    attention = np.concatenate([batch_attention for batch_attention, _ in expected])
+    differences = np.concatenate([batch_differences for _, batch_differences in expected])
     assert scan.logit_difference == pytest.approx(differences.mean(), abs=1e-5)
     assert scan.accuracy == pytest.approx((differences > 0).mean())
     assert scan.parts["direct_effect"].sum() == pytest.approx(differences.mean(), abs=1e-4)

@@ -235,9 +235,9 @@ def rows_without_coordinates(model, batch, x, n, head, side, key_pos) -> list[to
     for vector in vectors:
 
         def replace(value, hook, vector=vector):
-            by_head = value.reshape(*value.shape[:2], -1, layer.spec.d_head).clone()
-            by_head[n, position, index] = vector
-            return by_head.reshape(value.shape)
+            heads = value.reshape(*value.shape[:2], -1, layer.spec.d_head).clone()
+            heads[n, position, index] = vector
+            return heads.reshape(value.shape)
 
         _, values = observe(model, batch.tokens, [(hook_name, replace)], (layer.names.scores,))
         rows.append(values[layer.names.scores][n, head, -1].double())

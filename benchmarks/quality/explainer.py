@@ -63,18 +63,17 @@ class Explainer(NamedTuple):
 
     def x_explained(self, x: Tensor) -> dict[str, float]:
         """1 - sum |x - mean - sum_f act_f d_f|^2 / sum |x - average|^2 on some rows, by side."""
-        total = (x - x.mean(dim=(0, 1))).double().square().sum()
-        query_errors = []
-        key_errors = []
+        average = x.mean(dim=(0, 1))
+        total = float((x - average).double().square().sum())
+        errors = dict.fromkeys(SIDES, 0.0)
         for row in x:
-            query_residual = self.directions.query.residual(row, self.dictionary.encode_query(row))
-            key_residual = self.directions.key.residual(row, self.dictionary.encode_key(row))
-            query_errors.append(query_residual.double().square().sum())
-            key_errors.append(key_residual.double().square().sum())
-        return {
-            "query": float(1 - sum(query_errors) / total),
-            "key": float(1 - sum(key_errors) / total),
-        }
+            features = self.dictionary.features(row[None])
+            for side in SIDES:
+                directions = getattr(self.directions, side)
+                acts = getattr(features, side)[0]
+                residual = directions.residual(row, acts)
+                errors[side] += float(residual.double().square().sum())
+        return {side: 1 - error / total for side, error in errors.items()}
 
     def explain(self, case: Case, features: Features, row: ScoreRow, seed: int) -> ExplainedCase:
         """Every ranking of a case.
@@ -88,28 +87,34 @@ class Explainer(NamedTuple):
         a = terms.active("query", j, self.directions.query.usable)
         b = terms.active("key", j, self.directions.key.usable)
         contributions = terms.pairs(a, b)  # [a, b, pos]
+        key_contributions = contributions[..., j]
         query_acts = features.query[0, case.query_pos, a]
         key_acts = features.key[0, j, b]
-        M = contributions[..., j] / (query_acts[:, None] * key_acts)
-        order = torch.rand(M.shape, generator=torch.Generator().manual_seed(seed))
+        M = key_contributions / (query_acts[:, None] * key_acts)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.rand(M.shape, generator=generator)
+        effects = row.effect(contributions, j)
+        importance = self._importance(a, b, case.head)
         pair_rankings = {
-            "effect": best_pairs(row.effect(contributions, j), positive=True),
-            "contribution": best_pairs(contributions[..., j], positive=True),
+            "effect": best_pairs(effects, positive=True),
+            "contribution": best_pairs(key_contributions, positive=True),
             "decoder": best_pairs(M.abs()),
-            "importance": best_pairs(self._importance(a, b, case.head), positive=True),
+            "importance": best_pairs(importance, positive=True),
             "random": best_pairs(order),
         }
-        rankings = {
-            name: Ranking(pairs[:, 0], pairs[:, 1], terms) for name, pairs in pair_rankings.items()
-        }
+        rankings = {}
+        for name, pairs in pair_rankings.items():
+            rankings[name] = Ranking(pairs[:, 0], pairs[:, 1], terms)
         query_effects = row.effect(terms.rows("query", j, a), j)
         key_effects = row.effect(terms.rows("key", j, b), j)
         best_query = best_first(query_effects, positive=True)
         best_key = best_first(key_effects, positive=True)
         rankings["marginal"] = Ranking(best_query, best_key, terms)
         if d.has_feature_map:
-            map_terms = HeadTerms(d, features, case.head, d.feature_map).row(case.query_pos)
-            pairs = best_pairs(row.effect(map_terms.pairs(a, b), j), positive=True)
+            head_terms = HeadTerms(d, features, case.head, d.feature_map)
+            map_terms = head_terms.row(case.query_pos)
+            map_effects = row.effect(map_terms.pairs(a, b), j)
+            pairs = best_pairs(map_effects, positive=True)
             rankings["effect_kept"] = Ranking(pairs[:, 0], pairs[:, 1], map_terms)
         return ExplainedCase(row, case, {"query": a, "key": b}, rankings)
 
@@ -121,10 +126,14 @@ class Explainer(NamedTuple):
 
     def components(self, explained: ExplainedCase, features: Features) -> dict[Side, Tensor]:
         """What each usable active feature adds to x at the query and at the key, by side."""
-        case = explained.case
-        fits = {"query": self.directions.query, "key": self.directions.key}
-        acts = {"query": features.query[0, case.query_pos], "key": features.key[0, case.key_pos]}
-        return {side: fits[side].components(acts[side], explained.features[side]) for side in SIDES}
+        query_acts = features.query[0, explained.case.query_pos]
+        key_acts = features.key[0, explained.case.key_pos]
+        query_features = explained.features["query"]
+        key_features = explained.features["key"]
+        return {
+            "query": self.directions.query.components(query_acts, query_features),
+            "key": self.directions.key.components(key_acts, key_features),
+        }
 
     def site(
         self,

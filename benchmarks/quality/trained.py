@@ -130,7 +130,7 @@ def _train_residual_sae(layer: int, steps: int) -> qk.BilinearQKDictionary:
     sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=cfg.sae.d_in, d_sae=D, k=K))
     data = run.fill_input_cache().batches(cfg.rows_per_batch, seed=cfg.seed)
     SAETrainer(cfg.to_sae_trainer_config(), sae, data).fit()  # type: ignore[arg-type]
-    dictionary = through_weights(sae, run.weights, cfg.sae.spec)
+    dictionary = through_weights(sae, run.layer.qk_weights, run.layer.spec)
     for name in ("model_name", "model_mode", "layer", "hook_name", "fingerprint"):
         setattr(dictionary.cfg, name, getattr(cfg.sae, name))
     return dictionary

@@ -30,10 +30,14 @@ class Twins(NamedTuple):
         for number in numbers:
             case = cases.cases[number]
             tokens = cases.tokens[case.row]
-            others = tokens[(tokens != tokens[case.key_pos]) & (tokens != tokens[0])]
+            bos = tokens[0]
+            is_other = (tokens != tokens[case.key_pos]) & (tokens != bos)
+            others = tokens[is_other]
+            choice = torch.randint(len(others), (1,), generator=generator)
             twin = tokens[None, : case.key_pos + 1].clone()
-            twin[0, -1] = others[torch.randint(len(others), (1,), generator=generator)]
-            inputs.append(cases.layer.inputs(twin)[0, -1])
+            twin[0, -1] = others[choice]
+            x = cases.layer.inputs(twin)  # [1, pos, d_model]
+            inputs.append(x[0, -1])
         return cls(numbers, torch.stack(inputs))
 
     def summary(self, d: BilinearQKDictionary, cases: LayerCases) -> dict[str, Any]:
@@ -41,23 +45,32 @@ class Twins(NamedTuple):
 
         Predicted is the drop of all terms of a source.
         """
+        sources = map_sources(d)
         actual: list[float] = []
-        predicted: dict[str, list[float]] = {source: [] for source in map_sources(d)}
+        predicted: dict[str, list[float]] = {source: [] for source in sources}
         for number, twin in zip(self.numbers, self.x, strict=True):
             case = cases.cases[number]
             j = case.key_pos
             x, row = _score_row(cases, case)
-            drop = row.scores - row.edited("key", j, twin[None])[0]
-            actual.append(float(row.effect(drop, j)))
+            edited_scores = row.edited("key", j, twin[None])[0]
+            drop = row.effect(row.scores - edited_scores, j)
+            actual.append(float(drop))
+            twin_x = x.clone()
+            twin_x[j] = twin
             features = d.features(x[None])
-            twin_x = x.index_copy(0, torch.tensor([j]), twin[None])
             twin_features = d.features(twin_x[None])
-            for source, feature_map in map_sources(d).items():
-                clean = HeadTerms(d, features, case.head, feature_map).row(case.query_pos)
-                changed = HeadTerms(d, twin_features, case.head, feature_map).row(case.query_pos)
-                predicted[source].append(float(row.effect(clean.scores - changed.scores, j)))
-        agreement = {source: correlations(drops, actual) for source, drops in predicted.items()}
-        return {"n": len(actual), "mean_drop": sum(actual) / len(actual), **agreement}
+            for source, feature_map in sources.items():
+                clean = HeadTerms(d, features, case.head, feature_map)
+                changed = HeadTerms(d, twin_features, case.head, feature_map)
+                clean_scores = clean.row(case.query_pos).scores
+                changed_scores = changed.row(case.query_pos).scores
+                predicted_drop = row.effect(clean_scores - changed_scores, j)
+                predicted[source].append(float(predicted_drop))
+        agreement = {}
+        for source, drops in predicted.items():
+            agreement[source] = correlations(drops, actual)
+        mean_drop = sum(actual) / len(actual)
+        return {"n": len(actual), "mean_drop": mean_drop, **agreement}
 
 
 def map_sources(d: BilinearQKDictionary) -> dict[str, SparseFeatureMap | None]:
@@ -74,7 +87,7 @@ def in_score_check(d: BilinearQKDictionary, cases: LayerCases, sizes: Sizes) -> 
     Against the same pairs subtracted inside the scores of the whole sequence by
     `SparseFeatureMap.scores`.
     """
-    worst = 0.0
+    errors = []
     for number in cases.subset(sizes.checks, 0):
         case = cases.cases[number]
         j = case.key_pos
@@ -83,16 +96,18 @@ def in_score_check(d: BilinearQKDictionary, cases: LayerCases, sizes: Sizes) -> 
         terms = HeadTerms(d, features, case.head).row(case.query_pos)
         a = features.query[0, -1].nonzero()[:, 0]
         b = features.key[0, j].nonzero()[:, 0]
-        effects = row.effect(terms.pairs(a, b), j)
+        effects = row.effect(terms.pairs(a, b), j)  # [a, b]
         best = best_pairs(effects)[:_CHECKED_PAIRS]
-        heads = torch.full_like(best[:, 0], case.head)
-        pairs = torch.stack([a[best[:, 0]], b[best[:, 1]], heads], dim=1)
-        map_sizes = (d.cfg.d_query, d.cfg.d_key, d.spec.n_heads)
-        best_map = SparseFeatureMap(pairs, torch.ones(len(best)), *map_sizes)
-        scores = best_map.scores(features, d.decoders, d.spec, include_constant=False)
+        best_a, best_b = best.unbind(dim=1)
+        predicted = effects[best_a, best_b].sum()
+        heads = torch.full_like(best_a, case.head)
+        pairs = torch.stack([a[best_a], b[best_b], heads], dim=1)
+        weights = torch.ones(len(pairs))
+        pair_map = SparseFeatureMap(pairs, weights, d.cfg.d_query, d.cfg.d_key, d.spec.n_heads)
+        scores = pair_map.scores(features, d.decoders, d.spec, include_constant=False)
         drop = row.effect(scores[0, case.head, -1], j)
-        worst = max(worst, abs(float(effects[best[:, 0], best[:, 1]].sum() - drop)))
-    return worst
+        errors.append(abs(float(predicted - drop)))
+    return max(errors, default=0.0)
 
 
 def _score_row(cases: LayerCases, case: Case) -> tuple[Tensor, ScoreRow]:
