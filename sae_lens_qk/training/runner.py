@@ -310,8 +310,9 @@ class BilinearQKTrainingRunner:
 
     def store(self, cfg: BilinearQKRunnerConfig | None = None) -> ActivationsStore:
         """SAELens's store of layer inputs, at the start of the data; default: for step 1."""
+        model: Any = self.model
         store_cfg: Any = cfg or self.cfg
-        return ActivationsStore.from_config(self.model, store_cfg, override_dataset=self.dataset)
+        return ActivationsStore.from_config(model, store_cfg, override_dataset=self.dataset)
 
     def fill_input_cache(self) -> InputCache:
         """The cache that `cfg.input_cache_path` names, filled as far as the config asks."""
