@@ -220,13 +220,15 @@ def _list(output: str = "") -> None:
     if output:
         dictionaries.to_csv(output, index=False)
     header = ["name", "model", "layer", "features", "pairs", "pattern KL", "recovered", "status"]
-    rows = [_list_cells(row) for row in dictionaries.to_dict("records")]
+    entries = dictionaries.to_dict("records")
+    rows = [_list_cells(entry) for entry in entries]
     texts = ("name", "model", "status")
     console = _console(soft_wrap=True)
     console.print(cell_table(header, rows, texts, unbroken=header, box=SIMPLE, show_edge=False))
-    unpublished = dictionaries[dictionaries["status"] == "unpublished"]
-    for name, command in unpublished[["name", "command"]].to_numpy():
-        console.print(f"{name} is not published yet; this trains it: {command}", highlight=False)
+    for entry in entries:
+        if entry["status"] == "unpublished":
+            notice = f"{entry['name']} is not published yet; this trains it: {entry['command']}"
+            console.print(notice, highlight=False)
 
 
 def _list_cells(row: dict[str, Any]) -> list[str]:

@@ -86,10 +86,11 @@ class Contexts:
             )
         number = {token: index for index, token in enumerate(token_ids)}
         word_labels: dict[Side, list[list[int]]] = {}
-        for side in SIDES:
-            word_labels[side] = [[number[token] for token in label] for label in labels[side]]
+        for side, side_labels in labels.items():
+            word_labels[side] = [[number[token] for token in label] for label in side_labels]
         rows = {}
-        for row in np.flatnonzero(self.needed.any(axis=1)):
+        needed_rows = np.flatnonzero(self.needed.any(axis=1))
+        for row in needed_rows.tolist():
             rows[str(row)] = self._word_runs(row, number)
         return {"words": strings, "rows": rows, "labels": word_labels}
 
@@ -130,14 +131,15 @@ def add_activations(
         tokens = torch.from_numpy(contexts.statistics.tokens[batch])
         x = inputs(tokens.long()).to(d.device, d.dtype)
         features = d.features(x)
-        acts = {
-            "query": features.query.float().cpu().numpy(),
-            "key": features.key.float().cpu().numpy(),
-        }
+        query_acts = features.query.float().cpu()
+        key_acts = features.key.float().cpu()
         for index, row in enumerate(batch):
             for side, feature, context in row_contexts[row]:
-                window = contexts.window(row, context[1])
-                context.append(numbers(acts[side][index, window, feature]))
+                pos = context[1]
+                window = contexts.window(row, pos)
+                acts = query_acts if side == "query" else key_acts
+                activations = acts[index, window, feature]
+                context.append(numbers(activations.tolist()))
 
 
 def _contexts_by_row(

@@ -94,7 +94,7 @@ def striking_positions(prompt: RecordedPrompt, n: int) -> list[ScorePosition]:
     weights = prompt.pattern.clone()  # [head, pos_q, pos_k]
     weights.diagonal(dim1=1, dim2=2).zero_()
     weights[:, :, 0] = 0.0
-    last = weights[:, -1].argmax().item()
+    last = int(weights[:, -1].argmax())
     head, key = divmod(last, n_pos)
     weights[head, -1, key] += weights[head, -1, key].sign()  # now more than any other
     values, cells = weights.flatten().sort(descending=True, stable=True)
