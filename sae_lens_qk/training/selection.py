@@ -117,6 +117,9 @@ def calibrated_threshold(
 ) -> Float[Tensor, ""]:
     """The strength that k features per token exceed, on average over the batches.
 
+    Midway between the weakest entry that fires and the strongest that does not: the published form
+    multiplies in another order, and rounding must not decide.
+
     Every position counts, position 0 of a sequence too: the published form does not know where a
     sequence begins.
     """
@@ -128,4 +131,4 @@ def calibrated_threshold(
         strongest = strongest.topk(min(n_firing + 1, len(strongest))).values
     if len(strongest) <= n_firing:
         return strongest.new_zeros(())
-    return strongest[-1]
+    return strongest[-2:].mean()
