@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numba
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lens_qk.attention import AttentionSpec
@@ -59,7 +58,7 @@ class PlainEngine:
     M is a number per pair and is folded into the weights.
     """
 
-    def __init__(self, indices: Int[Tensor, "pair 3"], decoders: Decoders, spec: AttentionSpec):
+    def __init__(self, indices: Tensor, decoders: Decoders, spec: AttentionSpec):
         self.spec = spec
         self.M = pair_kernel(indices, decoders, spec, indices.new_zeros(1))[:, 0]
         query, key, head = indices.numpy().T
@@ -71,20 +70,15 @@ class PlainEngine:
             slot=(key * n_lanes + head).astype(np.int32),
         )
 
-    def scores(
-        self,
-        weights: Float[Tensor, " pair"],
-        query_acts: Float[Tensor, "batch pos d_query"],
-        key_acts: Float[Tensor, "batch pos d_key"],
-    ) -> Float[Tensor, "batch head pos_q pos_k"]:
-        """Scores at allowed keys, zero at the others."""
+    def scores(self, weights: Tensor, query_acts: Tensor, key_acts: Tensor) -> Tensor:
+        """What `PairScorer` returns, of tensors of the decoders' dtype."""
         return _PlainScores.apply(weights * self.M, query_acts, key_acts, self)  # type: ignore[return-value]
 
 
 class RotaryEngine:
     """Scores with rotary embeddings, on the CPU: one head at a time, a few queries at once."""
 
-    def __init__(self, indices: Int[Tensor, "pair 3"], decoders: Decoders, spec: AttentionSpec):
+    def __init__(self, indices: Tensor, decoders: Decoders, spec: AttentionSpec):
         self.spec = spec
         self.decoders = decoders
         query, key, head = indices.numpy().T
@@ -98,13 +92,8 @@ class RotaryEngine:
             key=key[order].astype(np.int32),
         )
 
-    def scores(
-        self,
-        weights: Float[Tensor, " pair"],
-        query_acts: Float[Tensor, "batch pos d_query"],
-        key_acts: Float[Tensor, "batch pos d_key"],
-    ) -> Float[Tensor, "batch head pos_q pos_k"]:
-        """Scores at allowed keys, zero at the others."""
+    def scores(self, weights: Tensor, query_acts: Tensor, key_acts: Tensor) -> Tensor:
+        """What `PairScorer` returns, of tensors of the decoders' dtype."""
         W_Q = self.decoders.query * self.spec.scale
         W_K = self.decoders.key
         return _RotaryScores.apply(weights[self.order], query_acts, key_acts, W_Q, W_K, self)  # type: ignore[return-value]

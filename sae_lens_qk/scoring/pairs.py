@@ -47,9 +47,11 @@ def pair_kernel(
         k = decoders.key[key, head // spec.heads_per_kv].to(dtype)
         kernel = (q[:, rotary_dim:] * k[:, rotary_dim:]).sum(dim=1, keepdim=True)
         if rotary_dim:
-            q1, q2 = q[:, :rotary_dim].chunk(2, dim=1)
+            q1, q2 = q[:, :rotary_dim].chunk(2, dim=1)  # [pair, freq]
             k1, k2 = k[:, :rotary_dim].chunk(2, dim=1)
-            kernel = kernel + (q1 * k1 + q2 * k2) @ cos.T + (q1 * k2 - q2 * k1) @ sin.T
+            even = q1 * k1 + q2 * k2
+            odd = q1 * k2 - q2 * k1
+            kernel = kernel + even @ cos.T + odd @ sin.T
         chunks.append(kernel)
     return torch.cat(chunks)
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lens_qk.attention import AttentionSpec
@@ -25,7 +24,7 @@ class PortableEngine:
     Without rotary embeddings M is folded into the weights and the vectors are the activations.
     """
 
-    def __init__(self, indices: Int[Tensor, "pair 3"], decoders: Decoders, spec: AttentionSpec):
+    def __init__(self, indices: Tensor, decoders: Decoders, spec: AttentionSpec):
         self.spec = spec
         self.indices = indices
         self.decoders = decoders
@@ -33,13 +32,8 @@ class PortableEngine:
         if not self.rotary:
             self.M = pair_kernel(indices, decoders, spec, indices.new_zeros(1))[:, 0]
 
-    def scores(
-        self,
-        weights: Float[Tensor, " pair"],
-        query_acts: Float[Tensor, "batch pos d_query"],
-        key_acts: Float[Tensor, "batch pos d_key"],
-    ) -> Float[Tensor, "batch head pos_q pos_k"]:
-        """Scores at allowed keys, zero at the others."""
+    def scores(self, weights: Tensor, query_acts: Tensor, key_acts: Tensor) -> Tensor:
+        """What `PairScorer` returns, of tensors of the decoders' dtype."""
         batch, n_pos, _ = query_acts.shape
         query_vectors, query_place = self._vectors(query_acts, self.decoders.query, self.spec.scale)
         key_vectors, key_place = self._vectors(key_acts, self.decoders.key, 1.0)
