@@ -1,12 +1,9 @@
 """Documents: the results page is what its generator prints, links and commands lead somewhere."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks import results_page
 from benchmarks.results_page import ROOT

@@ -283,7 +283,9 @@ class LayerReplay:
         """Logits and the layer's record of a full pass, after which `run` replays these tokens."""
         model = self.layer.model
         names = self.layer.names
-        options = {"use_cache": False} if isinstance(model, TransformerBridge) else {}
+        options: dict[str, Any] = {}
+        if isinstance(model, TransformerBridge):
+            options["use_cache"] = False
 
         def keep_arguments(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._arguments = (args, kwargs)

@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import islice
 from operator import index as whole_number
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,6 @@ import torch
 from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_qk.attention import SIDES, AttentionSpec, Side
@@ -55,6 +54,9 @@ class PairContext(NamedTuple):
     """The pair's term in the score."""
 
 
+_Context = TypeVar("_Context", FeatureContext, PairContext)
+
+
 @dataclass(eq=False, repr=False)
 class ActivationStatistics:
     """What `collect_activations` returns; contexts point into `tokens`.
@@ -83,15 +85,15 @@ class ActivationStatistics:
             side ("query" or "key"), feature, density (share of tokens on which it fires), mean
             (activation where it fires) and max; NaN where it never fires.
         """
-        return pd.concat([self._feature_frame(side) for side in SIDES], ignore_index=True)
-
-    def _feature_frame(self, side: Side) -> pd.DataFrame:
-        sums = self._feature_sums(side)
-        frame = pd.DataFrame({"side": side, "feature": np.arange(len(sums.count))})
-        frame["density"] = sums.count / self.n_tokens
-        frame["mean"] = _mean_where_firing(sums)
-        frame["max"] = np.where(sums.count > 0, sums.top_value[:, 0], np.nan)
-        return frame
+        frames = []
+        for side in SIDES:
+            sums = self._feature_sums(side)
+            frame = pd.DataFrame({"side": side, "density": sums.count / self.n_tokens})
+            frame.insert(1, "feature", frame.index)
+            frame["mean"] = _mean(sums)
+            frame["max"] = _where_firing(sums, sums.top_value[:, 0])
+            frames.append(frame)
+        return pd.concat(frames, ignore_index=True)
 
     @cached_property
     def pairs(self) -> pd.DataFrame:
@@ -105,12 +107,11 @@ class ActivationStatistics:
         sums = self.sums.pairs
         n_rows, n_pos = self.tokens.shape
         spec = AttentionSpec.from_dict(self.identity["attention"])
-        fires = sums.count > 0
         frame = pd.DataFrame(self.indices, columns=["query_feature", "key_feature", "head"])
         frame["co_occurrence"] = sums.count / (n_rows * spec.n_allowed(n_pos))
-        frame["mean"] = _mean_where_firing(sums)
-        frame["max"] = np.where(fires, sums.highest, np.nan)
-        frame["min"] = np.where(fires, sums.lowest, np.nan)
+        frame["mean"] = _mean(sums)
+        frame["max"] = _where_firing(sums, sums.highest)
+        frame["min"] = _where_firing(sums, sums.lowest)
         return frame
 
     def feature_contexts(self, side: Side, feature: SupportsIndex) -> list[FeatureContext]:
@@ -122,13 +123,7 @@ class ActivationStatistics:
             ValueError: no such feature.
         """
         sums, number = self._feature(side, feature)
-        contexts = []
-        for (row, pos), value in zip(
-            sums.top_position[number], sums.top_value[number], strict=True
-        ):
-            if row >= 0:
-                contexts.append(FeatureContext(int(row), int(pos), float(value)))
-        return contexts
+        return list(_contexts(FeatureContext, sums, number))
 
     def pair_contexts(self, pair_number: SupportsIndex) -> list[PairContext]:
         """Where a pair's term is largest in magnitude, at most once per row, largest first.
@@ -145,13 +140,7 @@ class ActivationStatistics:
                 f"Pairs have numbers 0 to {len(sums.count) - 1}, their rows in `pairs`; "
                 f"got {number}."
             )
-        contexts = []
-        for (row, i, j), value in zip(
-            sums.top_position[number], sums.top_value[number], strict=True
-        ):
-            if row >= 0:
-                contexts.append(PairContext(int(row), int(i), int(j), float(value)))
-        return contexts
+        return list(_contexts(PairContext, sums, number))
 
     def feature_co_occurrence(
         self, side: Side, feature: SupportsIndex, n: int = 10
@@ -172,12 +161,16 @@ class ActivationStatistics:
             )
         counts = sums.co_firing[number] + sums.co_firing[:, number]  # one of both is the upper half
         partners = np.argsort(-counts, kind="stable")[:n]
-        partners = partners[counts[partners] > 0]
-        share = counts[partners] / max(sums.count[number], 1)
-        return pd.DataFrame({"feature": partners, "count": counts[partners], "share": share})
+        frame = pd.DataFrame({"feature": partners, "count": counts[partners]})
+        frame["share"] = frame["count"] / max(sums.count[number], 1)
+        return frame.query("count > 0")
 
     def window(
-        self, row: int, pos: int, before: int = 12, after: int = 6
+        self,
+        row: int,
+        pos: int,
+        before: int = 12,
+        after: int = 6,
     ) -> tuple[Int[np.ndarray, " token"], int]:
         """Tokens of a row around a position, and the index of that position among them.
 
@@ -191,14 +184,19 @@ class ActivationStatistics:
                 f"position {pos}."
             )
         first = max(0, pos - before)
-        return self.tokens[row, first : pos + after + 1], pos - first
+        tokens = self.tokens[row, first : pos + after + 1]
+        return tokens, pos - first
 
     def _feature_sums(self, side: Side) -> FeatureSums:
         if side not in SIDES:
             raise ValueError(f"side must be 'query' or 'key', got {side!r}.")
         return self.sums.query if side == "query" else self.sums.key
 
-    def _feature(self, side: Side, feature: SupportsIndex) -> tuple[FeatureSums, int]:
+    def _feature(
+        self,
+        side: Side,
+        feature: SupportsIndex,
+    ) -> tuple[FeatureSums, int]:
         """Sums of the side, and the feature's number, checked."""
         sums = self._feature_sums(side)
         number = whole_number(feature)
@@ -217,9 +215,11 @@ class ActivationStatistics:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = {"tokens": self.tokens, "indices": self.indices, **self.sums.to_arrays()}
+        arrays = self.sums.to_arrays()
+        arrays |= {"tokens": self.tokens, "indices": self.indices}
+        metadata = {"identity": json.dumps(self.identity)}
         unfinished = folder / f"{_STATE}.unfinished"
-        save_file(arrays, unfinished, metadata={"identity": json.dumps(self.identity)})
+        save_file(arrays, unfinished, metadata)
         unfinished.replace(folder / _STATE)
         self.features.to_parquet(folder / _FEATURES)
         self.pairs.to_parquet(folder / _PAIRS)
@@ -280,37 +280,60 @@ def collect_activations(
     identity = _identity(d, n_top)
     if folder is not None and (Path(folder) / _STATE).exists():
         return _saved_statistics(folder, identity, batches)
-    indices = d.feature_map.indices.cpu().numpy().astype(np.int32)
+    indices = d.feature_map.indices.cpu().numpy()
     sums = Sums.zeros(d.cfg.d_query, d.cfg.d_key, len(indices), n_top)
     adder = RowAdder(d, sums)
     token_rows: list[np.ndarray] = []
-    rows = (EncodedRow.encode(d, tokens, x) for tokens, x in _checked_rows(batches))
+    rows = _encoded_rows(d, batches)
     n_rows = len(batches.tokens) if isinstance(batches, RowBatches) else None
-    with tqdm(total=n_rows, desc="Activations", unit="row", disable=not progress) as bar:
+    options: dict[str, Any] = dict(desc="Activations", unit="row", disable=not progress)
+    with tqdm(total=n_rows, **options) as bar:
         while chunk := list(islice(rows, _ROWS_AT_ONCE)):
             adder.add(len(token_rows), chunk)
             token_rows += [row.tokens for row in chunk]
             bar.update(len(chunk))
     if not token_rows:
         raise ValueError("There are no rows to collect statistics from: `batches` is empty.")
-    statistics = ActivationStatistics(np.stack(token_rows), indices, sums, identity)
+    all_tokens = np.stack(token_rows)
+    statistics = ActivationStatistics(all_tokens, indices.astype(np.int32), sums, identity)
     if folder is not None:
         statistics.save(folder)
     return statistics
 
 
-def _mean_where_firing(sums: FeatureSums | PairSums) -> np.ndarray:
-    return np.where(sums.count > 0, sums.total / np.maximum(sums.count, 1), np.nan)
+def _mean(sums: FeatureSums | PairSums) -> pd.Series:
+    """Where something fires; 0 / 0 is missing."""
+    return pd.Series(sums.total) / sums.count
+
+
+def _where_firing(sums: FeatureSums | PairSums, values: np.ndarray) -> pd.Series:
+    return pd.Series(values).where(sums.count > 0)
+
+
+def _contexts(
+    context: type[_Context],
+    sums: FeatureSums | PairSums,
+    number: int,
+) -> Iterator[_Context]:
+    """The strongest ones of a feature or pair."""
+    positions = sums.top_position[number].tolist()
+    values = sums.top_value[number].tolist()
+    for position, value in zip(positions, values, strict=True):
+        if position[0] >= 0:  # fewer rows than contexts
+            yield context(*position, value)
 
 
 def _saved_statistics(
-    folder: str | Path, identity: dict[str, Any], batches: Iterable[Batch]
+    folder: str | Path,
+    identity: dict[str, Any],
+    batches: Iterable[Batch],
 ) -> ActivationStatistics:
     """The statistics in a folder, if they are those of this pass."""
     statistics = ActivationStatistics.load(folder)
-    different = [name for name in identity if statistics.identity.get(name) != identity[name]]
-    rows_known = isinstance(batches, RowBatches)
-    if not different and not (rows_known and np.array_equal(batches.tokens, statistics.tokens)):
+    saved = statistics.identity
+    different = [name for name in identity if saved.get(name) != identity[name]]
+    rows = batches.tokens if isinstance(batches, RowBatches) else None  # of others nobody knows
+    if not different and not np.array_equal(rows, statistics.tokens):
         different = ["rows"]
     if different:
         raise ValueError(
@@ -322,26 +345,30 @@ def _saved_statistics(
 
 def _identity(d: BilinearQKDictionary, n_top: int) -> dict[str, Any]:
     """What the statistics depend on besides the rows."""
-    tensors = d.state_dict()
-    halves = {name: t for name, t in tensors.items() if not name.startswith("feature_map.")}
+    transcoders = d.state_dict()
+    for name in d.feature_map.state_dict(prefix="feature_map."):
+        del transcoders[name]
     pairs = {"indices": d.feature_map.indices, "weights": d.feature_map.weights}
     return {
         "model fingerprint": list(d.cfg.fingerprint),
         "attention": d.spec.to_dict(),
-        "transcoders": digest(halves),
+        "transcoders": digest(transcoders),
         "feature map": digest(pairs),
         "n_top": n_top,
     }
 
 
-def _checked_rows(batches: Iterable[Batch]) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Tokens [pos] and input [pos, d_model] of each row, all of one length."""
+def _encoded_rows(d: BilinearQKDictionary, batches: Iterable[Batch]) -> Iterator[EncodedRow]:
+    """Each row of the batches, all of one length."""
     n_pos = None
     for tokens, x in batches:
         n_pos = n_pos or tokens.shape[-1]
-        if tokens.ndim != 2 or x.shape[:-1] != tokens.shape or tokens.shape[1] != n_pos:
+        is_batch = tokens.ndim == 2 and x.shape[:-1] == tokens.shape
+        if not is_batch or tokens.shape[1] != n_pos:
             raise ValueError(
                 f"Batches are tokens [batch, pos] and x [batch, pos, d_model], here with {n_pos} "
                 f"positions, got {list(tokens.shape)} and {list(x.shape)}."
             )
-        yield from zip(tokens.cpu().numpy().astype(np.int32), x, strict=True)
+        numbers = tokens.cpu().numpy().astype(np.int32)
+        for row_tokens, row_x in zip(numbers, x, strict=True):
+            yield EncodedRow.encode(d, row_tokens, row_x)

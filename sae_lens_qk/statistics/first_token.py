@@ -46,7 +46,8 @@ def first_token_features(
     first_sum = torch.zeros_like(first_fired)  # of activations
     later_sum = torch.zeros_like(first_fired)
     for _, x in batches:
-        acts = d.encode_key(x.to(d.device)).double().cpu()
+        acts = d.encode_key(x.to(d.device))  # [batch, pos, d_key]
+        acts = acts.double().cpu()
         first = acts[:, 0]
         later = acts[:, 1:].flatten(0, 1)
         first_fired += (first > 0).sum(dim=0)
@@ -114,32 +115,34 @@ def first_token_use(
     removals = [*([feature] for feature in features), features]
     n_queries = 0
     # true, rebuilt, then without each removal; advantage and attention of each
-    sums = torch.zeros(2 + len(removals), 2, d.spec.n_heads, dtype=torch.float64)
+    shape = (2 + len(removals), 2, d.spec.n_heads)
+    sums = torch.zeros(shape, dtype=torch.float64)
     for _, x in batches:
         x = x.to(d.device)
         encoded = d.features(x)
         rebuilt = d.scores(encoded, source)
         true = torch.full_like(rebuilt, torch.nan)
         if weights is not None:
-            true = d.spec.scores(weights.queries(x), weights.keys(x))
+            queries = weights.queries(x)
+            true = d.spec.scores(queries, weights.keys(x))
         sums[0] += _first_key(true, d.spec)
         sums[1] += _first_key(rebuilt, d.spec)
         for number, removed in enumerate(removals, start=2):
             terms = _terms(d, encoded, removed, source)
             sums[number] += _first_key(rebuilt - terms, d.spec)
-        n_queries += x.shape[0] * (d.spec.n_offsets(x.shape[1]) - 1)
+        n_rows, n_pos, _ = x.shape
+        n_queries += n_rows * (d.spec.n_offsets(n_pos) - 1)
     _require_rows(n_queries)
     means = (sums / n_queries).numpy()
-    tables = [
-        _use_table(d, removed, means[0], means[1], means[number])
-        for number, removed in enumerate(removals, start=2)
-    ]
-    heads = tables.pop()
-    alone = [
-        table.assign(key_feature=feature) for feature, table in zip(features, tables, strict=True)
-    ]
-    feature_rows = pd.concat(alone or [heads[:0].assign(key_feature=0)], ignore_index=True)
-    return FirstTokenUse(feature_rows[["key_feature", *heads.columns]], heads)
+    true, rebuilt, *without = means
+    tables = []
+    for removed, means_without in zip(removals, without, strict=True):
+        tables.append(_use_table(d, removed, true, rebuilt, means_without))
+    *alone, heads = tables
+    key_feature = np.repeat(features, d.spec.n_heads)
+    feature_rows = pd.concat([heads[:0], *alone], ignore_index=True)
+    feature_rows.insert(0, "key_feature", key_feature)
+    return FirstTokenUse(feature_rows, heads)
 
 
 def _require_rows(n_later_positions: int) -> None:
@@ -154,9 +157,8 @@ def _terms(
     d: BilinearQKDictionary, features: Features, key_features: list[int], source: Source
 ) -> Float[Tensor, "batch head pos_q pos_k"]:
     """Sum of all terms of some key features in the scores of a source."""
-    others = torch.ones(d.cfg.d_key, dtype=torch.bool, device=d.device)
-    others[key_features] = False
-    key_acts = features.key.masked_fill(others, 0.0)
+    key_acts = torch.zeros_like(features.key)
+    key_acts[..., key_features] = features.key[..., key_features]
     if source == "transcoders":
         queries = d.spec.split_queries(d.query.decode(features.query))
         keys = d.spec.split_keys(key_acts @ d.key.W_dec)
@@ -177,11 +179,12 @@ def _first_key(
     queries = slice(1, spec.n_offsets(n_pos))
     allowed = spec.allowed_mask(n_pos, scores.device)[queries, 1:]
     first = scores[:, :, queries, 0]
-    others = scores[:, :, queries, 1:].masked_fill(~allowed, 0.0)
-    advantage = first - others.sum(dim=-1) / allowed.sum(dim=-1)
+    others = scores[:, :, queries, 1:]
+    other_sums = others.masked_fill(~allowed, 0.0).sum(dim=-1)
+    advantage = first - other_sums / allowed.sum(dim=-1)
     attention = spec.pattern(scores)[:, :, queries, 0]
-    sums = [measure.double().sum(dim=(0, 2)) for measure in (advantage, attention)]
-    return torch.stack(sums).cpu()
+    measures = torch.stack([advantage, attention])  # [2, batch, head, pos_q]
+    return measures.double().sum(dim=(1, 3)).cpu()
 
 
 def _use_table(
@@ -192,7 +195,8 @@ def _use_table(
     without: Float[np.ndarray, "2 head"],
 ) -> pd.DataFrame:
     """Rows of `FirstTokenUse.heads` from advantage and attention: true, rebuilt, without these."""
-    heads = d.feature_map.restrict(key_features=key_features).indices[:, 2].cpu()
+    pairs = d.feature_map.restrict(key_features=key_features)
+    heads = pairs.indices[:, 2].cpu()
     return pd.DataFrame(
         {
             "head": np.arange(d.spec.n_heads),

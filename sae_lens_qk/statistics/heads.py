@@ -40,26 +40,28 @@ def pair_importances(
     """
     d.require_feature_map()
     pairs = d.pair_frame()
-    query_feature = pairs["query_feature"].to_numpy()
-    key_feature = pairs["key_feature"].to_numpy()
-    weight = pairs["weight"].to_numpy(float)
-    masked_importance = weight**2 * pairs["importance"].to_numpy(float)
-    if np.isnan(masked_importance).all():
+    # in float64: the columns are float32
+    masked_importance = pairs["weight"].astype(float) ** 2 * pairs["importance"].astype(float)
+    if masked_importance.isna().all():
         raise ValueError(
             "No pair of this feature map has statistics: rank its pairs on data, or pass pairs "
             "with a masked_importance column."
         )
     keep = masked_importance > 0
-    if not constants:
-        keep &= (query_feature < d.cfg.d_query) & (key_feature < d.cfg.d_key)
-    if without is not None:
-        for side, feature in (("query", query_feature), ("key", key_feature)):
-            keep &= ~np.isin(feature, without.query(f"side == '{side}'")["feature"])
+    for side, constant in (("query", d.cfg.d_query), ("key", d.cfg.d_key)):
+        feature = pairs[f"{side}_feature"]
+        if not constants:
+            keep &= feature < constant
+        if without is not None:
+            keep &= ~feature.isin(without.query("side == @side")["feature"])
     pairs["masked_importance"] = masked_importance
-    return pairs.take(np.flatnonzero(keep)).reset_index(drop=True)
+    return pairs[keep].reset_index(drop=True)
 
 
-def head_table(d: BilinearQKDictionary, pairs: pd.DataFrame | None = None) -> pd.DataFrame:
+def head_table(
+    d: BilinearQKDictionary,
+    pairs: pd.DataFrame | None = None,
+) -> pd.DataFrame:
     """What each head's pairs are, a row per head.
 
     Args:
@@ -71,16 +73,11 @@ def head_table(d: BilinearQKDictionary, pairs: pd.DataFrame | None = None) -> pd
         top_10_percent. Zeros for a head without pairs.
     """
     pairs = pair_importances(d) if pairs is None else pairs
-    query_feature = pairs["query_feature"].to_numpy()
-    key_feature = pairs["key_feature"].to_numpy()
-    is_query_constant = query_feature == d.cfg.d_query
-    is_key_constant = key_feature == d.cfg.d_key
-    columns = pairs.assign(
-        query_constant=is_query_constant,
-        query_features=np.where(is_query_constant, np.nan, query_feature),
-        key_constant=is_key_constant,
-        key_features=np.where(is_key_constant, np.nan, key_feature),
-    )
+    columns = pairs[["head", "masked_importance"]].copy()
+    for side, constant in (("query", d.cfg.d_query), ("key", d.cfg.d_key)):
+        feature = pairs[f"{side}_feature"]
+        columns[f"{side}_constant"] = feature == constant
+        columns[f"{side}_features"] = feature.mask(feature == constant)
     heads = columns.groupby("head").agg(
         pairs=("masked_importance", "size"),
         query_constant=("query_constant", "sum"),
@@ -91,7 +88,8 @@ def head_table(d: BilinearQKDictionary, pairs: pd.DataFrame | None = None) -> pd
         top_1_percent=("masked_importance", lambda values: _top_share(values, 0.01)),
         top_10_percent=("masked_importance", lambda values: _top_share(values, 0.1)),
     )
-    return heads.reindex(pd.RangeIndex(d.spec.n_heads, name="head"), fill_value=0).reset_index()
+    all_heads = pd.RangeIndex(d.spec.n_heads, name="head")
+    return heads.reindex(all_heads, fill_value=0).reset_index()
 
 
 def _top_share(values: pd.Series, share: float) -> float:
@@ -100,7 +98,10 @@ def _top_share(values: pd.Series, share: float) -> float:
     return values.nlargest(n_top).sum() / values.sum()
 
 
-def participation(d: BilinearQKDictionary, pairs: pd.DataFrame | None = None) -> pd.DataFrame:
+def participation(
+    d: BilinearQKDictionary,
+    pairs: pd.DataFrame | None = None,
+) -> pd.DataFrame:
     """How many heads each (query feature, key feature) serves: (sum_h e_h)^2 / sum_h e_h^2.
 
     Args:
@@ -111,7 +112,7 @@ def participation(d: BilinearQKDictionary, pairs: pd.DataFrame | None = None) ->
         heads), the largest first.
     """
     pairs = pair_importances(d) if pairs is None else pairs
-    squared = pairs["masked_importance"].to_numpy() ** 2
+    squared = pairs["masked_importance"] ** 2
     strongest_first = _largest_first(pairs.assign(squared=squared), "masked_importance")
     table = strongest_first.groupby(_PAIR, as_index=False).agg(
         heads=("head", "size"),
@@ -123,7 +124,7 @@ def participation(d: BilinearQKDictionary, pairs: pd.DataFrame | None = None) ->
     table["participation"] = table["masked_importance"] ** 2 / table["squared"]
     table["leading_share"] = table["leading"] / table["masked_importance"]
     measures = ["heads", "participation", "leading_head", "leading_share", "masked_importance"]
-    return _largest_first(table[[*_PAIR, *measures]], "masked_importance")
+    return _largest_first(table.reindex(columns=[*_PAIR, *measures]), "masked_importance")
 
 
 def superposition(participations: pd.DataFrame) -> pd.DataFrame:
@@ -150,7 +151,10 @@ def superposition(participations: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def shared_reasons(d: BilinearQKDictionary, pairs: pd.DataFrame | None = None) -> pd.DataFrame:
+def shared_reasons(
+    d: BilinearQKDictionary,
+    pairs: pd.DataFrame | None = None,
+) -> pd.DataFrame:
     """Which heads use the same feature pairs: cosine of their vectors of sqrt masked importance.
 
     Args:
@@ -163,7 +167,8 @@ def shared_reasons(d: BilinearQKDictionary, pairs: pd.DataFrame | None = None) -
     table = pairs.pivot(index=_PAIR, columns="head", values="masked_importance")
     importances = table.reindex(columns=heads).fillna(0.0).to_numpy()  # [pair, head]
     sums = importances.sum(axis=0)
-    vectors = np.sqrt(importances / np.where(sums > 0, sums, np.nan))
+    shares = importances / np.where(sums > 0, sums, np.nan)
+    vectors = np.sqrt(shares)
     return pd.DataFrame(vectors.T @ vectors, index=heads, columns=heads)
 
 
