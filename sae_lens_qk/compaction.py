@@ -61,7 +61,8 @@ class Compactable:
             d_query_before=d_query_before,
             d_key_before=d_key_before,
         )
-        smaller: Any = type(self)(smaller_cfg)
+        dictionary_class: Any = type(self)
+        smaller = dictionary_class(smaller_cfg)
         _copy_features(self.query, smaller.query, query_rows)
         _copy_features(self.key, smaller.key, key_rows)
         smaller.set_feature_map(_renumbered(self.feature_map, query_rows, key_rows))

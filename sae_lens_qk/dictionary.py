@@ -78,7 +78,7 @@ class BilinearQKDictionary(
         super().__init__(cfg)
         self.cfg.metadata.model_name = cfg.model_name
         self.cfg.metadata.hook_name = cfg.hook_name
-        self.runner_cfg = None
+        self.runner_cfg: dict[str, Any] | None = None
         self.metrics = None
 
     @override

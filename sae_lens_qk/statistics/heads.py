@@ -17,6 +17,7 @@ import math
 import numpy as np
 import pandas as pd
 
+from sae_lens_qk.attention import Side
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.statistics.activations import ALWAYS_ON, ActivationStatistics
 
@@ -41,14 +42,15 @@ def pair_importances(
     d.require_feature_map()
     pairs = d.pair_frame()
     # in float64: the columns are float32
-    masked_importance = pairs["weight"].astype(float) ** 2 * pairs["importance"].astype(float)
+    weight = pairs["weight"].astype(float)
+    masked_importance = weight**2 * pairs["importance"].astype(float)
     if masked_importance.isna().all():
         raise ValueError(
             "No pair of this feature map has statistics: rank its pairs on data, or pass pairs "
             "with a masked_importance column."
         )
     keep = masked_importance > 0
-    for side, constant in (("query", d.cfg.d_query), ("key", d.cfg.d_key)):
+    for side, constant in _constants(d).items():
         feature = pairs[f"{side}_feature"]
         if not constants:
             keep &= feature < constant
@@ -74,7 +76,7 @@ def head_table(
     """
     pairs = pair_importances(d) if pairs is None else pairs
     columns = pairs[["head", "masked_importance"]].copy()
-    for side, constant in (("query", d.cfg.d_query), ("key", d.cfg.d_key)):
+    for side, constant in _constants(d).items():
         feature = pairs[f"{side}_feature"]
         columns[f"{side}_constant"] = feature == constant
         columns[f"{side}_features"] = feature.mask(feature == constant)
@@ -190,3 +192,7 @@ def dense_features(statistics: ActivationStatistics, threshold: float = 0.1) -> 
 
 def _largest_first(frame: pd.DataFrame, column: str) -> pd.DataFrame:
     return frame.sort_values(column, ascending=False, kind="stable", ignore_index=True)
+
+
+def _constants(d: BilinearQKDictionary) -> dict[Side, int]:
+    return {"query": d.cfg.d_query, "key": d.cfg.d_key}
