@@ -23,6 +23,7 @@ import sae_lens_qk as qk
 from benchmarks.quality.methods import AUTHORS_RECIPE, SQUARED_ERROR, through_weights
 from benchmarks.quality.penalty import sweep_penalty
 from sae_lens_qk.host.models import cache_folder
+from sae_lens_qk.host.support import Model
 from sae_lens_qk.training.candidates import firing_rates
 
 logger = logging.getLogger("sae_lens_qk")
@@ -49,11 +50,13 @@ def load(layer: int, steps: int = STEPS) -> dict[str, qk.BilinearQKDictionary]:
     dictionaries = {}
     if layer in SHIPPED:
         dictionaries["shipped"] = qk.BilinearQKDictionary.from_pretrained(SHIPPED[layer])
+    model = None
     for method in METHODS[layer]:
         folder = dictionary_folder(layer, method, steps)
         if not (folder / "cfg.json").is_file():
             logger.warning("%s is missing: training it, %d steps", folder, steps)
-            save(train(layer, method, steps), folder)
+            model = model or qk.load_model()
+            save(train(model, layer, method, steps), folder)
         dictionaries[method] = qk.BilinearQKDictionary.load_from_disk(folder, dtype="float32")
     return dictionaries
 
@@ -93,26 +96,27 @@ def config(layer: int, steps: int, **sae: Any) -> qk.BilinearQKRunnerConfig:
     )
 
 
-def runner(layer: int, steps: int, **sae: Any) -> qk.BilinearQKTrainingRunner:
+def runner(model: Model, layer: int, steps: int, **sae: Any) -> qk.BilinearQKTrainingRunner:
     """See `config`; on the corpus, or on the sample where there is none."""
     dataset = None if CORPUS in os.environ else qk.text_sample()
-    return qk.BilinearQKTrainingRunner(config(layer, steps, **sae), override_dataset=dataset)
+    cfg = config(layer, steps, **sae)
+    return qk.BilinearQKTrainingRunner(cfg, override_dataset=dataset, override_model=model)
 
 
-def train(layer: int, method: str, steps: int = STEPS) -> qk.BilinearQKDictionary:
+def train(model: Model, layer: int, method: str, steps: int = STEPS) -> qk.BilinearQKDictionary:
     """Train one dictionary from the cached inputs of the layer (filled on the first run)."""
     if method == "ours":
-        return runner(layer, steps).run()
+        return runner(model, layer, steps).run()
     if method == "L2 transcoders":
-        return runner(layer, steps, **SQUARED_ERROR).run()
+        return runner(model, layer, steps, **SQUARED_ERROR).run()
     if method == "authors":
-        return _train_authors(layer, steps)
-    return _train_residual_sae(layer, steps)
+        return _train_authors(model, layer, steps)
+    return _train_residual_sae(model, layer, steps)
 
 
-def _train_authors(layer: int, steps: int) -> qk.BilinearQKDictionary:
+def _train_authors(model: Model, layer: int, steps: int) -> qk.BilinearQKDictionary:
     def train_at(strength: float) -> tuple[qk.BilinearQKDictionary, float]:
-        run = runner(layer, steps, **AUTHORS_RECIPE, sparsity_coefficient=strength)
+        run = runner(model, layer, steps, **AUTHORS_RECIPE, sparsity_coefficient=strength)
         dictionary = run.run()
         rows = run.fill_input_cache().rows(slice(0, _RATE_ROWS))
         rates = firing_rates(dictionary, rows.split(8))
@@ -123,8 +127,8 @@ def _train_authors(layer: int, steps: int) -> qk.BilinearQKDictionary:
     return sweep_penalty(train_at, _FIRST_STRENGTH).dictionary
 
 
-def _train_residual_sae(layer: int, steps: int) -> qk.BilinearQKDictionary:
-    run = runner(layer, steps)
+def _train_residual_sae(model: Model, layer: int, steps: int) -> qk.BilinearQKDictionary:
+    run = runner(model, layer, steps)
     cfg = run.cfg
     torch.manual_seed(cfg.seed)
     sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=cfg.sae.d_in, d_sae=D, k=K))
@@ -145,7 +149,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     folder = dictionary_folder(options.layer, options.method)
-    save(train(options.layer, options.method), folder)
+    save(train(qk.load_model(), options.layer, options.method), folder)
     print(f"wrote {folder}")
 
 

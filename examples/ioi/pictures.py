@@ -141,12 +141,13 @@ def removal_picture(result: IOIResult) -> Figure:
 def twin_picture(result: IOIResult) -> Figure:
     """Attention to the three names by prompts, the model's own and as rebuilt."""
     figure = Figure(figsize=(8, 2.8), layout="constrained")
-    summary = twin_summary(result.twins).set_index(["head", "source", "prompts"])
+    summary = twin_summary(result.twins)
     kinds = list(dict.fromkeys(result.twins["prompts"]))
     axes = figure.subplots(1, len(result.targets), squeeze=False, sharey=True)[0]
     for ax, head in zip(axes, result.targets, strict=True):
-        own = summary.loc[head, "model"].loc[kinds]
-        rebuilt = summary.loc[head, "feature_map"].loc[kinds]
+        rows = summary[summary["head"] == head].set_index("prompts")
+        own = rows[rows["source"] == "model"].loc[kinds]
+        rebuilt = rows[rows["source"] == "feature_map"].loc[kinds]
         for n, (name, colour) in enumerate(NAME_COLOURS.items()):
             places = np.arange(len(kinds)) + _BAR * (n - 1)
             column = f"attention_{name}"
