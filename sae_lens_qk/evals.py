@@ -80,10 +80,16 @@ def evaluate(
         ValueError: fewer than two rows, or an unknown baseline.
         FingerprintError: the model is not the dictionary's.
     """
-    options: dict[str, Any] = dict(
-        batch_size=batch_size, baselines=baselines, seed=seed, progress=progress
+    results = compare(
+        {"": dictionary},
+        model,
+        tokens,
+        batch_size=batch_size,
+        baselines=baselines,
+        seed=seed,
+        progress=progress,
     )
-    return compare({"": dictionary}, model, tokens, **options)[""]
+    return results[""]
 
 
 @torch.no_grad()
@@ -122,19 +128,24 @@ def compare(
     mean_pattern = _mean_pattern(layer, batches) if "mean" in baselines else None
     replay = LayerReplay(layer)
     sums = {name: _DictionarySums(dictionary) for name, dictionary in dictionaries.items()}
-    baseline_rows = _Rows()
+    baseline_rows: _Rows = defaultdict(list)
     clean_ce: list[Tensor] = []
+    bar = tqdm(batches, "Evaluating", unit="batch", disable=not progress)
     with _eval_mode(dictionaries.values()):
-        for rows in tqdm(batches, desc="Evaluating", unit="batch", disable=not progress):
+        for rows in bar:
             batch = _Batch(replay, rows)
             clean_ce.append(batch.ce)
             for dictionary_sums in sums.values():
                 dictionary_sums.add(batch)
             for name in baselines:
-                baseline_rows.add(name, batch.metrics(batch.baseline(name, mean_pattern)))
-    tables = baseline_rows.tables()
+                pattern = batch.baseline(name, mean_pattern)
+                baseline_rows[name].append(batch.metrics(pattern))
+    tables = _tables(baseline_rows)
     ce_by_row = torch.cat(clean_ce).double().cpu().numpy()
-    return {name: one.result(tables, ce_by_row, seed) for name, one in sums.items()}
+    results = {}
+    for name, dictionary_sums in sums.items():
+        results[name] = dictionary_sums.result(tables, ce_by_row, seed)
+    return results
 
 
 @contextmanager
@@ -183,7 +194,7 @@ class _Batch:
         logits = self.replay.run(layer.pattern_hooks(lambda x, scores: pattern))
         metrics = pattern_metrics(self.log_pattern, log_pattern, layer.spec)
         metrics |= prediction_metrics(logits, self.log_probs, self.tokens)
-        return {name: values.double().cpu() for name, values in metrics.items()}
+        return {name: values.double() for name, values in metrics.items()}
 
     def baseline(
         self, name: str, mean_pattern: Float[Tensor, "head pos_q pos_k"] | None
@@ -202,21 +213,18 @@ class _Batch:
         return pattern.log().expand_as(self.log_pattern)
 
 
-class _Rows:
-    """Metrics by source and row."""
+_Rows = dict[str, list[dict[str, Tensor]]]
+"""By source, then batch: metrics by row."""
 
-    def __init__(self) -> None:
-        self._batches: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
 
-    def add(self, source: str, metrics: Mapping[str, Tensor]) -> None:
-        for name, values in metrics.items():
-            self._batches[source][name].append(values)
-
-    def tables(self) -> RowTables:
-        return {
-            source: {name: torch.cat(values).numpy() for name, values in metrics.items()}
-            for source, metrics in self._batches.items()
-        }
+def _tables(rows: _Rows) -> RowTables:
+    tables: RowTables = {}
+    for source, batches in rows.items():
+        tables[source] = {}
+        for name in batches[0]:
+            values = torch.cat([batch[name] for batch in batches])
+            tables[source][name] = values.cpu().numpy()
+    return tables
 
 
 class _DictionarySums:
@@ -224,18 +232,15 @@ class _DictionarySums:
 
     def __init__(self, dictionary: BilinearQKDictionary):
         self.d = dictionary
-        self.rows = _Rows()
+        self.rows: _Rows = defaultdict(list)
         self.explained: dict[str, Tensor] = {}
-        self.fired = Features(
-            torch.zeros(dictionary.cfg.d_query), torch.zeros(dictionary.cfg.d_key)
-        )
+        d_query, d_key, _ = dictionary.feature_map.sizes
+        self.fired = Features(torch.zeros(d_query), torch.zeros(d_key))
         self.n_active_pairs = 0
         self.n_tokens = 0
         self.n_allowed = 0
-        indices = dictionary.feature_map.indices
-        has_constant = (indices[:, 0] == dictionary.cfg.d_query) | (
-            indices[:, 1] == dictionary.cfg.d_key
-        )
+        query, key, _ = dictionary.feature_map.indices.T
+        has_constant = (query == d_query) | (key == d_key)
         self.feature_pairs = dictionary.feature_map.select(~has_constant)
 
     def add(self, batch: _Batch) -> None:
@@ -245,13 +250,14 @@ class _DictionarySums:
         self.n_tokens += n_rows * n_pos
         self.n_allowed += n_rows * d.spec.n_allowed(n_pos)
         for fired, acts in zip(self.fired, features, strict=True):
-            fired += (acts > 0).sum(dim=(0, 1)).cpu()
+            fires = acts > 0  # [batch, pos, d]
+            fired += fires.sum(dim=(0, 1)).cpu()
         if d.has_feature_map:
             self.n_active_pairs += d.feature_map.count_active(features, d.spec)
         pattern = batch.log_pattern.exp()
         for source in _sources(d):
             log_pattern = d.spec.log_pattern(d.scores(features, source))
-            self.rows.add(source, batch.metrics(log_pattern))
+            self.rows[source].append(batch.metrics(log_pattern))
             explained = self._feature_scores(features, source)
             sums = explained_sums(batch.scores, explained, pattern, d.spec)
             self.explained[source] = self.explained.get(source, 0.0) + sums
@@ -268,14 +274,19 @@ class _DictionarySums:
         keys = d.spec.split_keys(features.key @ d.key.W_dec)
         return d.spec.scores(queries, keys)
 
-    def result(self, baselines: RowTables, clean_ce: np.ndarray, seed: int) -> Evaluation:
-        tables = self.rows.tables() | baselines
+    def result(
+        self,
+        baselines: RowTables,
+        clean_ce: np.ndarray,
+        seed: int,
+    ) -> Evaluation:
+        tables = _tables(self.rows) | baselines
         zero = tables["zero"]
         sources = {}
         for name, metrics in tables.items():
             explained = self.explained.get(name)
             sources[name] = _pattern_result(metrics, zero, clean_ce, explained, seed)
-        fired = [counts.long().cpu().numpy() for counts in self.fired]
+        fired = [counts.long().numpy() for counts in self.fired]
         return Evaluation(
             n_tokens=self.n_tokens,
             n_rows=len(clean_ce),
@@ -300,18 +311,20 @@ class _DictionarySums:
 
     def _map_result(self) -> MapResult:
         n_heads = self.d.spec.n_heads
-        pairs_per_head = torch.bincount(self.d.feature_map.indices[:, 2], minlength=n_heads)
-        query_features, key_features, _ = self.feature_pairs.indices.cpu().unbind(dim=1)
+        heads = self.d.feature_map.indices[:, 2]
+        pairs_per_head = torch.bincount(heads, minlength=n_heads)
+        query, key, _ = self.feature_pairs.indices.T.cpu()
         live_query = self.fired.query > 0
         live_key = self.fired.key > 0
-        n_live_pairs = int((live_query[query_features] & live_key[key_features]).sum())
-        n_live_entries = int(live_query.sum()) * int(live_key.sum()) * n_heads
+        is_live = live_query[query] & live_key[key]  # [pair]
+        n_live_features = int(live_query.sum()) * int(live_key.sum())
+        n_live_entries = max(1, n_live_features * n_heads)
         n_entries = math.prod(self.d.cfg.original_sizes) * n_heads
         return MapResult(
             n_pairs=len(self.d.feature_map),
             n_pairs_without_constants=len(self.feature_pairs),
             sparsity_of_all=1 - len(self.feature_pairs) / n_entries,
-            sparsity_of_live=1 - n_live_pairs / max(1, n_live_entries),
+            sparsity_of_live=1 - int(is_live.sum()) / n_live_entries,
             pairs_per_head=pairs_per_head.tolist(),
             active_pairs=self.n_active_pairs / self.n_allowed,
         )
@@ -376,7 +389,11 @@ def rounding_loss(
 
     def log_patterns(d: BilinearQKDictionary) -> dict[Source, Tensor]:
         features = d.features(x)
-        return {source: spec.log_pattern(d.scores(features, source).double()) for source in sources}
+        patterns = {}
+        for source in sources:
+            scores = d.scores(features, source).double()
+            patterns[source] = spec.log_pattern(scores)
+        return patterns
 
     references = log_patterns(copy.deepcopy(dictionary).to(torch.float32))
     rows = []
@@ -385,7 +402,8 @@ def rounding_loss(
         state_dict = rounded.state_dict()
         rounded.process_state_dict_for_saving(state_dict)
         n_bytes = sum(tensor.nbytes for tensor in state_dict.values())
-        for source, log_pattern in log_patterns(rounded.to(torch.float32)).items():
+        rounded_patterns = log_patterns(rounded.to(torch.float32))
+        for source, log_pattern in rounded_patterns.items():
             reference = references[source]
             difference = reference.exp() - log_pattern.exp()
             divergence = spec.kl(reference, log_pattern)

@@ -42,6 +42,7 @@ LEAST_FONT_SIZE = 4.5
 _PANEL = 1.9  # inches of a pattern's side
 _BINS_PER_DECADE = 4
 _LONGEST_WORD = 12
+_WHITE_SPACE = str.maketrans("\n\t", "↵→")
 
 _RECOVERY = {
     "ce_recovered": "loss recovered",
@@ -74,7 +75,8 @@ def pattern_triptych(
     rebuilt = _as_heads(rebuilt)
     numbers = [] if heads is None else np.atleast_1d(heads).tolist()
     n_heads, n_pos, _ = true.shape
-    if true.shape != rebuilt.shape or len(words) != n_pos or len(numbers) not in (0, n_heads):
+    has_equal_sizes = true.shape == rebuilt.shape and len(words) == n_pos
+    if not has_equal_sizes or len(numbers) not in (0, n_heads):
         raise ValueError(
             "pattern_triptych needs two patterns of one shape, a word for each position and a "
             f"number for each head, got {list(true.shape)}, {list(rebuilt.shape)}, "
@@ -85,28 +87,36 @@ def pattern_triptych(
     after_query = positions > positions[:, None]  # left blank, whatever the mask
     images = panels_by_head.masked_fill(after_query, torch.nan).numpy()
     largest = float(np.nanmax(images[:, :2]))
-    widest = float(np.nanmax(np.abs(images[:, 2]))) or 1.0  # equal patterns: evenly white
     top = limit or largest
+    differences = images[:, 2]
+    widest = float(np.nanmax(np.abs(differences)))
+    widest = widest or 1.0  # equal patterns: evenly white
 
     figure = _new_figure(PAGE, 0.9 + _PANEL * n_heads, layout="compressed")
     panels = figure.subplots(n_heads, 3, squeeze=False)
-    for row, (true_image, rebuilt_image, difference) in zip(panels, images, strict=True):
-        row[0].imshow(true_image, cmap="Blues", vmin=0.0, vmax=top)
-        row[1].imshow(rebuilt_image, cmap="Blues", vmin=0.0, vmax=top)
-        row[2].imshow(difference, cmap="RdBu_r", vmin=-widest, vmax=widest)
+    for row, head_images in zip(panels, images, strict=True):
+        true_ax, rebuilt_ax, difference_ax = row
+        true_image, rebuilt_image, difference = head_images
+        true_ax.imshow(true_image, "Blues", vmin=0.0, vmax=top)
+        rebuilt_ax.imshow(rebuilt_image, "Blues", vmin=0.0, vmax=top)
+        difference_ax.imshow(difference, "RdBu_r", vmin=-widest, vmax=widest)
+    lowest = panels[-1]
+    leftmost = panels[:, 0]
     for ax in panels.flat:
-        _label_positions(ax, words, x_labels=ax in panels[-1], y_labels=ax in panels[:, 0])
+        _label_positions(ax, words, ax in lowest, ax in leftmost)
     for ax, title in zip(panels[0], titles, strict=True):
         ax.set_title(escape_dollars(title), fontsize=FONT_SIZE)
-    for ax, number in zip(panels[:, 0], numbers, strict=False):
+    for ax, number in zip(leftmost, numbers, strict=False):
         ax.set_ylabel(f"head {number}", fontsize=FONT_SIZE)
     _colour_bar(panels[0, 0], "max" if largest > top else "neither")
     _colour_bar(panels[0, 2], "neither")
     return figure
 
 
-def _as_heads(pattern: Float[Tensor, "*head pos_q pos_k"]) -> Float[Tensor, "head pos_q pos_k"]:
-    return pattern.detach().float().cpu().reshape(-1, *pattern.shape[-2:])
+def _as_heads(pattern: Tensor) -> Float[Tensor, "head pos_q pos_k"]:
+    """Of one head [pos_q, pos_k], or of several."""
+    heads = pattern.reshape(-1, *pattern.shape[-2:])
+    return heads.detach().float().cpu()
 
 
 def density_histogram(
@@ -123,9 +133,11 @@ def density_histogram(
     Raises:
         ValueError: a density outside [0, 1], or not a single feature that fires.
     """
-    sides = {"query": np.asarray(densities_query, float), "key": np.asarray(densities_key, float)}
-    densities = np.concatenate(list(sides.values()))
-    if not ((densities >= 0) & (densities <= 1)).all() or not densities.any():
+    query = np.asarray(densities_query, float)
+    key = np.asarray(densities_key, float)
+    densities = np.concatenate([query, key])
+    is_share = (densities >= 0) & (densities <= 1)
+    if not is_share.all() or not densities.any():
         raise ValueError(
             "Densities are shares of tokens in [0, 1], and some feature must fire: "
             "look at what was passed."
@@ -138,16 +150,31 @@ def density_histogram(
     figure = _new_figure(COLUMN, 2.3)
     ax = figure.subplots()
     _style(ax, "share of tokens on which the feature fires", "features")
-    for side, colour, style in (("query", BLUE, "-"), ("key", VERMILION, "--")):
-        n_alive = np.count_nonzero(sides[side])
-        label = f"{side}: {n_alive:,} fire, {len(sides[side]) - n_alive:,} never"
-        ax.hist(sides[side], bins, histtype="step", color=colour, linestyle=style, label=label)
+    # told apart in black and white too
+    sides = {
+        "query": (query, BLUE, "-"),
+        "key": (key, VERMILION, "--"),
+    }
+    for side, (values, colour, line) in sides.items():
+        n_alive = np.count_nonzero(values)
+        label = f"{side}: {n_alive:,} fire, {len(values) - n_alive:,} never"
+        ax.hist(
+            values,
+            bins,
+            histtype="step",
+            color=colour,
+            linestyle=line,
+            label=label,
+        )
     ax.set_xscale("log")
     # above the panel, where it hides nothing
-    legend: dict[str, Any] = dict(
-        loc="outside upper center", ncols=2, columnspacing=1.2, frameon=False
+    figure.legend(
+        loc="outside upper center",
+        ncols=2,
+        columnspacing=1.2,
+        frameon=False,
+        fontsize=FONT_SIZE - 1,
     )
-    figure.legend(fontsize=FONT_SIZE - 1, **legend)
     return figure
 
 
@@ -165,12 +192,15 @@ def recovery_bars(evaluation: Evaluation | Mapping[str, Any]) -> "matplotlib.fig
     rows = range(len(sources))
     figure = _new_figure(PAGE, 0.7 + 0.2 * len(sources))
     panels = figure.subplots(1, len(_RECOVERY), sharey=True)
-    for ax, (name, title) in zip(panels, _RECOVERY.items(), strict=True):
-        _style(ax, title, "")
-        intervals = pd.DataFrame([source[name] or {} for source in sources.values()])
+    line: dict[str, Any] = dict(ecolor="black", elinewidth=0.8)
+    for ax, name in zip(panels, _RECOVERY, strict=True):
+        _style(ax, _RECOVERY[name], "")
+        # the zero pattern has no divergence
+        measured = [source[name] or {} for source in sources.values()]
+        intervals = pd.DataFrame(measured)
         value = intervals["value"]
         errors = [value - intervals["low"], intervals["high"] - value]
-        ax.errorbar(value, rows, xerr=errors, fmt="none", ecolor="black", elinewidth=0.8)
+        ax.errorbar(value, rows, xerr=errors, fmt="none", **line)
         if name == "pattern_kl":  # from a hundredth to some nats
             ax.scatter(value, rows, s=16, color=colours)
             ax.set_xscale("log")
@@ -179,7 +209,8 @@ def recovery_bars(evaluation: Evaluation | Mapping[str, Any]) -> "matplotlib.fig
             ax.barh(rows, value, height=0.7, color=colours)
             ax.axvline(0, color="black", linewidth=0.6)
             ax.xaxis.set_major_formatter("{x:.0%}")
-    panels[0].set_yticks(rows, [name.replace("_", " ") for name in sources], fontsize=FONT_SIZE)
+    labels = [name.replace("_", " ") for name in sources]
+    panels[0].set_yticks(rows, labels, fontsize=FONT_SIZE)
     panels[0].invert_yaxis()
     return figure
 
@@ -212,27 +243,36 @@ def _style(ax: Any, x_label: str, y_label: str) -> None:
 def _colour_bar(ax: Any, extend: str) -> None:
     """Of a panel, in its blank corner."""
     corner = ax.inset_axes((0.72, 0.5, 0.04, 0.45))
-    bar = ax.figure.colorbar(ax.images[0], cax=corner, extend=extend)
+    image = ax.images[0]
+    bar = ax.figure.colorbar(image, cax=corner, extend=extend)
     bar.ax.tick_params(labelsize=FONT_SIZE - 1, width=0.5, length=2)
     bar.outline.set_visible(False)
 
 
-def _label_positions(ax: Any, words: Sequence[str], x_labels: bool, y_labels: bool) -> None:
+def _label_positions(
+    ax: Any,
+    words: Sequence[str],
+    x_labels: bool,
+    y_labels: bool,
+) -> None:
     """Tokens at the panels' outer sides, as large as fits; numbers where that is too small."""
-    ax.tick_params(length=0, labelsize=FONT_SIZE - 1, labelbottom=x_labels, labelleft=y_labels)
+    ax.tick_params(length=0, labelsize=FONT_SIZE - 1)
+    ax.tick_params(labelbottom=x_labels, labelleft=y_labels)
     ax.spines[:].set_visible(False)
     font_size = min(FONT_SIZE, 0.9 * 72 * _PANEL / len(words))  # 72 points per inch
     if font_size >= LEAST_FONT_SIZE:
+        positions = range(len(words))
         labels = [_token_label(word) for word in words]
-        ax.set_xticks(
-            range(len(words)), labels if x_labels else [], rotation=90, fontsize=font_size
-        )
-        ax.set_yticks(range(len(words)), labels if y_labels else [], fontsize=font_size)
+        # labels that do not show take room all the same
+        x_words = labels if x_labels else []
+        y_words = labels if y_labels else []
+        ax.set_xticks(positions, x_words, rotation=90, fontsize=font_size)
+        ax.set_yticks(positions, y_words, fontsize=font_size)
 
 
 def _token_label(word: str) -> str:
     """A token without the space before it, other white space made visible, cut when long."""
-    visible = word.strip(" ").replace("\n", "↵").replace("\t", "→") or "␣"
+    visible = word.strip(" ").translate(_WHITE_SPACE) or "␣"
     if len(visible) > _LONGEST_WORD:
         visible = visible[: _LONGEST_WORD - 1] + "…"
     return escape_dollars(visible)

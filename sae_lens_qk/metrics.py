@@ -68,16 +68,21 @@ def pattern_metrics(
     """pattern_tv [row]; of a pattern other than zero (None) pattern_kl [row, head] and
     argmax_agreement [row]. Position 0, whose pattern is trivial, is left out.
     """
-    true = log_true.exp()
-    pattern = torch.zeros_like(true) if log_pattern is None else log_pattern.exp()
-    l1_distance = (true - pattern).abs().sum(dim=-1)  # [row, head, pos_q]
-    metrics = {"pattern_tv": 0.5 * l1_distance[..., 1:].mean(dim=(1, 2))}
-    if log_pattern is not None:
-        divergence = spec.kl(log_true, log_pattern)
-        metrics["pattern_kl"] = divergence[..., 1:].mean(dim=2)
-        agrees = true.argmax(dim=-1) == pattern.argmax(dim=-1)
-        metrics["argmax_agreement"] = agrees[..., 1:].double().mean(dim=(1, 2))
-    return metrics
+    later = slice(1, None)
+    true = log_true[:, :, later].exp()  # [row, head, pos_q - 1, pos_k]
+    if log_pattern is None:
+        row_sums = true.sum(dim=-1)  # of a zero pattern the distance
+        return {"pattern_tv": row_sums.mean(dim=(1, 2)) / 2}
+    pattern = log_pattern[:, :, later].exp()
+    l1_distance = (true - pattern).abs().sum(dim=-1)
+    divergence = spec.kl(log_true, log_pattern)  # [row, head, pos_q]
+    strongest_key = true.argmax(dim=-1)
+    agrees = pattern.argmax(dim=-1) == strongest_key
+    return {
+        "pattern_tv": l1_distance.mean(dim=(1, 2)) / 2,
+        "pattern_kl": divergence[:, :, later].mean(dim=2),
+        "argmax_agreement": agrees.double().mean(dim=(1, 2)),
+    }
 
 
 def next_token_loss(
@@ -98,7 +103,8 @@ def prediction_metrics(
     flat_logits = logits.flatten(0, 1)
     flat_clean = clean_log_probs.flatten(0, 1)
     next_tokens = tokens.roll(-1, dims=1).flatten()  # of the last position no token is known
-    next_log_probs, divergences = [], []
+    next_log_probs = []
+    divergences = []
     # a few positions at a time stay in the processor's cache
     for start in range(0, len(next_tokens), _POSITIONS):
         chunk = slice(start, start + _POSITIONS)
@@ -133,16 +139,19 @@ def explained_sums(
         f_centred = _centred(f, weights)
         terms.append(weights * (s_centred - f_centred).square())
         terms.append(weights * s_centred.square())
-    return torch.stack([term.sum(dim=(0, 2, 3)) for term in terms])
+    stacked = torch.stack(terms)  # [6, batch, head, pos_q, pos_k]
+    return stacked.sum(dim=(1, 3, 4))
 
 
-def _centred(values: Float[Tensor, "*row key"], weights: Tensor) -> Float[Tensor, "*row key"]:
-    """Minus the weighted mean over keys."""
+def _centred(values: Tensor, weights: Tensor) -> Tensor:
+    """Minus the weighted mean over keys, the last axis."""
     mean = (weights * values).sum(dim=-1, keepdim=True)
     return values - mean
 
 
-def explained_shares(sums: Float[Tensor, "6 head"]) -> tuple[Tensor, Tensor, Tensor]:
+def explained_shares(
+    sums: Float[Tensor, "6 head"],
+) -> tuple[Tensor, Tensor, Tensor]:
     """`score_explained`, its unweighted version and `norm_share` of each head; see `evals`."""
     s2, f2, error, variance, error_equal, variance_equal = sums
     return 1 - error / variance, 1 - error_equal / variance_equal, f2 / s2

@@ -3,7 +3,6 @@
 `evals` defines the metrics and fills these in.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,7 +83,9 @@ class Evaluation(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, without `by_row`."""
-        return _plain(self._replace(by_row=None), leave_out=("by_row",))
+        values = _plain(self._replace(by_row=None))
+        del values["by_row"]
+        return values
 
     def __rich__(self) -> Group:
         """Readable tables, for `rich.print`."""
@@ -106,7 +107,8 @@ class Evaluation(NamedTuple):
         title = (
             f"{self.n_tokens:,} tokens in {self.n_rows} rows, clean loss {self.ce_clean:.4f} nats"
         )
-        table = cell_table(header, rows, header[:1], unbroken=header[:1], title=title)
+        names = header[:1]
+        table = cell_table(header, rows, names, unbroken=names, title=title)
         f = self.features
         lines = [
             f"L0 {f.l0_query:.1f} query / {f.l0_key:.1f} key features per token; "
@@ -122,10 +124,10 @@ class Evaluation(NamedTuple):
         return Group(table, *lines)
 
 
-def _plain(value: Any, leave_out: Sequence[str] = ()) -> Any:
+def _plain(value: Any) -> Any:
     """Named tuples as dicts, all the way down."""
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items() if name not in leave_out}
+        return {name: _plain(item) for name, item in value.items()}
     return value

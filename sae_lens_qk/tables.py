@@ -5,7 +5,7 @@ The one place for both. Text of a model's tokens is escaped; what is missing is 
 
 import html
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -74,7 +74,8 @@ def _is_missing(value: float | None) -> bool:
 def named_features(frame: pd.DataFrame, cfg: BilinearQKConfig) -> pd.DataFrame:
     """The frame with features as people read them: numbers, "constant", or a dash for none."""
     named = frame.copy()
-    for column, constant in (("query_feature", cfg.d_query), ("key_feature", cfg.d_key)):
+    constants = {"query_feature": cfg.d_query, "key_feature": cfg.d_key}
+    for column, constant in constants.items():
         if column in named:
             named[column] = [_feature_name(feature, constant) for feature in named[column]]
     return named
@@ -92,22 +93,28 @@ def _feature_name(feature: Any, constant: int) -> str:
 def rich_table(frame: pd.DataFrame, title: str) -> Table:
     """A frame as a table: numbers to the right, floats with a sign and three decimals."""
     header = [str(column).replace("_", " ") for column in frame]
-    is_number = [pd.api.types.is_numeric_dtype(frame[column]) for column in frame]
-    texts = [name for name, number in zip(header, is_number, strict=True) if not number]
-    rows = ([_cell(value) for value in row] for row in frame.itertuples(index=False))
-    style: dict[str, Any] = dict(box=SIMPLE, show_edge=False, title_justify="left")
-    return cell_table(header, rows, texts, title=Text(title), **style)
+    text_columns = frame.select_dtypes(exclude=["number", "bool"])
+    texts = [str(column).replace("_", " ") for column in text_columns]
+    rows = map(_cells, frame.itertuples(index=False))
+    table = cell_table(header, rows, texts, box=SIMPLE, show_edge=False)
+    table.title = Text(title)
+    table.title_justify = "left"
+    return table
 
 
-def _cell(value: Any) -> str:
-    if pd.isna(value):
-        return NONE
-    return f"{value:+.3f}" if isinstance(value, float) else str(value)
+def _cells(row: Iterable[Any]) -> Iterator[str]:
+    for value in row:
+        if pd.isna(value):
+            yield NONE
+        elif isinstance(value, float):
+            yield f"{value:+.3f}"
+        else:
+            yield str(value)
 
 
 def cell_table(
     header: Sequence[str],
-    rows: Iterable[Sequence[str]],
+    rows: Iterable[Iterable[str]],
     text_columns: Collection[str],
     unbroken: Collection[str] = (),
     **options: Any,
@@ -131,7 +138,10 @@ def cell_table(
 # Markdown
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+) -> list[str]:
     """Finished cells as the lines of a Markdown table: the first column left, numbers right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]
@@ -140,20 +150,29 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list
 # Notebooks
 
 
-def html_table(frame: pd.DataFrame, caption: str, bars: str | None = None) -> str:
+def html_table(
+    frame: pd.DataFrame,
+    caption: str,
+    bars: str | None = None,
+) -> str:
     """A frame as an HTML table for notebooks.
 
     Args:
         bars: name of a column that gets bars around zero.
     """
-    styled = frame.style.hide(axis="index").set_caption(html.escape(caption))
+    styled = frame.style.hide(axis="index")
+    styled.set_caption(html.escape(caption))
     if bars:
         styled.bar(subset=[bars], align=0, color=_BAR_COLOURS)
     styled.format(precision=3, escape="html", na_rep=NONE)
     return styled.to_html()
 
 
-def html_pattern(pattern: Float[Tensor, "pos_q pos_k"], words: Sequence[str], caption: str) -> str:
+def html_pattern(
+    pattern: Float[Tensor, "pos_q pos_k"],
+    words: Sequence[str],
+    caption: str,
+) -> str:
     """One head's pattern as a small grid for notebooks: the darker, the more attention.
 
     Pointing at a cell names it.

@@ -23,7 +23,6 @@ from tiny_models import tiny_tokens
 from sae_lens_qk.explain.attribution import Attribution, Attributions, attribute
 from sae_lens_qk.explain.prompt import RecordedPrompt
 from sae_lens_qk.explain.removals import Directions
-from sae_lens_qk.explain.term_frames import COLUMNS, KINDS
 
 N_POS = 13
 HEAD = 2
@@ -34,6 +33,8 @@ SCORES = f"blocks.{LAYER}.attn.hook_attn_scores"
 PATTERN = f"blocks.{LAYER}.attn.hook_pattern"
 SOURCES = ("transcoders", "feature_map")
 FEATURES = ["query_feature", "key_feature"]
+MEASURES = ["weight", "contribution", "pattern_effect", "attention_drop"]
+KINDS = {"pair", "query_constant", "key_constant", "constant", "masked", "error"}
 
 
 @pytest.fixture(scope="module", params=["gpt2_bridge", "neox_bridge", "llama_bridge"])
@@ -107,7 +108,7 @@ def test_every_term_is_the_one_by_hand(attribution, prompt, pattern_row):
 
 def test_kinds_tell_constants_and_errors(attribution):
     frame = attribution.to_frame()
-    assert tuple(frame.columns) == COLUMNS
+    assert list(frame.columns) == ["kind", *FEATURES, *MEASURES]
     for row in frame.itertuples():
         if pd.isna(row.query_feature) or pd.isna(row.key_feature):
             expected = "error"
@@ -120,7 +121,7 @@ def test_kinds_tell_constants_and_errors(attribution):
         else:
             expected = "pair"
         assert row.kind == expected
-    assert set(frame["kind"]) == set(KINDS) - {"masked"}
+    assert set(frame["kind"]) == KINDS - {"masked"}
 
 
 def test_weights_are_the_maps(attribution, d):
@@ -196,7 +197,7 @@ def test_an_exact_dictionary_leaves_no_error(model, tokens):
     frame = attribution.to_frame()
     assert frame.loc[frame["kind"] == "error", "contribution"].abs().max() < 1e-5
     assert frame["weight"].dropna().eq(1).all()
-    assert attribution.source == "transcoders"
+    assert attribution.to_dict(1)["source"] == "transcoders"
     with pytest.raises(ValueError, match="no feature map"):
         attribution.to_frame("feature_map")
 
@@ -220,7 +221,7 @@ def test_top_has_both_signs(attribution):
     assert attribution.top(2, "supporting")["pattern_effect"].tolist() == supporting[:2]
     assert attribution.top(2, "inhibiting")["pattern_effect"].tolist() == inhibiting[:2]
     kinds = attribution.top(100, source="transcoders")["kind"]
-    assert set(kinds) <= {"pair", "query_constant", "key_constant", "constant"}
+    assert set(kinds) <= KINDS - {"masked", "error"}
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -264,7 +265,7 @@ def test_query_effects_add_up_to_the_centred_score(attribution, source, pattern_
 def test_parts_add_up(attribution):
     parts = attribution.parts("feature_map")
     assert parts["contribution"].sum() == pytest.approx(attribution.score, abs=1e-5)
-    assert set(parts["kind"]) == set(KINDS)
+    assert set(parts["kind"]) == KINDS
     assert parts["n_terms"].sum() == len(attribution.to_frame("feature_map"))
 
 
@@ -462,7 +463,7 @@ def test_form_is_accepted_with_a_warning(attribution, form, source):
     with pytest.warns(DeprecationWarning, match="source="):
         pd.testing.assert_frame_equal(attribution.to_frame(form), expected)
     with pytest.warns(DeprecationWarning, match="source="):
-        assert attribution.to_dict(3, form=form) == attribution.to_dict(3, source)
+        assert attribution.to_json(3, form=form) == attribution.to_json(3, source)
 
 
 def test_shown_is_render(attribution):

@@ -142,7 +142,7 @@ def test_rows_are_what_a_feature_adds_at_its_site(d, x, head, terms, side):
 
 def test_rows_of_key_features_count_every_key_where_they_fire(d, x, head, terms):
     features = terms.active("key", KEY, torch.ones(D_KEY, dtype=torch.bool))
-    rows = terms.key_feature_rows(features)
+    rows = terms.pairs(terms.query_features, features).sum(dim=0)
     for row, feature in zip(rows, features, strict=True):
         query_acts, key_acts = (acts.clone() for acts in d.features(x))
         key_acts[..., feature] = 0

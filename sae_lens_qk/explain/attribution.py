@@ -1,6 +1,5 @@
 """Why did this head attend there? One score or many, explained from a model and its tokens."""
 
-import json
 from collections import UserList
 from collections.abc import Sequence
 from typing import Any, SupportsIndex, overload
@@ -13,8 +12,9 @@ from torch import Tensor
 
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.explain.one_score import Attribution
-from sae_lens_qk.explain.prompt import RecordedPrompt, Tokens, integers
+from sae_lens_qk.explain.prompt import RecordedPrompt, ScorePosition, Tokens, integers
 from sae_lens_qk.explain.renamed import form_renamed
+from sae_lens_qk.explain.term_frames import tensor_frame
 from sae_lens_qk.host.support import Model
 from sae_lens_qk.patching import Source
 from sae_lens_qk.tables import html_table, rich_table
@@ -28,23 +28,21 @@ class Attributions(UserList[Attribution]):
     @form_renamed
     def to_frame(self, source: Source | None = "transcoders") -> pd.DataFrame:
         """`Attribution.to_frame` of each, after columns head, query_pos, key_pos."""
-        frames = []
-        for attribution in self:
-            frame = attribution.to_frame(source)
-            for column, (name, value) in enumerate(attribution.position._asdict().items()):
-                frame.insert(column, name, value)
-            frames.append(frame)
-        return pd.concat(frames, ignore_index=True)
+        frames = [attribution.to_frame(source) for attribution in self]
+        positions = [attribution.position for attribution in self]
+        names = list(ScorePosition._fields)
+        frame = pd.concat(frames, keys=positions, names=names)
+        return frame.reset_index(names).reset_index(drop=True)
 
-    @form_renamed
-    def to_dict(self, n: int = 10, source: Source | None = None) -> list[dict[str, Any]]:
+    def to_dict(
+        self,
+        n: int = 10,
+        source: Source | None = None,
+    ) -> list[dict[str, Any]]:
         """`Attribution.to_dict` of each."""
         return [attribution.to_dict(n, source) for attribution in self]
 
-    @form_renamed
-    def to_json(self, n: int = 10, source: Source | None = None, indent: int | None = None) -> str:
-        """`to_dict` as JSON text."""
-        return json.dumps(self.to_dict(n, source), indent=indent, allow_nan=False)
+    to_json = Attribution.to_json
 
     def checked(self, **settings: Any) -> "Attributions":
         """`Attribution.checked` of each."""
@@ -59,12 +57,13 @@ class Attributions(UserList[Attribution]):
         """
         rows = []
         for attribution in self:
+            _, query_pos, key_pos = attribution.position
             words = attribution.prompt.words
             parts = attribution.parts().set_index("kind")["pattern_effect"]
             row = {
                 **attribution.position._asdict(),
-                "query": words[attribution.position.query_pos],
-                "key": words[attribution.position.key_pos],
+                "query": words[query_pos],
+                "key": words[key_pos],
                 "score": attribution.score,
                 "attention": attribution.attention,
                 **parts,
@@ -83,7 +82,7 @@ class Attributions(UserList[Attribution]):
 
 
 Number = int | np.integer
-Numbers = Number | Sequence[int] | None
+Numbers = Number | Sequence[int] | np.ndarray | Tensor | None
 """One number, several, or (None) all."""
 
 
@@ -105,15 +104,6 @@ def attribute(
     query_pos: Numbers = -1,
     key_pos: Numbers = None,
 ) -> Attributions: ...
-@overload
-def attribute(
-    dictionary: BilinearQKDictionary,
-    model: Model,
-    tokens: Tokens | RecordedPrompt,
-    head: Numbers | np.ndarray | Tensor = None,
-    query_pos: Numbers | np.ndarray | Tensor = -1,
-    key_pos: Numbers | np.ndarray | Tensor = None,
-) -> Attribution | Attributions: ...
 @torch.no_grad()
 def attribute(
     dictionary: BilinearQKDictionary,
@@ -151,14 +141,17 @@ def attribute(
     else:
         prompt = RecordedPrompt.record(dictionary, model, tokens)
     n_heads, n_pos = prompt.scores.shape[:2]
-    heads, is_one_head = _numbers("head", head, n_heads)
-    queries, is_one_query = _numbers("query_pos", query_pos, n_pos)
-    keys, is_one_key = _numbers("key_pos", key_pos, n_pos)
-    if is_one_head and is_one_query and is_one_key:
-        return Attribution.of(prompt, heads[0], queries[0], keys[0])
+    heads = _numbers("head", head, n_heads)
+    queries = _numbers("query_pos", query_pos, n_pos)
+    keys = _numbers("key_pos", key_pos, n_pos)
+    if heads.ndim == queries.ndim == keys.ndim == 0:
+        return Attribution.of(prompt, heads, queries, keys)
+    queries = queries.reshape(-1)
+    keys = keys.reshape(-1)
     attributions = Attributions()
-    for one_head in heads:
-        rows = [prompt.position(one_head, one_query, one_query) for one_query in queries]
+    for one_head in heads.reshape(-1).tolist():
+        # before what takes long: refuses heads and positions that do not exist
+        rows = [prompt.position(one_head, i, i) for i in queries]
         head_terms = prompt.head_terms(one_head)
         for _, query, _ in rows:
             terms = head_terms.row(query)
@@ -168,20 +161,18 @@ def attribute(
                     attributions.append(Attribution(prompt, position, terms))
     if not attributions:
         raise ValueError(
-            f"None of the keys {keys[:5]} may be attended to from the queries {queries[:5]}: "
-            "a query attends to keys at or before it."
+            f"None of the keys {keys[:5].tolist()} may be attended to from the queries "
+            f"{queries[:5].tolist()}: a query attends to keys at or before it."
         )
     return attributions
 
 
-def _numbers(name: str, values: Any, n: int) -> tuple[list[int], bool]:
-    """The numbers as a list, and whether it was one alone."""
-    if values is None:
-        return list(range(n)), False
-    numbers = integers(name, values)
+def _numbers(name: str, values: Any, n: int) -> Tensor:
+    """One number (no axis) or several; None: 0 to n - 1."""
+    numbers = integers(name, range(n) if values is None else values)
     if numbers.ndim > 1:
         raise ValueError(f"{name} must be a number or a list, got shape {list(numbers.shape)}.")
-    return numbers.reshape(-1).tolist(), numbers.ndim == 0
+    return numbers
 
 
 @torch.no_grad()
@@ -197,20 +188,25 @@ def overview(prompt: RecordedPrompt, query_pos: SupportsIndex = -1) -> pd.DataFr
     """
     i = prompt.find(query_pos)
     rows = prompt.pattern[:, i, : i + 1]  # [head, key]
-    keys = rows[:, 1:].argmax(dim=1) + 1 if i else rows.argmax(dim=1)
+    first_other = min(i, 1)
+    keys = rows[:, first_other:].argmax(dim=1) + first_other  # [head]
     heads = torch.arange(len(rows), device=keys.device)
-    columns = {
-        "head": heads,
-        "to_first": rows[:, 0],
-        "key_pos": keys,
-        "attention": rows[heads, keys],
-        "rebuilt": prompt.rebuilt_pattern()[heads, i, keys],
-    }
-    looks = pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
-    looks.insert(3, "key", [prompt.words[key] for key in keys.tolist()])
-    pairs = prompt.strongest(1, query_positions=[i])
-    supporting = pairs.query("pattern_effect > 0").astype(
-        {"query_feature": "Int64", "key_feature": "Int64"}
+    looks = tensor_frame(
+        {
+            "head": heads,
+            "to_first": rows[:, 0],
+            "key_pos": keys,
+            "attention": rows[heads, keys],
+            "rebuilt": prompt.rebuilt_pattern()[heads, i, keys],
+        }
     )
-    columns = ["head", "key_pos", "query_feature", "key_feature", "pattern_effect"]
-    return looks.merge(supporting[columns], how="left", on=["head", "key_pos"])
+    words = [prompt.words[key] for key in keys.tolist()]
+    looks.insert(3, "key", words)
+    pairs = prompt.strongest(1, query_positions=[i])
+    supporting = pairs.query("pattern_effect > 0")
+    # a head without a supporting pair has none of these
+    features = supporting[["query_feature", "key_feature"]].astype("Int64")
+    cells = supporting[["head", "key_pos"]]
+    effects = supporting["pattern_effect"]
+    best = pd.concat([cells, features, effects], axis=1)
+    return looks.merge(best, how="left")

@@ -19,16 +19,19 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from rich.console import Group, RenderableType
 from torch import Tensor
 
+from sae_lens_qk.attention import Side
 from sae_lens_qk.explain.prompt import RecordedPrompt, ScorePosition, integers
 from sae_lens_qk.explain.removals import (
     CONTROLS,
     Directions,
+    Factors,
     RemovalSite,
     best_first,
     best_pairs,
@@ -41,6 +44,10 @@ from sae_lens_qk.tables import html_table, rich_table
 
 BEATEN_SHARE = 0.95
 """Share of random controls that an explanation has to beat."""
+
+
+_REMOVAL = ["ranking", "side", "k", "n_features", "predicted", "score_drop", "attention_drop"]
+_COLUMNS = [*_REMOVAL, *CONTROLS, "beaten", "holds"]
 
 
 class Check(NamedTuple):
@@ -73,11 +80,13 @@ class Check(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """verdict, holds and table (a list of rows) as plain JSON values; None where missing."""
-        return {"verdict": self.verdict, "holds": self.holds, "table": records(self.table)}
+        rows = records(self.table)
+        return {"verdict": self.verdict, "holds": self.holds, "table": rows}
 
     def __str__(self) -> str:
         head, i, j = self.position
-        table = self.table.to_string(index=False, float_format="{:.3f}".format, na_rep="-")
+        decimals = "{:.3f}".format
+        table = self.table.to_string(index=False, float_format=decimals, na_rep="-")
         return (
             f"head {head}, {i} to {j}, attention {self.attention:.3f}: "
             f"the explanation {self.verdict}\n{table}"
@@ -114,10 +123,11 @@ def check(
     Raises:
         ValueError: no k, or one below 1.
     """
-    ks = [int(number) for number in integers("k", k).reshape(-1)]
+    ks = integers("k", k).reshape(-1).tolist()
     if min(ks) < 1:
         raise ValueError(f"k must be numbers of pairs or features, 1 or more, got {ks}.")
-    directions = prompt.directions if directions is None else directions
+    if directions is None:
+        directions = prompt.directions
     generator = torch.Generator().manual_seed(seed)
     row = prompt.score_row(position.head, position.query_pos)
     rows = []
@@ -136,9 +146,8 @@ def check(
             "attention_drop": float(measured.weight_drop[0]),
         }
         rows.append(result | against_controls(names, measured.score_drop))
-    columns = ["ranking", "side", "k", "n_features", "predicted", "score_drop", "attention_drop"]
-    table = pd.DataFrame(rows, columns=[*columns, *CONTROLS, "beaten", "holds"])
-    return Check(position, float(prompt.pattern[tuple(position)]), table)
+    table = pd.DataFrame(rows, columns=_COLUMNS)
+    return Check(position, float(prompt.pattern[position]), table)
 
 
 class NamedRemoval(NamedTuple):
@@ -164,33 +173,34 @@ def named_removals(
     query_features = terms.active("query", j, directions.query.usable)
     key_features = terms.active("key", j, directions.key.usable)
     pair_effects = row.effect(terms.pairs(query_features, key_features), j)
-    pairs = best_pairs(pair_effects, positive=True)
-    query_site = RemovalSite(
-        side="query",
-        key_pos=j,
-        x=prompt.x[i],
-        components=directions.query.components(prompt.query_acts[i], query_features),
-        rows=terms.rows("query", j, query_features),
-    )
-    key_site = RemovalSite(
-        side="key",
-        key_pos=j,
-        x=prompt.x[j],
-        components=directions.key.components(prompt.key_acts[j], key_features),
-        rows=terms.rows("key", j, key_features),
-    )
-    for site, pair_order in ((query_site, pairs[:, 0]), (key_site, pairs[:, 1])):
+    query_order, key_order = best_pairs(pair_effects, positive=True).T
+    sides: list[tuple[Side, int, Tensor, Tensor, Tensor]] = [
+        ("query", i, prompt.query_acts, query_features, query_order),
+        ("key", j, prompt.key_acts, key_features, key_order),
+    ]
+    for side, pos, acts, features, pair_order in sides:
+        fit = getattr(directions, side)
+        site = RemovalSite(
+            side=side,
+            key_pos=j,
+            x=prompt.x[pos],
+            components=fit.components(acts[pos], features),
+            rows=terms.rows(side, j, features),
+        )
         feature_order = best_first(row.effect(site.rows, j), positive=True)
         for ranking, order in (("features", feature_order), ("pairs", pair_order)):
             for k in ks:
                 if k <= len(order):
-                    top = top_features(order, k, len(site.rows))
+                    top = top_features(order, k, len(features))
                     yield NamedRemoval(ranking, k, site, top)
 
 
 def _removals(
-    site: RemovalSite, top: Bool[Tensor, " n"], n_controls: int, generator: torch.Generator
-) -> tuple[list[str], Float[Tensor, "removal n"]]:
+    site: RemovalSite,
+    top: Bool[Tensor, " n"],
+    n_controls: int,
+    generator: torch.Generator,
+) -> tuple[list[str], Factors]:
     """The removal of the top features first, then the controls: their names and factors."""
     names = ["top"]
     factors = [top.to(site.rows.dtype)]
@@ -202,23 +212,27 @@ def _removals(
     return names, torch.stack(factors)
 
 
-def against_controls(names: list[str], drops: Float[Tensor, " removal"]) -> dict[str, Any]:
+def against_controls(
+    names: list[str],
+    drops: Float[Tensor, " removal"],
+) -> dict[str, Any]:
     """Mean drop of each control, the share of random draws beaten, and the verdict.
 
     Args:
         names: "top" first, then the control of each drop.
     """
-    top_drop = float(drops[0])
-    control_drops: dict[str, list[float]] = {name: [] for name in CONTROLS}
-    for name, drop in zip(names[1:], drops[1:].tolist(), strict=True):
-        control_drops[name].append(drop)
-    result: dict[str, Any] = {
-        name: sum(values) / len(values) if values else math.nan
-        for name, values in control_drops.items()
-    }
-    if not control_drops["other"]:
-        return {**result, "beaten": math.nan, "holds": None}
-    random_drops = control_drops["other"] + control_drops["rescaled"]
-    beaten = sum(top_drop > drop for drop in random_drops) / len(random_drops)
+    kinds = np.array(names)
+    values = drops.double().cpu().numpy()
+    result: dict[str, Any] = {}
+    for name in CONTROLS:
+        control_drops = values[kinds == name]
+        result[name] = math.nan
+        if len(control_drops):
+            result[name] = control_drops.mean().item()
+    if math.isnan(result["other"]):
+        return result | {"beaten": math.nan, "holds": None}
+    random_drops = values[np.isin(kinds, ["other", "rescaled"])]
+    top_drop = values[0].item()
+    beaten = (top_drop > random_drops).mean().item()
     holds = beaten >= BEATEN_SHARE and top_drop > result["matched"]
-    return {**result, "beaten": beaten, "holds": holds}
+    return result | {"beaten": beaten, "holds": holds}

@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import pandas as pd
-from jaxtyping import Float
-from torch import Tensor
 
 from sae_lens_qk.attention import Side
 from sae_lens_qk.explain.prompt import RecordedPrompt, ScorePosition
 from sae_lens_qk.explain.term_frames import Marginals
+
+Node = dict[str, Any]
 
 
 def graph_fields(
@@ -25,10 +25,8 @@ def graph_fields(
         pairs: terms of features and constants, in the order to list them.
         marginals: n features per side are listed; rows without a feature do not count.
     """
-    cfg = prompt.dictionary.cfg
-    _, i, j = position
-    queries = _Nodes(cfg.layer, "query", i, prompt.words[i], cfg.d_query, prompt.query_acts[i])
-    keys = _Nodes(cfg.layer, "key", j, prompt.words[j], cfg.d_key, prompt.key_acts[j])
+    queries = _Nodes(prompt, "query", position.query_pos)
+    keys = _Nodes(prompt, "key", position.key_pos)
     query_marginals = marginals.query.dropna(subset="feature").head(n)
     key_marginals = marginals.key.dropna(subset="feature").head(n)
     pair_columns = pairs[["query_feature", "key_feature", "contribution"]]
@@ -51,34 +49,34 @@ def graph_fields(
 class _Nodes(NamedTuple):
     """The features of one side at one position."""
 
-    layer: int
+    prompt: RecordedPrompt
     side: Side
     pos: int
-    token: str
-    constant: int
-    acts: Float[Tensor, " d"]
 
     def node_id(self, feature: Any) -> str:
-        return f"{self.layer}{self.side[0]}_{feature}_{self.pos}"
+        layer = self.prompt.dictionary.cfg.layer
+        return f"{layer}{self.side[0]}_{feature}_{self.pos}"
 
     def contributors(self, marginals: pd.DataFrame) -> list[list[Any]]:
         columns = marginals[["feature", "contribution"]].itertuples(index=False)
         return [[self.node_id(feature), contribution] for feature, contribution in columns]
 
-    def nodes(self, features: Iterable[Any]) -> list[dict[str, Any]]:
+    def nodes(self, features: Iterable[Any]) -> list[Node]:
         """Each distinct feature once, by number."""
+        is_query = self.side == "query"
+        acts = self.prompt.query_acts if is_query else self.prompt.key_acts
+        values = [*acts[self.pos].tolist(), 1.0]  # the constant is last
         nodes = []
-        for feature in sorted({int(feature) for feature in features}):
-            is_constant = feature == self.constant
-            nodes.append(
-                {
-                    "node_id": self.node_id(feature),
-                    "feature_type": f"{self.side} {'constant' if is_constant else 'feature'}",
-                    "layer": self.layer,
-                    "feature": feature,
-                    "ctx_idx": self.pos,
-                    "token": self.token,
-                    "activation": 1.0 if is_constant else float(self.acts[feature]),
-                }
-            )
+        for feature in sorted(set(map(int, features))):
+            is_constant = feature == len(values) - 1
+            node = {
+                "node_id": self.node_id(feature),
+                "feature_type": f"{self.side} {'constant' if is_constant else 'feature'}",
+                "layer": self.prompt.dictionary.cfg.layer,
+                "feature": feature,
+                "ctx_idx": self.pos,
+                "token": self.prompt.words[self.pos],
+                "activation": values[feature],
+            }
+            nodes.append(node)
         return nodes

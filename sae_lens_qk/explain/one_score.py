@@ -16,12 +16,11 @@ Sharkey 2024.
 
 import html
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -33,20 +32,18 @@ from sae_lens_qk.dashboard.report import write_explained
 from sae_lens_qk.explain.check import Check, check
 from sae_lens_qk.explain.graph import graph_fields
 from sae_lens_qk.explain.prompt import RecordedPrompt, ScorePosition
-from sae_lens_qk.explain.removals import Directions
 from sae_lens_qk.explain.renamed import form_renamed, warn_renamed
 from sae_lens_qk.explain.term_frames import (
     Marginals,
     Sign,
-    all_terms,
     feature_terms,
-    mapped_terms,
     marginal_tables,
     records,
     sums_by_kind,
+    term_frame,
     top_terms,
 )
-from sae_lens_qk.explain.terms import ScoreTerms
+from sae_lens_qk.explain.terms import AttentionRow, ScoreTerms
 from sae_lens_qk.feature_map import as_pairs
 from sae_lens_qk.patching import Source
 from sae_lens_qk.tables import html_table, named_features, rich_table
@@ -58,7 +55,7 @@ class Attribution:
 
     What `source` means in every method: "transcoders" counts every term with its whole
     contribution; "feature_map" counts the map's pairs times their weights, and sums up what the
-    mask takes away and the errors. None: `self.source`.
+    mask takes away and the errors. None: the feature map where there is one.
 
     Attributes:
         position: of the score.
@@ -93,11 +90,6 @@ class Attribution:
         """The model's own P[i,j]."""
         return float(self.prompt.pattern[tuple(self.position)])
 
-    @property
-    def source(self) -> Source:
-        """What tables show unless told otherwise: "feature_map" where there is one."""
-        return self.prompt.source
-
     # Tables
 
     @form_renamed
@@ -109,24 +101,33 @@ class Attribution:
                 kept; 1 without a map); "feature_map": the map's pairs, one row for all that the
                 mask takes away and one for all errors.
         Returns:
-            `term_frames.COLUMNS`; d_query / d_key stand for the constant, missing features for
-            errors and sums; the largest pattern effect in size first.
+            kind, query_feature, key_feature, weight, contribution, pattern_effect, attention_drop;
+            see `term_frames.term_frame`. d_query / d_key stand for the constant, missing features
+            for errors and sums; the largest pattern effect in size first.
         Raises:
             ValueError: unknown source, or "feature_map" without a feature map.
         """
         source = self._known(source)
         d = self.prompt.dictionary
-        head, i, j = self.position
-        row = self.prompt.row(head, i)
         if d.has_feature_map:
-            weights = self.terms.weights(d.feature_map, head)
+            weights = self.terms.weights(d.feature_map, self.position.head)
         else:
             weights = torch.ones_like(self.terms.terms)
-        frame = all_terms if source == "transcoders" else mapped_terms
-        return frame(d.cfg, row, self.terms, weights, j)
+        key_pos = self.position.key_pos
+        row = self._row
+        return term_frame(d.cfg, row, self.terms, weights, key_pos, source)
+
+    @property
+    def _row(self) -> AttentionRow:
+        return self.prompt.row(self.position.head, self.position.query_pos)
 
     @form_renamed
-    def top(self, n: int = 10, sign: Sign = "both", source: Source | None = None) -> pd.DataFrame:
+    def top(
+        self,
+        n: int = 10,
+        sign: Sign = "both",
+        source: Source | None = None,
+    ) -> pd.DataFrame:
         """The n terms of features and constants with the largest pattern effects, the n lowest.
 
         Args:
@@ -136,23 +137,25 @@ class Attribution:
         Raises:
             ValueError: unknown sign.
         """
-        return top_terms(feature_terms(self.to_frame(source or self.source)), n, sign)
+        terms = feature_terms(self.to_frame(source))
+        return top_terms(terms, n, sign)
 
-    @form_renamed
     def triples(
-        self, n: int = 10, sign: Sign = "supporting", source: Source | None = None
+        self,
+        n: int = 10,
+        sign: Sign = "supporting",
+        source: Source | None = None,
     ) -> Int[Tensor, "pair 3"]:
         """The strongest pairs of `top` as (query feature, key feature, head), for `fwd_hooks`."""
         top = self.top(n, sign, source=source)
-        pairs = top.query("kind != 'constant'").assign(head=self.position.head)
-        triples = pairs[["query_feature", "key_feature", "head"]].to_numpy(dtype=np.int64)
-        return as_pairs(triples)
+        pairs = top.query("kind != 'constant'")
+        features = pairs[["query_feature", "key_feature"]].astype("int64")
+        return as_pairs(features.assign(head=self.position.head).to_numpy())
 
-    @form_renamed
     def marginals(self, source: Source | None = None) -> Marginals:
         """What each query feature adds over all key features, and the other way round."""
-        head, i, j = self.position
-        return marginal_tables(self.prompt.row(head, i), self.terms, self._weights(source), j)
+        weights = self._weights(source)
+        return marginal_tables(self._row, self.terms, weights, self.position.key_pos)
 
     def _weights(self, source: Source | None) -> Float[Tensor, "a entry"]:
         """Share of each term that counts: m, or 1; 0 for the errors."""
@@ -165,29 +168,36 @@ class Attribution:
         return (no_query_error[:, None] & no_key_error).to(terms.terms.dtype)
 
     def _known(self, source: Source | None) -> Source:
-        source = source or self.source
+        source = source or self.prompt.source
         if source not in ("transcoders", "feature_map"):
             raise ValueError(f"source must be 'transcoders' or 'feature_map', got {source!r}.")
         if source == "feature_map":
             self.prompt.dictionary.require_feature_map()
         return source
 
-    @form_renamed
     def parts(self, source: Source | None = None) -> pd.DataFrame:
         """The terms summed by kind: kind, n_terms, contribution (together the score), effect."""
-        return sums_by_kind(self.to_frame(source or self.source))
+        return sums_by_kind(self.to_frame(source))
 
-    @form_renamed
-    def tables(self, n: int = 10, source: Source | None = None) -> dict[str, pd.DataFrame]:
+    def tables(
+        self,
+        n: int = 10,
+        source: Source | None = None,
+    ) -> dict[str, pd.DataFrame]:
         """What every view shows: parts, supporting, inhibiting, query, key and, if any, check.
 
         Args:
             n: rows of each table of terms or features.
         """
-        frame = self.to_frame(source or self.source)
+        frame = self.to_frame(source)
         return self._tables(frame, self.marginals(source), n)
 
-    def _tables(self, frame: pd.DataFrame, marginals: Marginals, n: int) -> dict[str, pd.DataFrame]:
+    def _tables(
+        self,
+        frame: pd.DataFrame,
+        marginals: Marginals,
+        n: int,
+    ) -> dict[str, pd.DataFrame]:
         terms = feature_terms(frame)
         tables = {
             "parts": sums_by_kind(frame),
@@ -202,18 +212,13 @@ class Attribution:
 
     # Causal evidence
 
-    def check(
-        self,
-        k: SupportsIndex | Iterable[SupportsIndex] = (1, 2, 5, 10),
-        directions: Directions | None = None,
-        n_controls: int = 32,
-        seed: int = 0,
-    ) -> Check:
+    def check(self, **settings: Any) -> Check:
         """Is this the reason? Features leave the model's own x; W_Q and W_K say what remains.
 
-        Args and Returns: see `sae_lens_qk.explain.check.check`.
+        Args:
+            **settings: k, directions, n_controls, seed, as of `sae_lens_qk.check`.
         """
-        return check(self.prompt, self.position, self.terms, k, directions, n_controls, seed)
+        return check(self.prompt, self.position, self.terms, **settings)
 
     def checked(self, **settings: Any) -> "Attribution":
         """This attribution with its causal check, which then is part of every view.
@@ -225,8 +230,11 @@ class Attribution:
 
     # Views
 
-    @form_renamed
-    def to_dict(self, n: int = 10, source: Source | None = None) -> dict[str, Any]:
+    def to_dict(
+        self,
+        n: int = 10,
+        source: Source | None = None,
+    ) -> dict[str, Any]:
         """All that the terminal, notebooks and the page show, as plain JSON values (no NaN: None).
 
         Every float is unrounded; features are integers, d_query / d_key stand for the constants.
@@ -265,7 +273,8 @@ class Attribution:
         frame = self.to_frame(source)
         marginals = self.marginals(source)
         pairs = feature_terms(frame).head(n)
-        tables = {name: records(table) for name, table in self._tables(frame, marginals, n).items()}
+        tables = self._tables(frame, marginals, n)
+        rows = {name: records(table) for name, table in tables.items()}
         return {
             "model": cfg.model_name,
             "layer": cfg.layer,
@@ -278,11 +287,11 @@ class Attribution:
             "source": source,
             "d_query": cfg.d_query,
             "d_key": cfg.d_key,
-            "parts": tables["parts"],
-            "supporting": tables["supporting"],
-            "inhibiting": tables["inhibiting"],
-            "marginals": {"query": tables["query"], "key": tables["key"]},
-            "check": None if self.causal_check is None else self.causal_check.to_dict(),
+            "parts": rows["parts"],
+            "supporting": rows["supporting"],
+            "inhibiting": rows["inhibiting"],
+            "marginals": {"query": rows["query"], "key": rows["key"]},
+            "check": self.causal_check and self.causal_check.to_dict(),
             **graph_fields(self.prompt, self.position, pairs, marginals, n),
         }
 
@@ -291,12 +300,21 @@ class Attribution:
         return float(self.prompt.rebuilt_pattern(source)[tuple(self.position)])
 
     @form_renamed
-    def to_json(self, n: int = 10, source: Source | None = None, indent: int | None = None) -> str:
+    def to_json(
+        self,
+        n: int = 10,
+        source: Source | None = None,
+        indent: int | None = None,
+    ) -> str:
         """`to_dict` as JSON text."""
-        return json.dumps(self.to_dict(n, source), indent=indent, allow_nan=False)
+        values = self.to_dict(n, source)
+        return json.dumps(values, indent=indent, allow_nan=False)
 
     def report(
-        self, path: str | Path, tokens: Int[Tensor, "row pos"] | None = None, **options: Any
+        self,
+        path: str | Path,
+        tokens: Int[Tensor, "row pos"] | None = None,
+        **options: Any,
     ) -> Path:
         """Write this attribution, on its prompt's page of a report; with its check, if any.
 
@@ -306,9 +324,10 @@ class Attribution:
         Returns:
             The path.
         """
-        prompt = self.prompt
-        d = prompt.dictionary
-        return write_explained(path, d, prompt.model, [prompt], [self], tokens, **options)
+        d = self.prompt.dictionary
+        model = self.prompt.model
+        prompts = [self.prompt]
+        return write_explained(path, d, model, prompts, [self], tokens, **options)
 
     def __str__(self) -> str:
         head, i, j = self.position
@@ -321,24 +340,30 @@ class Attribution:
     def __repr__(self) -> str:
         return f"Attribution({self})"
 
-    @form_renamed
-    def render(self, n: int = 10, source: Source | None = None) -> RenderableType:
+    def render(
+        self,
+        n: int = 10,
+        source: Source | None = None,
+    ) -> RenderableType:
         """For rich: `tables` under their titles, and the verdict of the check if there is one."""
-        views: list[RenderableType] = [
-            Text(f"{self}; rebuilt from features {self.rebuilt(source):.3f}")
-        ]
-        views += [rich_table(table, title) for title, table in self._titled_tables(n, source)]
+        title = Text(f"{self}; rebuilt from features {self.rebuilt(source):.3f}")
+        views: list[RenderableType] = [title]
+        for name, table in self._titled_tables(n, source):
+            views.append(rich_table(table, name))
         if self.causal_check is not None:
             views.append(f"the explanation {self.causal_check.verdict}")
         return Group(*views)
 
-    @form_renamed
-    def shown(self, n: int = 10, source: Source | None = None) -> RenderableType:
+    def shown(self, *args: Any, **kwargs: Any) -> RenderableType:
         """Old name of `render`, which goes with the next release."""
-        warn_renamed("Attribution.shown", "Attribution.render", stacklevel=4)
-        return self.render(n, source)
+        warn_renamed("Attribution.shown", "Attribution.render")
+        return self.render(*args, **kwargs)
 
-    def _titled_tables(self, n: int, source: Source | None) -> list[tuple[str, pd.DataFrame]]:
+    def _titled_tables(
+        self,
+        n: int,
+        source: Source | None,
+    ) -> Iterator[tuple[str, pd.DataFrame]]:
         """`tables` as people read them: features by name, a title over each."""
         titles = {
             "parts": f"score {self.score:+.3f}, by kind of term",
@@ -349,12 +374,10 @@ class Attribution:
             "check": "drop of the score when features leave the model's own input",
         }
         cfg = self.prompt.dictionary.cfg
-        titled = []
         for name, table in self.tables(n, source).items():
             if name in ("query", "key"):
                 table = table.head(5).rename(columns={"feature": f"{name}_feature"})
-            titled.append((titles[name], named_features(table, cfg)))
-        return titled
+            yield titles[name], named_features(table, cfg)
 
     def __rich__(self) -> RenderableType:
         return self.render()

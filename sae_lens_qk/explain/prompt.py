@@ -1,11 +1,12 @@
 """One sequence as an attention layer sees it: the model's own scores, a dictionary's features."""
 
 import html
-import itertools
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby, product
+from operator import itemgetter
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
@@ -124,7 +125,8 @@ class RecordedPrompt:
     def _repr_html_(self) -> str:
         """Every head's pattern, the model's and rebuilt; of long prompts the tokens alone."""
         if len(self.words) > _READABLE:
-            return html.escape(" ".join(f"{pos}:{word!r}" for pos, word in enumerate(self.words)))
+            numbered = [f"{pos}:{word!r}" for pos, word in enumerate(self.words)]
+            return html.escape(" ".join(numbered))
         rebuilt = self.rebuilt_pattern()
         grids = []
         for head in range(len(self.pattern)):
@@ -139,14 +141,22 @@ class RecordedPrompt:
         """What explanations count unless told otherwise: the feature map where there is one."""
         return "feature_map" if self.dictionary.has_feature_map else "transcoders"
 
-    @property
+    @cached_property
     def features(self) -> Features:
-        """The features as a batch of one, in the dictionary's precision."""
+        """The features as a batch of one, in float32."""
+        return Features(self.query_acts[None], self.key_acts[None])
+
+    @cached_property
+    def _own_features(self) -> Features:
+        """The same in the dictionary's precision."""
         dtype = self.dictionary.dtype
-        return Features(self.query_acts[None].to(dtype), self.key_acts[None].to(dtype))
+        return Features(*(acts.to(dtype) for acts in self.features))
 
     @torch.no_grad()
-    def rebuilt_pattern(self, source: Source | None = None) -> Float[Tensor, "head pos_q pos_k"]:
+    def rebuilt_pattern(
+        self,
+        source: Source | None = None,
+    ) -> Float[Tensor, "head pos_q pos_k"]:
         """The pattern rebuilt from features; computed once.
 
         Args:
@@ -154,7 +164,8 @@ class RecordedPrompt:
         """
         source = source or self.source
         if source not in self._patterns:
-            self._patterns[source] = self.dictionary.pattern(self.features, source)[0]
+            patterns = self.dictionary.pattern(self._own_features, source)
+            self._patterns[source] = patterns[0]
         return self._patterns[source]
 
     def made(self, source: Source = "feature_map") -> Float[Tensor, "head pos_q pos_k"]:
@@ -179,22 +190,22 @@ class RecordedPrompt:
 
     @cached_property
     @torch.no_grad()
-    def _errors(self) -> tuple[Float[Tensor, "pos head d_head"], Float[Tensor, "pos kv d_head"]]:
-        """q - q_hat and k - k_hat of all heads."""
-        reconstruction = self.dictionary.reconstruct(self.features)
-        query_errors = self.weights.queries(self.x) - reconstruction.queries[0]
-        key_errors = self.weights.keys(self.x) - reconstruction.keys[0]
-        return query_errors, key_errors
+    def _errors(self) -> Errors:
+        """q - q_hat [pos, head, d_head] and k - k_hat [pos, kv_head, d_head]."""
+        reconstruction = self.dictionary.reconstruct(self._own_features)
+        return Errors(
+            query=self.weights.queries(self.x) - reconstruction.queries[0],
+            key=self.weights.keys(self.x) - reconstruction.keys[0],
+        )
 
     # Rows of scores
 
     def head_terms(self, head: int) -> HeadTerms:
         """All terms of one head, the errors included, row by row."""
-        query_errors, key_errors = self._errors
         kv_head = head // self.dictionary.spec.heads_per_kv
-        errors = Errors(query_errors[:, head], key_errors[:, kv_head])
-        features = Features(self.query_acts[None], self.key_acts[None])
-        return HeadTerms(self.dictionary, features, head, errors=errors)
+        query_errors = self._errors.query[:, head]
+        errors = Errors(query_errors, self._errors.key[:, kv_head])
+        return HeadTerms(self.dictionary, self.features, head, errors=errors)
 
     def terms(self, head: int, query_pos: int) -> ScoreTerms:
         """All terms of one row of the model's scores, errors included; they add up to it."""
@@ -209,7 +220,8 @@ class RecordedPrompt:
 
     def score_row(self, head: int, query_pos: int) -> ScoreRow:
         """One row of scores, to be measured again after edits of x."""
-        return ScoreRow(self.weights, self.dictionary.spec, self.x[: query_pos + 1], head)
+        x = self.x[: query_pos + 1]
+        return ScoreRow(self.weights, self.dictionary.spec, x, head)
 
     # Positions
 
@@ -259,7 +271,9 @@ class RecordedPrompt:
             return self._from_start("query_pos", token)
         if token.lstrip("-").isdigit():
             return self._from_start("query_pos", int(token))
-        positions = [pos for pos, word in enumerate(self.words) if word.strip() == token.strip()]
+        text = token.strip()
+        words = [word.strip() for word in self.words]
+        positions = [pos for pos, word in enumerate(words) if word == text]
         if not positions:
             raise ValueError(f"The token {token!r} is not among {self.words[:20]}.")
         if len(positions) > 1:
@@ -291,20 +305,22 @@ class RecordedPrompt:
             inhibitors likewise.
         """
         n_heads, n_pos = self.scores.shape[:2]
-        head_list = range(n_heads) if heads is None else heads
-        query_list = range(n_pos) if query_positions is None else query_positions
-        rows = sorted({self.position(head, i, i)[:2] for head in head_list for i in query_list})
-        return strongest_pairs(self._mapped_rows(rows), n)
+        if heads is None:
+            heads = range(n_heads)
+        if query_positions is None:
+            query_positions = range(n_pos)
+        rows = product(heads, query_positions)
+        positions = {self.position(head, i, i) for head, i in rows}
+        return strongest_pairs(self._mapped_rows(sorted(positions)), n)
 
     def _mapped_rows(
-        self, rows: Iterable[tuple[int, int]]
+        self, positions: Iterable[ScorePosition]
     ) -> Iterator[tuple[AttentionRow, ScoreTerms]]:
         """Rows of scores with the map's terms, every head's keys rotated once; sorted rows."""
         feature_map = self.dictionary.feature_map if self.dictionary.has_feature_map else None
-        features = Features(self.query_acts[None], self.key_acts[None])
-        for head, head_rows in itertools.groupby(rows, key=operator.itemgetter(0)):
-            head_terms = HeadTerms(self.dictionary, features, head, feature_map)
-            for _, query_pos in head_rows:
+        for head, head_positions in groupby(positions, key=itemgetter(0)):
+            head_terms = HeadTerms(self.dictionary, self.features, head, feature_map)
+            for _, query_pos, _ in head_positions:
                 yield self.row(head, query_pos), head_terms.row(query_pos)
 
 
@@ -320,7 +336,8 @@ def integers(name: str, values: Any) -> Int[Tensor, "*shape"]:
         raise ValueError(f"{name} must be integers, got {values!r}.") from error
     if not tensor.numel():
         raise ValueError(f"{name} must be at least one integer, got none.")
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+    is_real = tensor.is_floating_point() or tensor.is_complex()
+    if is_real or tensor.dtype == torch.bool:
         raise ValueError(f"{name} must be integers, got {tensor.dtype}: {values!r}.")
     return tensor.to(torch.int64)
 

@@ -14,21 +14,23 @@ of dictionary alike. What an edit does to the row is `terms.Change`.
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sae_lens_qk.attention import SIDES, AttentionSpec, Side
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.explain.terms import AttentionRow
+from sae_lens_qk.explain.terms import AttentionRow, Rows, rotate
 from sae_lens_qk.host.layer import AttentionLayer
 from sae_lens_qk.host.models import cache_folder
 from sae_lens_qk.host.support import Model
-from sae_lens_qk.statistics.activations import ALWAYS_ON
-from sae_lens_qk.stored_form import digest
+from sae_lens_qk.statistics.activations import ALWAYS_ON, transcoders_digest
 from sae_lens_qk.text import token_rows
 from sae_lens_qk.weights import QKWeights
 
@@ -36,6 +38,12 @@ logger = logging.getLogger("sae_lens_qk")
 
 CONTROLS = ("other", "matched", "rescaled")
 """Kinds of control removals; see `control_removals`."""
+
+
+_Acts = Float[Tensor, "pos d"]
+_Inputs = Float[Tensor, "pos d_model"]
+Factors = Float[Tensor, "removal n"]
+Order = Int[Tensor, " best"]
 
 
 class FeatureDirections(NamedTuple):
@@ -52,7 +60,7 @@ class FeatureDirections(NamedTuple):
     def fit(
         cls,
         encode: Callable[[Tensor], Tensor],
-        rows: Iterable[Float[Tensor, "pos d_model"]],
+        rows: Iterable[_Inputs],
         ridge: float = 1.0,
     ) -> "FeatureDirections":
         """Least squares in float64, with an intercept; `ridge` typical firings at zero shrink d_f.
@@ -68,13 +76,14 @@ class FeatureDirections(NamedTuple):
         for x in rows:
             acts = encode(x)
             if moments is None:
-                moments = _Moments(acts, x)
+                sizes = (acts.shape[1], x.shape[1])
+                moments = _Moments(*sizes, x.device)
             moments.add(acts.double(), x.double())
         if moments is None:
             raise ValueError(
                 "FeatureDirections.fit needs at least one row of layer inputs, got none."
             )
-        return cls(*(tensor.float() for tensor in moments.solution(ridge)))
+        return cls(*map(Tensor.float, moments.solution(ridge)))
 
     @property
     def usable(self) -> Bool[Tensor, " d"]:
@@ -87,48 +96,40 @@ class FeatureDirections(NamedTuple):
         """act_f d_f of each of the given features."""
         return acts[features, None] * self.directions[features]
 
-    def residual(
-        self, x: Float[Tensor, "pos d_model"], acts: Float[Tensor, "pos d"]
-    ) -> Float[Tensor, "pos d_model"]:
+    def residual(self, x: _Inputs, acts: _Acts) -> _Inputs:
         """What the fit leaves of x."""
         return x - self.mean - acts @ self.directions
 
 
 class _Moments:
-    """Sums over tokens from which least squares is solved, in float64."""
+    """Sums over tokens from which least squares is solved; one more feature, always 1: the mean."""
 
-    def __init__(self, acts: Float[Tensor, "pos d"], x: Float[Tensor, "pos d_model"]):
-        d = acts.shape[1]
-        d_model = x.shape[1]
-        double = {"dtype": torch.float64, "device": acts.device}
-        self.n_tokens = 0
-        self.gram = torch.zeros(d, d, **double)
-        self.cross = torch.zeros(d, d_model, **double)
-        self.act_sums = torch.zeros(d, **double)
-        self.x_sum = torch.zeros(d_model, **double)
-        self.n_fired = torch.zeros(d, **double)
+    def __init__(self, d: int, d_model: int, device: torch.device):
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self.gram = zeros(d + 1, d + 1)  # sum of acts^T acts
+        self.cross = zeros(d + 1, d_model)  # sum of acts^T x
+        self.n_fired = zeros(d + 1)
 
-    def add(self, acts: Float[Tensor, "pos d"], x: Float[Tensor, "pos d_model"]) -> None:
-        firing = (acts != 0).any(dim=0).nonzero()[:, 0]
+    def add(self, acts: _Acts, x: _Inputs) -> None:
+        acts = pad(acts, (0, 1), value=1.0)
+        fires = acts != 0
+        firing = fires.any(dim=0).nonzero()[:, 0]
         acts = acts[:, firing]  # few of all features: the products stay small
         self.gram[firing[:, None], firing] += acts.T @ acts
         self.cross[firing] += acts.T @ x
-        self.act_sums[firing] += acts.sum(dim=0)
-        self.n_fired[firing] += (acts != 0).double().sum(dim=0)
-        self.x_sum += x.sum(dim=0)
-        self.n_tokens += len(x)
+        self.n_fired += fires.sum(dim=0)
 
     def solution(self, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
         """mean, directions and rates of `FeatureDirections`."""
-        penalty = ridge * self.gram.diagonal() / self.n_fired.clamp(min=1)
-        penalty[self.n_fired == 0] = 1.0
-        act_sums = self.act_sums[:, None]
-        centred_gram = self.gram - act_sums * self.act_sums / self.n_tokens
-        centred_gram.diagonal().add_(penalty)
-        centred_cross = self.cross - act_sums * self.x_sum / self.n_tokens
-        directions = torch.linalg.solve(centred_gram, centred_cross)
-        mean = (self.x_sum - self.act_sums @ directions) / self.n_tokens
-        return mean, directions, self.n_fired / self.n_tokens
+        # mean square where a feature fires: the scale of features does not matter
+        mean_squares = self.gram.diagonal() / self.n_fired.clamp(min=1)
+        penalty = ridge * mean_squares
+        penalty[self.n_fired == 0] = 1.0  # any: it makes the matrix regular
+        penalty[-1] = 0.0
+        matrix = self.gram + penalty.diag()
+        directions = torch.linalg.solve(matrix, self.cross)  # [d + 1, d_model]
+        rates = self.n_fired / self.n_fired[-1]
+        return directions[-1], directions[:-1], rates[:-1]
 
 
 class Directions(NamedTuple):
@@ -138,9 +139,7 @@ class Directions(NamedTuple):
     key: FeatureDirections
 
     @classmethod
-    def fit(
-        cls, dictionary: BilinearQKDictionary, rows: Sequence[Float[Tensor, "pos d_model"]]
-    ) -> "Directions":
+    def fit(cls, dictionary: BilinearQKDictionary, rows: Sequence[_Inputs]) -> "Directions":
         """See `FeatureDirections.fit`; rows other than those to be explained."""
         return cls(
             query=FeatureDirections.fit(dictionary.encode_query, rows),
@@ -149,7 +148,11 @@ class Directions(NamedTuple):
 
     @classmethod
     def from_own_text(
-        cls, dictionary: BilinearQKDictionary, model: Model, n_rows: int = 96, n_pos: int = 256
+        cls,
+        dictionary: BilinearQKDictionary,
+        model: Model,
+        n_rows: int = 96,
+        n_pos: int = 256,
     ) -> "Directions":
         """Fitted on rows of the text that comes with the package, stored in its cache folder.
 
@@ -161,12 +164,7 @@ class Directions(NamedTuple):
         """
         n_pos = min(n_pos, model.cfg.n_ctx)
         # directions depend on the transcoders alone
-        weights = {
-            name: tensor
-            for name, tensor in dictionary.state_dict().items()
-            if not name.startswith("feature_map.")
-        }
-        name = f"{digest(weights)[:24]}-{n_rows}x{n_pos}.safetensors"
+        name = f"{transcoders_digest(dictionary)[:24]}-{n_rows}x{n_pos}.safetensors"
         path = cache_folder() / "directions" / name
         if path.is_file():
             return cls._load(path, dictionary.device)
@@ -177,27 +175,27 @@ class Directions(NamedTuple):
         )
         tokens = token_rows(model, "", "text", n_rows, n_pos)
         layer = AttentionLayer(model, dictionary.cfg.layer)
-        inputs = torch.cat([layer.inputs(batch) for batch in tokens.split(8)])
-        directions = cls.fit(dictionary, list(inputs.to(dictionary.device, dictionary.dtype)))
+        batches = [layer.inputs(batch) for batch in tokens.split(8)]
+        inputs = torch.cat(batches).to(dictionary.device, dictionary.dtype)
+        directions = cls.fit(dictionary, list(inputs))
         directions._save(path)
         return directions
 
     @classmethod
-    def _load(cls, path: os.PathLike[str], device: torch.device) -> "Directions":
+    def _load(cls, path: Path, device: torch.device) -> "Directions":
         tensors = load_file(path, device=str(device))
-        fits = [
-            FeatureDirections(*(tensors[f"{side}.{name}"] for name in FeatureDirections._fields))
-            for side in SIDES
-        ]
+        fits = []
+        for side in SIDES:
+            fields = [tensors[f"{side}.{name}"] for name in FeatureDirections._fields]
+            fits.append(FeatureDirections(*fields))
         return cls(*fits)
 
-    def _save(self, path) -> None:
+    def _save(self, path: Path) -> None:
         """Written apart and moved: readers find the whole file or none."""
-        tensors = {
-            f"{side}.{name}": tensor.contiguous()
-            for side, fit in self._asdict().items()
-            for name, tensor in fit._asdict().items()
-        }
+        tensors = {}
+        for side, fit in zip(SIDES, self, strict=True):
+            for name, tensor in fit._asdict().items():
+                tensors[f"{side}.{name}"] = tensor.contiguous()
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
         save_file(tensors, unfinished)
@@ -213,36 +211,49 @@ class ScoreRow(AttentionRow):
     """
 
     def __init__(
-        self, weights: QKWeights, spec: AttentionSpec, x: Float[Tensor, "pos d_model"], head: int
+        self,
+        weights: QKWeights,
+        spec: AttentionSpec,
+        x: _Inputs,
+        head: int,
     ):
         self._weights = weights
-        self._spec = spec
-        self._head = head
+        self.spec = spec
+        self.head = head
         positions = torch.arange(len(x), device=x.device)
-        self._query = self._queries(x[-1:], positions[-1:])  # [1, d_head]
+        last = slice(-1, None)
+        self._query = self._queries(x[last], positions[last])  # [1, d_head]
         self._keys = self._rotated_keys(x, positions)  # [pos, d_head]
-        scores = (self._query @ self._keys.T)[0]
-        super().__init__(spec, head, len(x) - 1, scores)
+        scores = self._query @ self._keys.T  # [1, pos]
+        super().__init__(spec, head, len(x) - 1, *scores)
 
     def edited(
-        self, side: Side, key_pos: int, x: Float[Tensor, "n d_model"]
-    ) -> Float[Tensor, "n pos"]:
+        self,
+        side: Side,
+        key_pos: int,
+        x: Float[Tensor, "n d_model"],
+    ) -> Rows:
         """The row with each of n other inputs at the query, or at one key."""
         position = self.query_pos if side == "query" else key_pos
-        positions = torch.full((len(x),), position, device=x.device)
+        n = len(x)
+        positions = torch.full((n,), position, device=x.device)
         if side == "query":
             return self._queries(x, positions) @ self._keys.T
-        scores = self.scores.repeat(len(x), 1)
-        scores[:, key_pos] = self._rotated_keys(x, positions) @ self._query[0]
-        return scores
+        rows = self.scores.repeat(n, 1)
+        keys = self._rotated_keys(x, positions)
+        rows[:, key_pos] = keys @ self._query[0]
+        return rows
 
-    def _queries(self, x: Tensor, positions: Tensor) -> Float[Tensor, "n d_head"]:
-        queries = self._weights.queries(x)[:, self._head] * self._spec.scale
-        return self._spec.rotate(queries[None, :, None], positions)[0, :, 0]
+    def _queries(self, x: Tensor, positions: Tensor) -> Tensor:
+        """[n, d_head], rotated and scaled."""
+        queries = self._weights.queries(x)[:, self.head]
+        return rotate(self.spec, queries * self.spec.scale, positions)
 
-    def _rotated_keys(self, x: Tensor, positions: Tensor) -> Float[Tensor, "n d_head"]:
-        keys = self._weights.keys(x)[:, self._head // self._spec.heads_per_kv]
-        return self._spec.rotate(keys[None, :, None], positions)[0, :, 0]
+    def _rotated_keys(self, x: Tensor, positions: Tensor) -> Tensor:
+        """[n, d_head]"""
+        kv_head = self.head // self.spec.heads_per_kv
+        keys = self._weights.keys(x)[:, kv_head]
+        return rotate(self.spec, keys, positions)
 
 
 class RemovalSite(NamedTuple):
@@ -262,32 +273,41 @@ class RemovalSite(NamedTuple):
     def sizes(self) -> Float[Tensor, " n"]:
         return self.components.norm(dim=1)
 
-    def measure(
-        self, row: ScoreRow, factors: Float[Tensor, "removal n"]
-    ) -> Float[Tensor, "removal pos"]:
+    def measure(self, row: ScoreRow, factors: Factors) -> Rows:
         """Scores of the edited x, after each removal."""
-        return row.edited(self.side, self.key_pos, self.x - factors @ self.components)
+        inputs = self.x - factors @ self.components  # [removal, d_model]
+        return row.edited(self.side, self.key_pos, inputs)
 
-    def predict(
-        self, row: ScoreRow, factors: Float[Tensor, "removal n"]
-    ) -> Float[Tensor, "removal pos"]:
+    def predict(self, row: ScoreRow, factors: Factors) -> Rows:
         """Scores as the dictionary predicts them, after each removal."""
         return row.scores - factors @ self.rows
 
 
-def best_first(values: Float[Tensor, " n"], positive: bool = False) -> Int[Tensor, " best"]:
+def best_first(
+    values: Float[Tensor, " n"],
+    positive: bool = False,
+) -> Order:
     """Indices of the values, largest first; positive: of those above zero alone."""
     order = values.argsort(descending=True, stable=True)
-    return order[: int((values > 0).sum())] if positive else order
+    if positive:
+        order = order[values[order] > 0]
+    return order
 
 
-def best_pairs(values: Float[Tensor, "a b"], positive: bool = False) -> Int[Tensor, "pair 2"]:
+def best_pairs(
+    values: Float[Tensor, "a b"],
+    positive: bool = False,
+) -> Int[Tensor, "pair 2"]:
     """The same of (a, b)."""
     order = best_first(values.flatten(), positive)
     return torch.stack(torch.unravel_index(order, values.shape), dim=1)
 
 
-def top_features(order: Int[Tensor, " best"], k: int, n: int) -> Bool[Tensor, " n"]:
+def top_features(
+    order: Order,
+    k: int,
+    n: int,
+) -> Bool[Tensor, " n"]:
     """The distinct features, among n, within the first k of a list such as a column of pairs."""
     mask = torch.zeros(n, dtype=torch.bool, device=order.device)
     mask[order[:k]] = True
@@ -295,7 +315,9 @@ def top_features(order: Int[Tensor, " best"], k: int, n: int) -> Bool[Tensor, " 
 
 
 def control_removals(
-    site: RemovalSite, top: Bool[Tensor, " n"], generator: torch.Generator
+    site: RemovalSite,
+    top: Bool[Tensor, " n"],
+    generator: torch.Generator,
 ) -> dict[str, Float[Tensor, " n"]]:
     """Removals of features that fire at the same site and are not among the top ones.
 
@@ -310,21 +332,26 @@ def control_removals(
     controls: dict[str, Tensor] = {}
     if not len(outside) or not n_top:
         return controls
-    sample = outside[torch.randperm(len(outside), generator=generator)[:n_top]]
     sizes = site.sizes
-    sample_mask = torch.zeros_like(sizes).index_fill(0, sample, 1.0)
+    stays = torch.zeros_like(sizes)
+    shuffled = torch.randperm(len(outside), generator=generator)
+    sample = stays.index_fill(0, outside[shuffled[:n_top]], 1.0)
     if len(outside) >= n_top:
-        controls["other"] = sample_mask
-        matched = _nearest(sizes[top].sort(descending=True).values, sizes[outside])
-        controls["matched"] = torch.zeros_like(sizes).index_fill(0, outside[matched], 1.0)
-    sample_size = (sample_mask @ site.components).norm()
+        controls["other"] = sample
+        largest_first = sizes[top].sort(descending=True).values
+        matched = _nearest(largest_first, sizes[outside])
+        controls["matched"] = stays.index_fill(0, outside[matched], 1.0)
+    sample_size = (sample @ site.components).norm()
     if sample_size > 0:
         top_size = (top.to(sizes.dtype) @ site.components).norm()
-        controls["rescaled"] = sample_mask * top_size / sample_size
+        controls["rescaled"] = sample * top_size / sample_size
     return controls
 
 
-def _nearest(sizes: Float[Tensor, " top"], others: Float[Tensor, " n"]) -> list[int]:
+def _nearest(
+    sizes: Float[Tensor, " top"],
+    others: Float[Tensor, " n"],
+) -> list[int]:
     """For each size in turn the nearest of the others that no earlier one has."""
     matched: list[int] = []
     for size in sizes:

@@ -19,12 +19,18 @@ def form_renamed(method: Method) -> Method:
     """Let a method with an argument `source` take `form`, "full" and "kept" as well."""
 
     @functools.wraps(method)
-    def renamed(self: Any, *args: Any, form: str | None = None, **kwargs: Any) -> Any:
+    def renamed(
+        self: Any,
+        *args: Any,
+        form: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if form is not None:
             kwargs["source"] = form
-        # `map` adds no frame between the caller and the warning
-        new_kwargs = dict(zip(kwargs, map(_new_source, kwargs.values()), strict=True))
-        return method(self, *map(_new_source, args), **new_kwargs)
+        # no comprehension, which would be a frame between the caller and the warning
+        for name in kwargs:
+            kwargs[name] = _new_source(kwargs[name])
+        return method(self, *map(_new_source, args), **kwargs)
 
     return cast(Method, renamed)
 

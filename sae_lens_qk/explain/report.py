@@ -69,7 +69,8 @@ def report(
     check_prompts(d, recorded)  # before what takes long
     explanations = []
     for prompt in recorded:
-        for number, position in enumerate(striking_positions(prompt, limits.explanations)):
+        positions = striking_positions(prompt, limits.explanations)
+        for number, position in enumerate(positions):
             attribution = Attribution.of(prompt, *position)
             explanations.append(attribution.checked() if number < n_checks else attribution)
     return write_explained(
@@ -96,7 +97,8 @@ def striking_positions(prompt: RecordedPrompt, n: int) -> list[ScorePosition]:
     weights[:, :, 0] = 0.0
     last = int(weights[:, -1].argmax())
     head, key = divmod(last, n_pos)
-    weights[head, -1, key] += weights[head, -1, key].sign()  # now more than any other
+    if weights[head, -1, key] > 0:
+        weights[head, -1, key] += 1.0  # now more than any other
     values, cells = weights.flatten().sort(descending=True, stable=True)
     cells = cells[values > 0][:n]
     heads, queries, keys = torch.unravel_index(cells, weights.shape)

@@ -5,6 +5,7 @@ pattern_effect   c[i,j] - sum_j' P[i,j'] c[i,j'], the derivative of log P[i,j] a
 attention_drop   P[i,j] - softmax(score - c)[i,j], exact: the pair leaves the whole row of scores
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,27 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lens_qk.config import BilinearQKConfig
-from sae_lens_qk.explain.terms import AttentionRow, ScoreTerms
-
-KINDS = ("pair", "query_constant", "key_constant", "constant", "masked", "error")
-"""Feature x feature; constant x key feature; query feature x constant; constant x constant; with
-the source "feature_map" what the mask takes away, summed; anything x a reconstruction error (with
-"feature_map" summed)."""
+from sae_lens_qk.explain.terms import AttentionRow, Numbers, Rows, ScoreTerms
+from sae_lens_qk.patching import Source
 
 SUMS = ("masked", "error")
 """Kinds that are no term of a feature or constant."""
 
 Sign = Literal["both", "supporting", "inhibiting"]
-
-COLUMNS = (
-    "kind",
-    "query_feature",
-    "key_feature",
-    "weight",
-    "contribution",
-    "pattern_effect",
-    "attention_drop",
-)
 
 
 class Marginals(NamedTuple):
@@ -50,58 +37,58 @@ class Marginals(NamedTuple):
     key: pd.DataFrame
 
 
-def all_terms(
+def term_frame(
     cfg: BilinearQKConfig,
     row: AttentionRow,
     terms: ScoreTerms,
     weights: Float[Tensor, "a entry"],
     key_pos: int,
+    source: Source,
 ) -> pd.DataFrame:
-    """Every term of one score with its whole contribution, errors included, one by one.
+    """The terms of one score; the contributions add up to it.
 
     Args:
-        weights: m of each term's pair, for the column of that name.
+        weights: m of each term's pair.
+        source: "transcoders": every term, errors included, with its whole contribution;
+            "feature_map": the map's pairs times their weights, a row for all that is masked, and
+            one for all errors.
+    Returns:
+        kind: pair; query_constant (constant x key feature); key_constant; constant (both); error
+        (anything x a reconstruction error); masked (with "feature_map", as errors summed: what the
+        mask takes away). query_feature, key_feature, weight, contribution, pattern_effect,
+        attention_drop. The largest pattern effect in size first.
     """
-    query_feature, key_feature, rows, is_error = _term_rows(cfg, terms, key_pos)
-    weight = weights[:, terms.key_positions == key_pos].flatten()
-    weight = weight.masked_fill(is_error, torch.nan)
-    return sorted_by_effect(_measured(cfg, row, key_pos, query_feature, key_feature, weight, rows))
-
-
-def mapped_terms(
-    cfg: BilinearQKConfig,
-    row: AttentionRow,
-    terms: ScoreTerms,
-    weights: Float[Tensor, "a entry"],
-    key_pos: int,
-) -> pd.DataFrame:
-    """The map's pairs times their weights; a row for all that is masked, one for all errors."""
-    query_feature, key_feature, rows, is_error = _term_rows(cfg, terms, key_pos)
-    weight = weights[:, terms.key_positions == key_pos].flatten()
-    in_map = weight > 0
-    pairs = _measured(
-        cfg,
-        row,
-        key_pos,
-        query_feature[in_map],
-        key_feature[in_map],
-        weight[in_map],
-        weight[in_map, None] * rows[in_map],
+    key_mask = terms.key_positions == key_pos
+    key_features = terms.key_features[key_mask]
+    pairs = torch.cartesian_prod(terms.query_features, key_features)
+    query_feature, key_feature = pairs.cpu().numpy().T
+    weight = weights[:, key_mask].flatten()  # [term]
+    rows = terms.pairs(terms.query_features, key_features).flatten(0, 1)  # [term, pos]
+    kind = _kinds(query_feature - cfg.d_query, key_feature - cfg.d_key)
+    is_error = torch.from_numpy(kind == "error").to(rows.device)
+    feature_weight = weight.masked_fill(is_error, torch.nan)
+    frame = pd.DataFrame(
+        {
+            "kind": kind,
+            "query_feature": _nullable(query_feature, cfg.d_query),
+            "key_feature": _nullable(key_feature, cfg.d_key),
+            "weight": feature_weight.cpu().numpy(),
+        }
     )
-    masked = ((1 - weight)[:, None] * rows)[~is_error].sum(dim=0)  # [pos]
-    errors = rows[is_error].sum(dim=0)
-    beyond_query = torch.full_like(query_feature[:2], cfg.d_query + 1)
-    beyond_key = torch.full_like(key_feature[:2], cfg.d_key + 1)
-    sums = _measured(
-        cfg,
-        row,
-        key_pos,
-        beyond_query,
-        beyond_key,
-        weight.new_full((2,), torch.nan),
-        torch.stack([masked, errors]),
-    )
-    return sorted_by_effect(pd.concat([pairs, sums.assign(kind=list(SUMS))]))
+    if source == "feature_map":
+        in_map = weight > 0  # never an error
+        weighted = weight[:, None] * rows
+        rest = (1 - weight)[:, None] * rows
+        masked = rest[~is_error].sum(dim=0)  # [pos]
+        errors = rows[is_error].sum(dim=0)
+        sum_rows = torch.stack([masked, errors])
+        rows = torch.cat([weighted[in_map], sum_rows])
+        sums = pd.DataFrame({"kind": SUMS})
+        pairs_in_map = frame[in_map.tolist()]
+        frame = pd.concat([pairs_in_map, sums], ignore_index=True)
+    measures = _measures(row, rows, key_pos)
+    measures["attention_drop"] = row.attention_drop(rows, key_pos)
+    return sorted_by_effect(frame.join(tensor_frame(measures)))
 
 
 def marginal_tables(
@@ -114,8 +101,8 @@ def marginal_tables(
     """
     key_mask = terms.key_positions == key_pos
     in_source = weights[:, key_mask] > 0  # [a, b]
-    own = terms.weighted(weights)
-    rest = terms.weighted(1 - weights)
+    own = terms._replace(terms=terms.terms * weights)
+    rest = terms._replace(terms=terms.terms * (1 - weights))
     query_features = terms.query_features
     key_features = terms.key_features[key_mask]
     query_table = _marginal_table(
@@ -126,13 +113,14 @@ def marginal_tables(
         own.rows("query", key_pos, query_features),
         rest.rows("query", key_pos, query_features),
     )
+    # at every key where a key feature fires: that is what its terms do to the pattern
     key_table = _marginal_table(
         row,
         key_pos,
         key_features,
         in_source.sum(dim=0),
-        own.key_feature_rows(key_features),
-        rest.key_feature_rows(key_features),
+        own.pairs(query_features, key_features).sum(dim=0),
+        rest.pairs(query_features, key_features).sum(dim=0),
     )
     return Marginals(query_table, key_table)
 
@@ -142,21 +130,26 @@ def feature_terms(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.query("kind not in @SUMS")
 
 
-def top_terms(frame: pd.DataFrame, n: int, sign: Sign) -> pd.DataFrame:
+def top_terms(
+    frame: pd.DataFrame,
+    n: int,
+    sign: Sign,
+) -> pd.DataFrame:
     """The n terms with the largest effects above 0, the n with the lowest below it, or both.
 
     Raises:
         ValueError: unknown sign.
     """
-    if sign not in ("both", "supporting", "inhibiting"):
-        raise ValueError(f"sign must be 'both', 'supporting' or 'inhibiting', got {sign!r}.")
     supporting = frame.query("pattern_effect > 0").nlargest(n, "pattern_effect")
     inhibiting = frame.query("pattern_effect < 0").nsmallest(n, "pattern_effect")
-    if sign == "supporting":
-        return supporting.reset_index(drop=True)
-    if sign == "inhibiting":
-        return inhibiting.reset_index(drop=True)
-    return pd.concat([supporting, inhibiting], ignore_index=True)
+    tables = {
+        "both": [supporting, inhibiting],
+        "supporting": [supporting],
+        "inhibiting": [inhibiting],
+    }
+    if sign not in tables:
+        raise ValueError(f"sign must be 'both', 'supporting' or 'inhibiting', got {sign!r}.")
+    return pd.concat(tables[sign], ignore_index=True)
 
 
 def sums_by_kind(frame: pd.DataFrame) -> pd.DataFrame:
@@ -178,64 +171,44 @@ def sorted_by_effect(frame: pd.DataFrame) -> pd.DataFrame:
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows of a table as plain JSON values: Python's numbers, None where something is missing."""
-    return frame.astype(object).where(frame.notna(), None).to_dict("records")  # type: ignore[return-value]
+    objects = frame.astype(object)
+    return objects.where(frame.notna(), None).to_dict("records")  # type: ignore[return-value]
 
 
-def _term_rows(
-    cfg: BilinearQKConfig, terms: ScoreTerms, key_pos: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of every term of one score: both features, its row [term, pos], whether it is an error."""
-    key_features = terms.key_features[terms.key_positions == key_pos]
-    rows = terms.pairs(terms.query_features, key_features).flatten(0, 1)
-    query_feature = terms.query_features.repeat_interleave(len(key_features))
-    key_feature = key_features.repeat(len(terms.query_features))
-    is_error = (query_feature > cfg.d_query) | (key_feature > cfg.d_key)
-    return query_feature, key_feature, rows, is_error
+def tensor_frame(columns: Mapping[str, Tensor]) -> pd.DataFrame:
+    """Tensors of one length as the columns of a table."""
+    frame = pd.DataFrame()
+    for name, values in columns.items():
+        frame[name] = values.cpu().numpy()
+    return frame
 
 
-def _measured(
-    cfg: BilinearQKConfig,
+def _measures(
     row: AttentionRow,
+    rows: Rows,
     key_pos: int,
-    query_feature: Int[Tensor, " term"],
-    key_feature: Int[Tensor, " term"],
-    weight: Float[Tensor, " term"],
-    rows: Float[Tensor, "term pos"],
-) -> pd.DataFrame:
-    """The `COLUMNS` of some terms; `rows`: each in the whole row of scores."""
-    query_numbers = query_feature.cpu().numpy()
-    key_numbers = key_feature.cpu().numpy()
-    columns = {
-        "kind": _kinds(query_numbers - cfg.d_query, key_numbers - cfg.d_key),
-        "query_feature": _nullable(query_numbers, cfg.d_query),
-        "key_feature": _nullable(key_numbers, cfg.d_key),
-        "weight": weight.cpu().numpy(),
-        "contribution": rows[:, key_pos].cpu().numpy(),
-        "pattern_effect": row.effect(rows, key_pos).cpu().numpy(),
-        "attention_drop": row.attention_drop(rows, key_pos).cpu().numpy(),
-    }
-    return pd.DataFrame(columns, columns=list(COLUMNS))
+) -> dict[str, Tensor]:
+    """Columns that terms and sums of terms have in common; `rows`: in the whole row of scores."""
+    effects = row.effect(rows, key_pos)
+    return {"contribution": rows[:, key_pos], "pattern_effect": effects}
 
 
 def _marginal_table(
     row: AttentionRow,
     key_pos: int,
-    features: Int[Tensor, " n"],
+    features: Numbers,
     n_terms: Int[Tensor, " n"],
-    own_rows: Float[Tensor, "n pos"],
-    rest_rows: Float[Tensor, "n pos"],
+    own_rows: Rows,
+    rest_rows: Rows,
 ) -> pd.DataFrame:
     """Features with terms here or elsewhere in the row; a row without a feature for the rest."""
-    rest_row = rest_rows.sum(dim=0)
-    rows = torch.cat([own_rows, rest_row[None]])
-    frame = pd.DataFrame(
-        {
-            "feature": pd.array([*features.tolist(), pd.NA], dtype="Int64"),
-            "n_terms": [*n_terms.tolist(), 0],
-            "contribution": rows[:, key_pos].cpu().numpy(),
-            "pattern_effect": row.effect(rows, key_pos).cpu().numpy(),
-        }
-    )
+    rest_row = rest_rows.sum(dim=0, keepdim=True)
+    rows = torch.cat([own_rows, rest_row])
+    frame = pd.DataFrame()
+    numbers = [*features.tolist(), pd.NA]
+    frame["feature"] = pd.array(numbers, dtype="Int64")
+    frame["n_terms"] = [*n_terms.tolist(), 0]
+    frame = frame.join(tensor_frame(_measures(row, rows, key_pos)))
     return sorted_by_effect(frame.query("feature.isna() or n_terms > 0 or pattern_effect != 0"))
 
 

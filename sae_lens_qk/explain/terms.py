@@ -20,6 +20,14 @@ from sae_lens_qk.attention import AttentionSpec, Side
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.feature_map import Features, SparseFeatureMap
 
+Row = Float[Tensor, " pos"]
+"""One row of scores, of logits or of the pattern, over the keys 0 to the query's position."""
+Rows = Float[Tensor, "*row pos"]
+"""Several rows: edited ones, or terms as they lie in the row of scores."""
+PerRow = Float[Tensor, "*row"]
+Numbers = Int[Tensor, " n"]
+"""Feature numbers, sorted; d_query and d_key: the constant, one more: the error."""
+
 
 class Errors(NamedTuple):
     """What reconstruction misses of one head at every position: q - q_hat and k - k_hat."""
@@ -31,12 +39,22 @@ class Errors(NamedTuple):
 class Change(NamedTuple):
     """What n edits of a row of scores do to it; s' and P' are the edited row and its pattern."""
 
-    tv: Float[Tensor, " n"]
+    tv: PerRow
     """Half the L1 distance of P and P'."""
-    weight_drop: Float[Tensor, " n"]
+    weight_drop: PerRow
     """P[j] - P'[j]."""
-    score_drop: Float[Tensor, " n"]
+    score_drop: PerRow
     """(s - s')[j] - sum_j' P[j'] (s - s')[j']."""
+
+
+def rotate(
+    spec: AttentionSpec,
+    vectors: Float[Tensor, "n d_head"],
+    positions: Int[Tensor, " n"],
+) -> Float[Tensor, "n d_head"]:
+    """R_pos v of single vectors of one head."""
+    rotated = spec.rotate(vectors[None, :, None], positions)  # [1, n, 1, d_head]
+    return rotated[0, :, 0]
 
 
 class AttentionRow:
@@ -54,8 +72,8 @@ class AttentionRow:
         spec: AttentionSpec,
         head: int,
         query_pos: int,
-        scores: Float[Tensor, " pos"],
-        pattern: Float[Tensor, " pos"] | None = None,
+        scores: Row,
+        pattern: Row | None = None,
     ):
         self.spec = spec
         self.head = head
@@ -63,46 +81,47 @@ class AttentionRow:
         self.scores = scores
         self.pattern = self.row_pattern(scores) if pattern is None else pattern
 
-    def row_pattern(self, scores: Float[Tensor, "*n pos"]) -> Float[Tensor, "*n pos"]:
+    def row_pattern(self, scores: Rows) -> Rows:
         """The pattern that other scores would give in this row."""
         return self.spec.row_pattern(scores, self.head, self.query_pos)
 
     @cached_property
-    def slopes(self) -> Float[Tensor, " pos"]:
+    def slopes(self) -> Row:
         """Derivative of each logit along its score: 1, unless a softcap flattens it."""
         if self.spec.softcap is None:
             return torch.ones_like(self.scores)
-        return 1 - (self.spec.capped(self.scores) / self.spec.softcap).square()
+        tanh = self.spec.capped(self.scores) / self.spec.softcap
+        return 1 - tanh.square()
 
-    def effect(self, rows: Float[Tensor, "*n pos"], key_pos: int) -> Float[Tensor, "*n"]:
+    def effect(self, rows: Rows, key_pos: int) -> PerRow:
         """Pattern effect of terms: the derivative of log P[j] along each, c[j] - sum P[j'] c[j'].
 
         Args:
             rows: each term in the whole row of scores.
             key_pos: the key j.
         """
-        return pattern_effect(rows * self.slopes, self.pattern, key_pos)
+        return self._centred(rows * self.slopes, key_pos)
 
-    def attention_drop(self, rows: Float[Tensor, "n pos"], key_pos: int) -> Float[Tensor, " n"]:
+    def attention_drop(self, rows: Rows, key_pos: int) -> PerRow:
         """P[j] less what remains of it when each term leaves the whole row of scores."""
-        return self.pattern[key_pos] - self.row_pattern(self.scores - rows)[:, key_pos]
+        patterns = self.row_pattern(self.scores - rows)
+        return self.pattern[key_pos] - patterns[:, key_pos]
 
-    def change(self, edited: Float[Tensor, "n pos"], key_pos: int) -> Change:
+    def change(self, edited: Rows, key_pos: int) -> Change:
         """What the row becomes with other scores."""
-        pattern = self.row_pattern(edited)
-        logit_drops = self.spec.capped(self.scores) - self.spec.capped(edited)
+        patterns = self.row_pattern(edited)
+        pattern_changes = (patterns - self.pattern).abs()
+        logits = self.spec.capped(self.scores)
         return Change(
-            tv=(pattern - self.pattern).abs().sum(dim=-1) / 2,
-            weight_drop=self.pattern[key_pos] - pattern[:, key_pos],
-            score_drop=pattern_effect(logit_drops, self.pattern, key_pos),
+            tv=pattern_changes.sum(dim=-1) / 2,
+            weight_drop=self.pattern[key_pos] - patterns[:, key_pos],
+            score_drop=self._centred(logits - self.spec.capped(edited), key_pos),
         )
 
-
-def pattern_effect(
-    rows: Float[Tensor, "*n pos"], pattern: Float[Tensor, " pos"], key_pos: int
-) -> Float[Tensor, "*n"]:
-    """c[j] - sum_j' P[j'] c[j'], the derivative of log P[j] along a change c of the logits."""
-    return rows[..., key_pos] - (rows * pattern).sum(dim=-1)
+    def _centred(self, rows: Rows, key_pos: int) -> PerRow:
+        """c[j] - sum_j' P[j'] c[j'], the derivative of log P[j] along a change c of the logits."""
+        means = (rows * self.pattern).sum(dim=-1)
+        return rows[..., key_pos] - means
 
 
 def pair_weights(
@@ -115,20 +134,16 @@ def pair_weights(
 
     Constant x constant belongs to every map with weight 1.
     """
-    d_query = feature_map.d_query
-    d_key = feature_map.d_key
-    pairs_query, pairs_key, pairs_head = feature_map.indices.unbind(dim=1)
-    # row and column of each feature in the table, -1: none; the errors are last
-    rows = query_features.new_full((d_query + 2,), -1)
-    rows[query_features] = torch.arange(len(query_features), device=rows.device)
-    columns = key_features.new_full((d_key + 2,), -1)
-    columns[key_features] = torch.arange(len(key_features), device=columns.device)
-    in_table = (pairs_head == head) & (rows[pairs_query] >= 0) & (columns[pairs_key] >= 0)
-    table = feature_map.weights.new_zeros(len(query_features), len(key_features))
-    table[rows[pairs_query[in_table]], columns[pairs_key[in_table]]] = feature_map.weights[in_table]
-    if rows[d_query] >= 0 and columns[d_key] >= 0:
-        table[rows[d_query], columns[d_key]] = 1.0
-    return table
+    pairs = feature_map.restrict(head, query_features, key_features)
+    query, key, _ = pairs.indices.T.contiguous()
+    rows = torch.searchsorted(query_features, query)
+    columns = torch.searchsorted(key_features, key)
+    table = pairs.weights.new_zeros(len(query_features), len(key_features))
+    table[rows, columns] = pairs.weights
+    is_query_constant = query_features == feature_map.d_query
+    is_key_constant = key_features == feature_map.d_key
+    is_constant = is_query_constant[:, None] & is_key_constant  # [a, b]
+    return table.masked_fill(is_constant, 1.0)
 
 
 class ScoreTerms(NamedTuple):
@@ -147,30 +162,37 @@ class ScoreTerms(NamedTuple):
     """Keys in the row: the query's position + 1."""
 
     @property
-    def scores(self) -> Float[Tensor, " pos"]:
+    def scores(self) -> Row:
         """Sum of all terms: the dictionary's row of scores, 0 at keys that are not allowed."""
         zeros = self.terms.new_zeros(self.n_pos)
-        return zeros.index_add(0, self.key_positions, self.terms.sum(dim=0))
+        entry_sums = self.terms.sum(dim=0)
+        return zeros.index_add(0, self.key_positions, entry_sums)
 
-    def weights(self, feature_map: SparseFeatureMap, head: int) -> Float[Tensor, "a entry"]:
+    def weights(
+        self,
+        feature_map: SparseFeatureMap,
+        head: int,
+    ) -> Float[Tensor, "a entry"]:
         """m of each term's pair; see `pair_weights`."""
-        distinct, numbers = self.key_features.unique(return_inverse=True)
+        distinct, columns = self.key_features.unique(return_inverse=True)
         table = pair_weights(feature_map, head, self.query_features, distinct)
-        return table.to(self.terms.dtype)[:, numbers]
+        return table.to(self.terms.dtype)[:, columns]
 
-    def weighted(self, weights: Float[Tensor, "a entry"]) -> "ScoreTerms":
-        """The same terms, each times its weight."""
-        return self._replace(terms=self.terms * weights)
-
-    def active(self, side: Side, key_pos: int, usable: Bool[Tensor, " d"]) -> Int[Tensor, " n"]:
+    def active(
+        self,
+        side: Side,
+        key_pos: int,
+        usable: Bool[Tensor, " d"],
+    ) -> Numbers:
         """Usable features that fire at the query, or at this key; neither constants nor errors."""
         if side == "query":
             features = self.query_features
         else:
             features = self.key_features[self.key_positions == key_pos]
-        return features[pad(usable, (0, 2))[features]]
+        is_usable = pad(usable, (0, 2))  # [d + 2]
+        return features[is_usable[features]]
 
-    def rows(self, side: Side, key_pos: int, features: Int[Tensor, " n"]) -> Float[Tensor, "n pos"]:
+    def rows(self, side: Side, key_pos: int, features: Numbers) -> Rows:
         """All terms of each feature at one place, summed, in the whole row of scores.
 
         Args:
@@ -180,26 +202,25 @@ class ScoreTerms(NamedTuple):
         """
         rows = self.terms.new_zeros(len(features), self.n_pos)
         if side == "query":
-            feature_terms = self.terms[torch.searchsorted(self.query_features, features)]
-            return rows.index_add(1, self.key_positions, feature_terms)
-        entries = (self.key_positions == key_pos).nonzero()[:, 0]
-        entries = entries[torch.searchsorted(self.key_features[entries], features)]
-        rows[:, key_pos] = self.terms[:, entries].sum(dim=0)
+            numbers = torch.searchsorted(self.query_features, features)
+            return rows.index_add(1, self.key_positions, self.terms[numbers])
+        is_here = self.key_positions == key_pos
+        key_sums = self.terms[:, is_here].sum(dim=0)  # [entry at the key]
+        numbers = torch.searchsorted(self.key_features[is_here], features)
+        rows[:, key_pos] = key_sums[numbers]
         return rows
-
-    def key_feature_rows(self, features: Int[Tensor, " n"]) -> Float[Tensor, "n pos"]:
-        """All terms of each key feature, at every key where it fires; sorted features."""
-        return self.pairs(self.query_features, features).sum(dim=0)
 
     def pairs(
         self, query_features: Int[Tensor, " a"], key_features: Int[Tensor, " b"]
     ) -> Float[Tensor, "a b pos"]:
         """c of each pair in the whole row, wherever its key feature fires; both lists sorted."""
-        pairs = self.terms.new_zeros(len(query_features), len(key_features), self.n_pos)
-        entries = torch.isin(self.key_features, key_features).nonzero()[:, 0]
-        columns = torch.searchsorted(key_features, self.key_features[entries])
         rows = torch.searchsorted(self.query_features, query_features)
-        pairs[:, columns, self.key_positions[entries]] = self.terms[rows][:, entries]
+        is_asked = torch.isin(self.key_features, key_features)
+        columns = torch.searchsorted(key_features, self.key_features[is_asked])
+        shape = (len(query_features), len(key_features), self.n_pos)
+        pairs = self.terms.new_zeros(shape)
+        positions = self.key_positions[is_asked]
+        pairs[:, columns, positions] = self.terms[rows][:, is_asked]
         return pairs
 
 
@@ -242,7 +263,8 @@ class HeadTerms:
         key_errors = None if errors is None else errors.key
         self._queries = _entries(features.query[0], query_decoder, query_errors, spec)
         self._keys = _entries(features.key[0], key_decoder, key_errors, spec)
-        self._first_keys = spec.first_keys(features.key.shape[1]).tolist()
+        n_pos = features.key.shape[1]
+        self._first_keys = spec.first_keys(n_pos).tolist()
         self._table = None
         if feature_map is not None:
             query_features, self._row_numbers = self._queries.features.unique(return_inverse=True)
@@ -254,16 +276,19 @@ class HeadTerms:
     def row(self, query_pos: int) -> ScoreTerms:
         """All terms of one query, at the keys that it may attend to."""
         first_key = self._first_keys[query_pos]
-        rows = slice(self._queries.start[query_pos], self._queries.start[query_pos + 1])
-        columns = slice(self._keys.start[first_key], self._keys.start[query_pos + 1])
-        terms = self._queries.vectors[rows] @ self._keys.vectors[columns].T
+        queries = self._queries
+        keys = self._keys
+        rows = slice(queries.start[query_pos], queries.start[query_pos + 1])
+        columns = slice(keys.start[first_key], keys.start[query_pos + 1])
+        terms = queries.vectors[rows] @ keys.vectors[columns].T  # [a, entry]
         if self._table is not None:
+            # rows first: the table has a column for every feature that fires anywhere
             table_rows = self._table[self._row_numbers[rows]]
             terms = terms * table_rows[:, self._column_numbers[columns]]
         return ScoreTerms(
-            query_features=self._queries.features[rows],
-            key_features=self._keys.features[columns],
-            key_positions=self._keys.positions[columns],
+            query_features=queries.features[rows],
+            key_features=keys.features[columns],
+            key_positions=keys.positions[columns],
             terms=terms,
             n_pos=query_pos + 1,
         )
@@ -275,18 +300,17 @@ def _entries(
     errors: Float[Tensor, "pos d_head"] | None,
     spec: AttentionSpec,
 ) -> _Entries:
-    acts = pad(acts, (0, 1), value=1.0)  # the constant feature
+    n_always = 1 if errors is None else 2  # the constant fires everywhere, and so do errors
+    acts = pad(acts, (0, n_always), value=1.0)
     positions, features = acts.nonzero().unbind(dim=1)
-    vectors = decoder[features] * acts[positions, features][:, None]
-    all_positions = torch.arange(len(acts), device=acts.device)
+    values = acts[positions, features]
+    n_decoders = len(decoder)
+    decoder = pad(decoder, (0, 0, 0, 1))  # a row for the errors, which differ by position
+    vectors = decoder[features] * values[:, None]  # [entry, d_head]
     if errors is not None:
-        positions = torch.cat([positions, all_positions])
-        features = torch.cat([features, torch.full_like(all_positions, len(decoder))])
-        vectors = torch.cat([vectors, errors])
-        order = positions.argsort(stable=True)  # the error last at each position
-        positions = positions[order]
-        features = features[order]
-        vectors = vectors[order]
-    vectors = spec.rotate(vectors[None, :, None], positions)[0, :, 0]
-    start = torch.searchsorted(positions, torch.arange(len(acts) + 1, device=acts.device))
+        vectors[features == n_decoders] = errors  # one per position, in order
+    vectors = rotate(spec, vectors, positions)
+    # one start more than positions: where the last one ends
+    bounds = torch.arange(len(acts) + 1, device=acts.device)
+    start = torch.searchsorted(positions, bounds)
     return _Entries(features, positions, vectors, start.tolist())

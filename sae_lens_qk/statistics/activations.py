@@ -9,7 +9,7 @@ are pairs like others.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -88,8 +88,9 @@ class ActivationStatistics:
         frames = []
         for side in SIDES:
             sums = self._feature_sums(side)
-            frame = pd.DataFrame({"side": side, "density": sums.count / self.n_tokens})
-            frame.insert(1, "feature", frame.index)
+            frame = pd.DataFrame({"feature": range(len(sums.count))})
+            frame.insert(0, "side", side)
+            frame["density"] = sums.count / self.n_tokens
             frame["mean"] = _mean(sums)
             frame["max"] = _where_firing(sums, sums.top_value[:, 0])
             frames.append(frame)
@@ -162,7 +163,8 @@ class ActivationStatistics:
         counts = sums.co_firing[number] + sums.co_firing[:, number]  # one of both is the upper half
         partners = np.argsort(-counts, kind="stable")[:n]
         frame = pd.DataFrame({"feature": partners, "count": counts[partners]})
-        frame["share"] = frame["count"] / max(sums.count[number], 1)
+        n_fired = max(sums.count[number], 1)
+        frame["share"] = frame["count"] / n_fired
         return frame.query("count > 0")
 
     def window(
@@ -281,17 +283,16 @@ def collect_activations(
     if folder is not None and (Path(folder) / _STATE).exists():
         return _saved_statistics(folder, identity, batches)
     indices = d.feature_map.indices.cpu().numpy()
-    sums = Sums.zeros(d.cfg.d_query, d.cfg.d_key, len(indices), n_top)
+    sums = Sums.zeros(d, n_top)
     adder = RowAdder(d, sums)
     token_rows: list[np.ndarray] = []
     rows = _encoded_rows(d, batches)
     n_rows = len(batches.tokens) if isinstance(batches, RowBatches) else None
-    options: dict[str, Any] = dict(desc="Activations", unit="row", disable=not progress)
-    with tqdm(total=n_rows, **options) as bar:
-        while chunk := list(islice(rows, _ROWS_AT_ONCE)):
-            adder.add(len(token_rows), chunk)
-            token_rows += [row.tokens for row in chunk]
-            bar.update(len(chunk))
+    bar = tqdm(rows, "Activations", n_rows, unit="row", disable=not progress)
+    counted_rows = iter(bar)
+    while chunk := list(islice(counted_rows, _ROWS_AT_ONCE)):
+        adder.add(len(token_rows), chunk)
+        token_rows += [row.tokens for row in chunk]
     if not token_rows:
         raise ValueError("There are no rows to collect statistics from: `batches` is empty.")
     all_tokens = np.stack(token_rows)
@@ -311,7 +312,7 @@ def _where_firing(sums: FeatureSums | PairSums, values: np.ndarray) -> pd.Series
 
 
 def _contexts(
-    context: type[_Context],
+    context: Callable[..., _Context],
     sums: FeatureSums | PairSums,
     number: int,
 ) -> Iterator[_Context]:
@@ -331,8 +332,12 @@ def _saved_statistics(
     """The statistics in a folder, if they are those of this pass."""
     statistics = ActivationStatistics.load(folder)
     saved = statistics.identity
-    different = [name for name in identity if saved.get(name) != identity[name]]
-    rows = batches.tokens if isinstance(batches, RowBatches) else None  # of others nobody knows
+    different = []
+    for name, value in identity.items():
+        if saved.get(name) != value:
+            different.append(name)
+    # which rows other batches hold is not known before the pass
+    rows = batches.tokens if isinstance(batches, RowBatches) else np.empty(0)
     if not different and not np.array_equal(rows, statistics.tokens):
         different = ["rows"]
     if different:
@@ -343,16 +348,20 @@ def _saved_statistics(
     return statistics
 
 
+def transcoders_digest(d: BilinearQKDictionary) -> str:
+    """Of both transcoders' tensors, whatever the feature map."""
+    query = d.query.state_dict(prefix="query.")
+    key = d.key.state_dict(prefix="key.")
+    return digest(query | key)
+
+
 def _identity(d: BilinearQKDictionary, n_top: int) -> dict[str, Any]:
     """What the statistics depend on besides the rows."""
-    transcoders = d.state_dict()
-    for name in d.feature_map.state_dict(prefix="feature_map."):
-        del transcoders[name]
     pairs = {"indices": d.feature_map.indices, "weights": d.feature_map.weights}
     return {
         "model fingerprint": list(d.cfg.fingerprint),
         "attention": d.spec.to_dict(),
-        "transcoders": digest(transcoders),
+        "transcoders": transcoders_digest(d),
         "feature map": digest(pairs),
         "n_top": n_top,
     }

@@ -140,7 +140,8 @@ def first_token_use(
         tables.append(_use_table(d, removed, true, rebuilt, means_without))
     *alone, heads = tables
     key_feature = np.repeat(features, d.spec.n_heads)
-    feature_rows = pd.concat([heads[:0], *alone], ignore_index=True)
+    no_rows = heads[:0]
+    feature_rows = pd.concat([no_rows, *alone], ignore_index=True)
     feature_rows.insert(0, "key_feature", key_feature)
     return FirstTokenUse(feature_rows, heads)
 
@@ -184,7 +185,8 @@ def _first_key(
     advantage = first - other_sums / allowed.sum(dim=-1)
     attention = spec.pattern(scores)[:, :, queries, 0]
     measures = torch.stack([advantage, attention])  # [2, batch, head, pos_q]
-    return measures.double().sum(dim=(1, 3)).cpu()
+    sums = measures.double().sum(dim=(1, 3))
+    return sums.cpu()
 
 
 def _use_table(

@@ -44,7 +44,7 @@ def pair_importances(
     # in float64: the columns are float32
     weight = pairs["weight"].astype(float)
     masked_importance = weight**2 * pairs["importance"].astype(float)
-    if masked_importance.isna().all():
+    if np.isnan(masked_importance).all():
         raise ValueError(
             "No pair of this feature map has statistics: rank its pairs on data, or pass pairs "
             "with a masked_importance column."
@@ -57,7 +57,7 @@ def pair_importances(
         if without is not None:
             keep &= ~feature.isin(without.query("side == @side")["feature"])
     pairs["masked_importance"] = masked_importance
-    return pairs[keep].reset_index(drop=True)
+    return pairs.loc[keep].reset_index(drop=True)
 
 
 def head_table(

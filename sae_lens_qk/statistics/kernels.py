@@ -111,8 +111,13 @@ def _products_by_offset(
     """
     for e in range(len(many_pos)):
         dense[abs(mirror - many_pos[e])] = many_value[e]
-    end = max(abs(mirror - many_pos[0]), abs(mirror - many_pos[-1])) + 1
-    n_offsets = end - min(abs(mirror - few_pos[0]), abs(mirror - few_pos[-1]))
+    # the ends of both sides: positions ascend, and descend where they count from the mirror
+    many_first = abs(mirror - many_pos[0])
+    many_last = abs(mirror - many_pos[-1])
+    few_first = abs(mirror - few_pos[0])
+    few_last = abs(mirror - few_pos[-1])
+    end = max(many_first, many_last) + 1
+    n_offsets = end - min(few_first, few_last)
     total[:n_offsets] = 0
     largest[:n_offsets] = _NONE
     smallest[:n_offsets] = _LARGE
@@ -192,7 +197,8 @@ def _strongest_instance(terms, n_offsets, q_pos, q_value, k_pos, k_value):
                 break
             if offset >= n_offsets:
                 continue
-            term = q_value[e] * k_value[f] * terms[min(offset, len(terms) - 1)]
+            factor = terms[min(offset, len(terms) - 1)]
+            term = q_value[e] * k_value[f] * factor
             if query_pos < 0 or abs(term) > abs(strongest):
                 strongest = term
                 query_pos = q_pos[e]
@@ -262,14 +268,16 @@ def add_pairs(
                     )
                 n = min(n, n_offsets)
                 for pair in range(group_start[group], group_start[group + 1]):
+                    pair_terms = terms[pair, :n]
                     term_sum, high, low = _total_and_extremes(
-                        terms[pair, :n], sums[:n], largest[:n], smallest[:n]
+                        pair_terms, sums[:n], largest[:n], smallest[:n]
                     )
                     count[pair] += n_instances
                     total[pair] += term_sum
                     highest[pair] = max(highest[pair], high)
                     lowest[pair] = min(lowest[pair], low)
-                    slot = _make_room(top_value[pair], top_position[pair], max(high, -low))
+                    strength = max(high, -low)
+                    slot = _make_room(top_value[pair], top_position[pair], strength)
                     if slot >= 0:
                         position = top_position[pair, slot]
                         position[0] = first_row + row

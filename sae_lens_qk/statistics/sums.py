@@ -23,6 +23,10 @@ CO_OCCURRENCE_BYTES = 1 << 30
 """Of feature co-occurrence counts, both sides together; beyond it they are not counted."""
 
 
+def _no_positions(*shape: int) -> np.ndarray:
+    return np.full(shape, -1, np.int32)
+
+
 class FeatureSums(NamedTuple):
     """Over the tokens, for one side."""
 
@@ -44,7 +48,7 @@ class FeatureSums(NamedTuple):
             count=np.zeros(d, np.int64),
             total=np.zeros(d),
             top_value=np.zeros((d, n_top), np.float32),
-            top_position=np.full((d, n_top, 2), -1, np.int32),
+            top_position=_no_positions(d, n_top, 2),
             co_firing=np.zeros((d_table, d_table), np.int32),
         )
 
@@ -69,7 +73,7 @@ class PairSums(NamedTuple):
             highest=np.full(n_pairs, -np.inf, np.float32),
             lowest=np.full(n_pairs, np.inf, np.float32),
             top_value=np.zeros((n_pairs, n_top), np.float32),
-            top_position=np.full((n_pairs, n_top, 3), -1, np.int32),
+            top_position=_no_positions(n_pairs, n_top, 3),
         )
 
     def part(self, pairs: slice) -> "PairSums":
@@ -82,12 +86,13 @@ class Sums(NamedTuple):
     pairs: PairSums
 
     @classmethod
-    def zeros(cls, d_query: int, d_key: int, n_pairs: int, n_top: int) -> "Sums":
+    def zeros(cls, d: BilinearQKDictionary, n_top: int) -> "Sums":
+        d_query, d_key, _ = d.feature_map.sizes
         count_co_firing = 4 * (d_query**2 + d_key**2) <= CO_OCCURRENCE_BYTES
         return cls(
             query=FeatureSums.zeros(d_query, n_top, count_co_firing),
             key=FeatureSums.zeros(d_key, n_top, count_co_firing),
-            pairs=PairSums.zeros(n_pairs, n_top),
+            pairs=PairSums.zeros(len(d.feature_map), n_top),
         )
 
     def to_arrays(self) -> dict[str, np.ndarray]:
@@ -101,10 +106,12 @@ class Sums(NamedTuple):
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Sums":
         """Inverse of `to_arrays`; KeyError where one is missing."""
-        query = FeatureSums(*(arrays[f"query.{name}"] for name in FeatureSums._fields))
-        key = FeatureSums(*(arrays[f"key.{name}"] for name in FeatureSums._fields))
-        pairs = PairSums(*(arrays[f"pairs.{name}"] for name in PairSums._fields))
-        return cls(query, key, pairs)
+        parts = []
+        kinds = (FeatureSums, FeatureSums, PairSums)
+        for part, kind in zip(cls._fields, kinds, strict=True):
+            fields = [arrays[f"{part}.{name}"] for name in kind._fields]
+            parts.append(kind(*fields))
+        return cls(*parts)
 
 
 class EncodedRow(NamedTuple):
@@ -125,7 +132,8 @@ class EncodedRow(NamedTuple):
 
 def _finite_entries(acts: Float[Tensor, "1 pos d"]) -> ActiveEntries:
     entries = active_entries(acts.float().cpu())
-    if not (np.isfinite(entries.value) & (entries.value > 0)).all():
+    is_firing = np.isfinite(entries.value) & (entries.value > 0)
+    if not is_firing.all():
         raise ValueError(
             "Features must be finite numbers >= 0: check the layer inputs and the dictionary's "
             "weights."
@@ -146,12 +154,14 @@ class FeatureEntries(NamedTuple):
     def sort(cls, entries: ActiveEntries, n_pos: int, n_features: int) -> "FeatureEntries":
         n_tokens = len(entries.start) - 1
         n_rows = n_tokens // n_pos
-        token = np.repeat(np.arange(n_tokens), np.diff(entries.start))
+        n_firing = np.diff(entries.start)  # [token]
+        token = np.repeat(np.arange(n_tokens), n_firing)  # [entry]
         row, position = np.divmod(token, n_pos)
         code = row * n_features + entries.feature
         order = np.argsort(code, kind="stable")
         counts = np.bincount(code + 1, minlength=n_rows * n_features + 1)
-        return cls(np.cumsum(counts), position[order].astype(np.int32), entries.value[order])
+        position = position[order].astype(np.int32)
+        return cls(np.cumsum(counts), position, entries.value[order])
 
 
 class RowAdder:
@@ -159,21 +169,20 @@ class RowAdder:
 
     def __init__(self, d: BilinearQKDictionary, sums: Sums):
         self.sums = sums
-        self._feature_map = d.feature_map
-        self._decoders = d.decoders
-        self._spec = d.spec
-        query, key, _ = d.feature_map.indices.cpu().numpy().T
-        self._query = query
-        self._key = key
-        is_first = (np.diff(query, prepend=-1) != 0) | (np.diff(key, prepend=-1) != 0)
-        self._groups = np.append(np.flatnonzero(is_first), len(is_first))
+        self._d = d
+        pairs = d.feature_map.indices.cpu().numpy()  # sorted: pairs of a group follow each other
+        self._query, self._key, _ = pairs.T
+        features = pairs[:, :2]
+        steps = np.diff(features, axis=0, prepend=-1)
+        is_first = steps.any(axis=1)  # [pair]
+        self._groups = np.append(np.flatnonzero(is_first), len(pairs))
         """Boundaries of the pairs that differ in the head alone."""
         self._term_table: tuple[slice, np.ndarray] | None = None
 
     def add(self, first_row: int, rows: list[EncodedRow]) -> None:
         """Add rows first_row, first_row + 1, ..."""
         n_pos = len(rows[0].tokens)
-        n_offsets = self._spec.n_offsets(n_pos)
+        n_offsets = self._d.spec.n_offsets(n_pos)
         queries = _concatenate([row.query for row in rows])
         keys = _concatenate([row.key for row in rows])
         kernels.add_features(*self.sums.query, first_row, n_pos, *queries)
@@ -183,7 +192,8 @@ class RowAdder:
         query_entries = FeatureEntries.sort(queries, n_pos, n_queries)
         key_entries = FeatureEntries.sort(keys, n_pos, n_keys)
         for groups in self._blocks(n_pos):
-            pairs = slice(int(groups[0]), int(groups[-1]))
+            first, *_, end = groups.tolist()
+            pairs = slice(first, end)
             kernels.add_pairs(
                 *self.sums.pairs.part(pairs),
                 numba.get_num_threads(),
@@ -202,7 +212,8 @@ class RowAdder:
 
     def _n_columns(self, n_pos: int) -> int:
         """Offsets in the table of terms: one where they do not matter."""
-        return n_pos if self._spec.rotary_dim or self._spec.window else 1
+        spec = self._d.spec
+        return n_pos if spec.rotary_dim or spec.window else 1
 
     def _blocks(self, n_pos: int) -> Iterator[np.ndarray]:
         """Boundaries of successive groups whose table fits; a single group always does."""
@@ -211,8 +222,8 @@ class RowAdder:
         last = len(self._groups) - 1
         while begin < last:
             limit = self._groups[begin] + pairs_per_block
-            end = int(np.searchsorted(self._groups, limit, side="right")) - 1
-            end = max(end, begin + 1)
+            fits = np.searchsorted(self._groups, limit, side="right")
+            end = max(int(fits) - 1, begin + 1)
             yield self._groups[begin : end + 1]
             begin = end
 
@@ -220,21 +231,23 @@ class RowAdder:
         """m M by pair and offset; a table that serves all pairs is computed once."""
         if self._term_table is None or self._term_table[0] != pairs:
             self._term_table = None  # free it before the next one is there
-            indices = self._feature_map.indices[pairs]
-            weights = self._feature_map.weights[pairs, None]
+            feature_map = self._d.feature_map
+            indices = feature_map.indices[pairs]
             offsets = torch.arange(self._n_columns(n_pos), device=indices.device)
-            table = pair_kernel(indices, self._decoders, self._spec, offsets)
-            table = (table * weights).expand(-1, len(offsets)).contiguous()
-            self._term_table = (pairs, table.float().cpu().numpy())
+            table = pair_kernel(indices, self._d.decoders, self._d.spec, offsets)
+            table = table * feature_map.weights[pairs, None]  # [pair, offset], or [pair, 1]
+            table = table.expand(-1, len(offsets)).contiguous()
+            terms = table.float().cpu().numpy()
+            self._term_table = (pairs, terms)
         return self._term_table[1]
 
 
 def _concatenate(rows: list[ActiveEntries]) -> ActiveEntries:
     """Entries of successive rows as those of one batch."""
-    n_before = np.cumsum([0, *(len(row.feature) for row in rows)])
-    starts = [row.start[:-1] + n for row, n in zip(rows, n_before[:-1], strict=True)]
+    n_firing = [np.diff(row.start) for row in rows]  # [pos] each
+    counts = np.concatenate([[0], *n_firing])
     return ActiveEntries(
-        start=np.concatenate([*starts, n_before[-1:]]),
+        start=np.cumsum(counts),
         feature=np.concatenate([row.feature for row in rows]),
         value=np.concatenate([row.value for row in rows]),
     )
