@@ -1,6 +1,7 @@
 """Terms of a score against terms written out by hand in float64, sums against the model's hooks."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -66,16 +67,18 @@ def attribution(prompt):
 def checked(attribution):
     """With its check, by directions fitted on random rows."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(5, N_POS, attribution.prompt.x.shape[1], generator=generator)
-    directions = Directions.fit(attribution.prompt.dictionary, list(rows))
-    return attribution.checked(k=(1, 2), directions=directions, n_controls=3)
+    prompt = attribution.prompt
+    rows = torch.randn(5, *prompt.x.shape, generator=generator)
+    directions = Directions.fit(prompt.dictionary, list(rows))
+    settings = {"k": (1, 2), "directions": directions, "n_controls": 3}
+    return attribution.checked(**settings)
 
 
 @pytest.fixture(scope="module")
 def pattern_row(model, tokens) -> np.ndarray:
     """The model's own, at the head and query."""
-    _, values = observe(model, tokens, names=(PATTERN,))
-    return values[PATTERN][0, HEAD, QUERY, ROW].double().numpy()
+    row = observed(model, tokens, PATTERN)[HEAD, QUERY, ROW]
+    return row.double().numpy()
 
 
 def term_by_hand(prompt, pair) -> np.ndarray:
@@ -83,6 +86,16 @@ def term_by_hand(prompt, pair) -> np.ndarray:
     query_acts = prompt.query_acts[None].double().numpy()
     key_acts = prompt.key_acts[None].double().numpy()
     return pair_term(prompt.dictionary, query_acts, key_acts, pair)[0, QUERY, ROW]
+
+
+def observed(model, tokens, name, hooks=()) -> torch.Tensor:
+    """[head, pos_q, pos_k] of the model's own, with some hooks."""
+    _, values = observe(model, tokens, hooks, names=(name,))
+    return values[name][0]
+
+
+def near(value) -> Any:
+    return pytest.approx(float(value), abs=1e-5)
 
 
 def without_sums(frame):
@@ -100,8 +113,8 @@ def test_every_term_is_the_one_by_hand(attribution, prompt, pattern_row):
         assert row.contribution == pytest.approx(c[KEY], abs=1e-5)
         effect = c[KEY] - (pattern_row * c).sum()
         assert row.pattern_effect == pytest.approx(effect, abs=1e-5)
-    n_query = int((prompt.query_acts[QUERY] > 0).sum()) + 1  # and the constant
-    n_key = int((prompt.key_acts[KEY] > 0).sum()) + 1
+    n_query = np.count_nonzero(prompt.query_acts[QUERY]) + 1  # and the constant
+    n_key = np.count_nonzero(prompt.key_acts[KEY]) + 1
     assert len(terms) == n_query * n_key
     assert len(frame) == (n_query + 1) * (n_key + 1)
 
@@ -140,11 +153,19 @@ def test_weights_are_the_maps(attribution, d):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("position", [(0, 12, 12), (1, 7, 0), (2, 12, 5), (2, 0, 0)])
+@pytest.mark.parametrize(
+    "position",
+    [
+        (0, 12, 12),
+        (1, 7, 0),
+        (2, 12, 5),
+        (2, 0, 0),
+    ],
+)
 def test_terms_add_up_to_the_models_own_score(prompt, model, tokens, source, position):
-    _, values = observe(model, tokens, names=(SCORES,))
-    total = Attribution.of(prompt, *position).to_frame(source)["contribution"].sum()
-    assert total == pytest.approx(float(values[SCORES][0][position]), abs=1e-5)
+    scores = observed(model, tokens, SCORES)
+    frame = Attribution.of(prompt, *position).to_frame(source)
+    assert frame["contribution"].sum() == near(scores[position])
 
 
 def test_the_map_counts_its_terms_and_sums_up_the_rest(attribution):
@@ -152,7 +173,8 @@ def test_the_map_counts_its_terms_and_sums_up_the_rest(attribution):
     by_map = attribution.to_frame("feature_map")
     is_error = all_terms["kind"] == "error"
     weight = all_terms["weight"].fillna(0.0)
-    masked = ((1 - weight) * all_terms["contribution"])[~is_error].sum()
+    rest = (1 - weight) * all_terms["contribution"]
+    masked = rest[~is_error].sum()
     errors = all_terms["contribution"][is_error].sum()
     sums = by_map.set_index("kind")["contribution"]
     assert sums["masked"] == pytest.approx(masked, abs=1e-5)
@@ -167,14 +189,13 @@ def test_the_map_counts_its_terms_and_sums_up_the_rest(attribution):
 def test_attention_drop_is_that_of_a_pattern_without_the_pair(attribution, d, model, tokens):
     """Dropped by the patching hooks, recomputed by the model."""
     frame = attribution.to_frame()
-    pairs = frame[frame["kind"].isin(["pair", "query_constant", "key_constant"])].head(7)
+    pairs = frame.query("kind not in ('error', 'constant')").head(7)
     assert len(pairs) == 7
     for row in pairs.itertuples():
         pair = np.array([[row.query_feature, row.key_feature, HEAD]])
         hooks = d.fwd_hooks(model, "model", ablate_pairs=pair)
-        _, values = observe(model, tokens, hooks, names=(PATTERN,))
-        remaining = float(values[PATTERN][0, HEAD, QUERY, KEY])
-        assert row.attention_drop == pytest.approx(attribution.attention - remaining, abs=1e-5)
+        remaining = observed(model, tokens, PATTERN, hooks)[HEAD, QUERY, KEY]
+        assert row.attention_drop == near(attribution.attention - remaining)
 
 
 def test_strongest_pairs_removed_together_do_what_their_terms_predict(
@@ -185,17 +206,19 @@ def test_strongest_pairs_removed_together_do_what_their_terms_predict(
     assert triples.shape == (4, 3)
     assert set(triples[:, 2].tolist()) == {HEAD}
     hooks = d.fwd_hooks(model, "model", ablate_pairs=triples)
-    _, values = observe(model, tokens, hooks, names=(PATTERN,))
-    removed = sum(term_by_hand(attribution.prompt, tuple(pair)) for pair in triples.tolist())
+    pattern = observed(model, tokens, PATTERN, hooks)[HEAD, QUERY, ROW]
+    terms = [term_by_hand(attribution.prompt, pair) for pair in triples.tolist()]
+    removed = sum(terms)
     scores = attribution.prompt.scores[HEAD, QUERY, ROW].double()
     expected = (scores - torch.from_numpy(removed)).softmax(dim=-1)
-    assert_near(values[PATTERN][0, HEAD, QUERY, ROW].double(), expected)
+    assert_near(pattern.double(), expected)
 
 
 def test_an_exact_dictionary_leaves_no_error(model, tokens):
     attribution = attribute(exact_dictionary(model), model, tokens, HEAD, QUERY, KEY)
     frame = attribution.to_frame()
-    assert frame.loc[frame["kind"] == "error", "contribution"].abs().max() < 1e-5
+    errors = frame.query("kind == 'error'")["contribution"]
+    assert errors.abs().max() < 1e-5
     assert frame["weight"].dropna().eq(1).all()
     assert attribution.to_dict(1)["source"] == "transcoders"
     with pytest.raises(ValueError, match="no feature map"):
@@ -217,9 +240,14 @@ def test_top_has_both_signs(attribution):
     effects = without_sums(attribution.to_frame("feature_map"))["pattern_effect"]
     supporting = effects[effects > 0].sort_values(ascending=False).tolist()
     inhibiting = effects[effects < 0].sort_values().tolist()
-    assert attribution.top(3)["pattern_effect"].tolist() == supporting[:3] + inhibiting[:3]
-    assert attribution.top(2, "supporting")["pattern_effect"].tolist() == supporting[:2]
-    assert attribution.top(2, "inhibiting")["pattern_effect"].tolist() == inhibiting[:2]
+    expected = {
+        "both": supporting[:3] + inhibiting[:3],
+        "supporting": supporting[:3],
+        "inhibiting": inhibiting[:3],
+    }
+    for sign, values in expected.items():
+        top = attribution.top(3, sign)
+        assert top["pattern_effect"].tolist() == values
     kinds = attribution.top(100, source="transcoders")["kind"]
     assert set(kinds) <= KINDS - {"masked", "error"}
 
@@ -230,13 +258,15 @@ def test_marginals_are_sums_over_partners(attribution, source, side):
     frame = attribution.to_frame(source)
     table = getattr(attribution.marginals(source), side)
     terms = without_sums(frame)
-    assert table["contribution"].sum() == pytest.approx(attribution.score, abs=1e-5)
+    assert table["contribution"].sum() == near(attribution.score)
     assert table["pattern_effect"].abs().is_monotonic_decreasing
-    assert set(table.loc[table["n_terms"] > 0, "feature"]) == set(terms[f"{side}_feature"])
+    with_terms = table.query("n_terms > 0")
+    assert set(with_terms["feature"]) == set(terms[f"{side}_feature"])
     for row in table.dropna().itertuples():
         partners = terms[terms[f"{side}_feature"] == row.feature]
         assert row.n_terms == len(partners)
-        assert row.contribution == pytest.approx(partners["contribution"].sum(), abs=1e-6)
+        total = partners["contribution"].sum()
+        assert row.contribution == pytest.approx(total, abs=1e-6)
         if side == "key":
             effect = partners["pattern_effect"].sum()
             assert row.pattern_effect == pytest.approx(effect, abs=1e-6)
@@ -264,7 +294,7 @@ def test_query_effects_add_up_to_the_centred_score(attribution, source, pattern_
 
 def test_parts_add_up(attribution):
     parts = attribution.parts("feature_map")
-    assert parts["contribution"].sum() == pytest.approx(attribution.score, abs=1e-5)
+    assert parts["contribution"].sum() == near(attribution.score)
     assert set(parts["kind"]) == KINDS
     assert parts["n_terms"].sum() == len(attribution.to_frame("feature_map"))
 
@@ -276,21 +306,23 @@ def test_parts_add_up(attribution):
 def test_the_dict_holds_what_the_tables_hold(checked, source):
     values = json.loads(checked.to_json(4, source))
     tables = checked.tables(4, source)
-    rows = {**values, **values["marginals"], "check": values["check"]["table"]}
+    rows = values | values["marginals"]
+    rows["check"] = values["check"]["table"]
     for name, table in tables.items():
         assert len(rows[name]) == len(table)
         assert list(rows[name][0]) == list(table.columns)
         for column in table.columns:
             cells = [row[column] for row in rows[name]]
-            expected = [None if pd.isna(cell) else cell for cell in table[column]]
-            assert cells == expected
+            expected = table[column].astype(object)
+            assert cells == expected.where(expected.notna(), None).tolist()
     position = [values[name] for name in ("head", "query_pos", "key_pos")]
     assert tuple(position) == checked.position
     assert values["title"] == str(checked)
     assert values["tokens"] == checked.prompt.words
     assert values["score"] == checked.score
     assert values["attention"] == checked.attention
-    assert values["rebuilt"] == float(checked.prompt.rebuilt_pattern(source)[checked.position])
+    rebuilt = checked.prompt.rebuilt_pattern(source)
+    assert values["rebuilt"] == float(rebuilt[checked.position])
     assert values["source"] == source
     assert (values["d_query"], values["d_key"]) == (D_QUERY, D_KEY)
     assert values["check"]["verdict"] == checked.causal_check.verdict
@@ -320,7 +352,8 @@ def test_json_has_the_fields_of_graph_viewers(attribution, prompt):
     for side, name in (("query", "top_q"), ("key", "top_k")):
         contributors = traced[f"{name}_marginal_contributors"]
         table = getattr(marginals, side).dropna()
-        assert [value for _, value in contributors] == table["contribution"].head(4).tolist()
+        contributions = [value for _, value in contributors]
+        assert contributions == table["contribution"].head(4).tolist()
         ends |= {node for node, _ in contributors}
     assert len(traced) == 3
     assert ends == {node["node_id"] for node in values["nodes"]}
@@ -360,7 +393,8 @@ def test_notebooks_show_tables_and_escape_tokens(checked, prompt):
     hostile_words[KEY] = "<script>alert(1)</script>"
     values = {name: getattr(prompt, name) for name in RecordedPrompt.__dataclass_fields__}
     hostile = RecordedPrompt(**{**values, "words": hostile_words})
-    attributions = attribute(prompt.dictionary, prompt.model, hostile, [HEAD], QUERY, [KEY])
+    d = prompt.dictionary
+    attributions = attribute(d, prompt.model, hostile, [HEAD], QUERY, [KEY])
     for page in (attributions[0]._repr_html_(), attributions._repr_html_()):
         assert "<script>" not in page
         assert "&lt;script&gt;" in page
@@ -403,8 +437,9 @@ def test_several_give_a_list_even_if_one(d, model, prompt, name, several):
 
 def test_many_scores_at_once_are_the_single_ones(d, model, tokens, prompt):
     attributions = attribute(d, model, tokens, [0, 2], [-1, 6], [2, 9, -3])
-    positions = [(0, 12, 2), (0, 12, 9), (0, 12, 10), (0, 6, 2)]
-    positions += [(2, 12, 2), (2, 12, 9), (2, 12, 10), (2, 6, 2)]
+    # key 9 and -3 come after query 6
+    cells = [(12, 2), (12, 9), (12, 10), (6, 2)]
+    positions = [(head, i, j) for head in (0, 2) for i, j in cells]
     assert [tuple(attribution.position) for attribution in attributions] == positions
     frame = attributions.to_frame("feature_map").set_index(["head", "query_pos", "key_pos"])
     for position in positions:
@@ -413,14 +448,16 @@ def test_many_scores_at_once_are_the_single_ones(d, model, tokens, prompt):
         pd.testing.assert_frame_equal(actual, expected)
     assert isinstance(attributions[2:4], Attributions)
     values = json.loads(attributions.to_json(1))
-    assert [value["query_pos"] for value in values] == [12, 12, 12, 6, 12, 12, 12, 6]
+    query_positions = [value["query_pos"] for value in values]
+    assert query_positions == [12, 12, 12, 6] * 2
     attention = [attribution.attention for attribution in attributions]
     assert attributions.summary()["attention"].tolist() == attention
 
 
 def test_none_stands_for_all(d, model, prompt):
     attributions = attribute(d, model, prompt, query_pos=3)
-    expected = [(head, 3, key) for head in range(d.spec.n_heads) for key in range(4)]
+    heads = range(d.spec.n_heads)
+    expected = [(head, 3, key) for head in heads for key in range(4)]
     assert [tuple(attribution.position) for attribution in attributions] == expected
 
 

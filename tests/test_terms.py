@@ -1,5 +1,6 @@
 """Terms of a row of scores against terms written out by hand, effects against autograd."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -54,6 +55,22 @@ def terms(d, x, head):
     return HeadTerms(d, d.features(x), head).row(QUERY)
 
 
+def query_row(scores, head) -> torch.Tensor:
+    """[key], of the query, from [batch, head, pos_q, pos_k]."""
+    return scores[0, head, QUERY, ROW]
+
+
+def scores_without(d, x, head, feature, side, positions) -> torch.Tensor:
+    """[key], of the query, with a feature set to zero at some positions."""
+    features = d.features(x)
+    query_acts = features.query.clone()
+    key_acts = features.key.clone()
+    acts = query_acts if side == "query" else key_acts
+    acts[0, positions, feature] = 0
+    head_terms = HeadTerms(d, Features(query_acts, key_acts), head)
+    return head_terms.row(QUERY).scores
+
+
 def term_by_hand(d, x, pair) -> np.ndarray:
     """[key], of the query."""
     query_acts = d.encode_query(x).double().numpy()
@@ -62,7 +79,8 @@ def term_by_hand(d, x, pair) -> np.ndarray:
 
 
 def test_terms_add_up_to_the_dictionarys_scores(d, x, head, terms):
-    assert_near(terms.scores, d.scores(x)[0, head, QUERY, ROW], 1e-4)
+    expected = query_row(d.scores(x), head)
+    assert_near(terms.scores, expected, 1e-4)
 
 
 def test_terms_are_the_pairs_terms(d, x, head, terms):
@@ -73,16 +91,20 @@ def test_terms_are_the_pairs_terms(d, x, head, terms):
     pairs = terms.pairs(query_features, key_features)
     last_query = len(query_features) - 1
     last_key = len(key_features) - 1
-    for a, b in ((0, 0), (2, 1), (last_query, 2), (1, last_key), (last_query, last_key)):
-        pair = (int(query_features[a]), int(key_features[b]), head)
-        expected = term_by_hand(d, x, pair)
-        assert np.abs(pairs[a, b].numpy() - expected).max() < 1e-4
+    with_constants = [(last_query, 2), (1, last_key), (last_query, last_key)]
+    for a, b in [(0, 0), (2, 1), *with_constants]:
+        query_feature = int(query_features[a])
+        key_feature = int(key_features[b])
+        expected = term_by_hand(d, x, (query_feature, key_feature, head))
+        difference = pairs[a, b].numpy() - expected
+        assert np.abs(difference).max() < 1e-4
         assert np.abs(expected).max() > 1e-3
 
 
 def test_terms_of_a_map_are_its_pairs_times_their_weights(d, x, head):
-    terms = HeadTerms(d, d.features(x), head, d.feature_map).row(QUERY)
-    assert_near(terms.scores, d.scores(x, "feature_map")[0, head, QUERY, ROW], 1e-4)
+    head_terms = HeadTerms(d, d.features(x), head, d.feature_map)
+    expected = query_row(d.scores(x, "feature_map"), head)
+    assert_near(head_terms.row(QUERY).scores, expected, 1e-4)
 
 
 def test_errors_make_the_scores_of_other_queries_and_keys(d, x, head):
@@ -95,9 +117,11 @@ def test_errors_make_the_scores_of_other_queries_and_keys(d, x, head):
         reconstruction.queries + query_errors, reconstruction.keys + key_errors
     )
     kv_head = head // d.spec.heads_per_kv
-    errors = Errors(query_errors[0, :, head], key_errors[0, :, kv_head])
-    terms = HeadTerms(d, d.features(x), head, errors=errors).row(QUERY)
-    assert_near(terms.scores, expected[0, head, QUERY, ROW], 1e-4)
+    head_errors = query_errors[0, :, head]  # [pos, d_head]
+    errors = Errors(head_errors, key_errors[0, :, kv_head])
+    head_terms = HeadTerms(d, d.features(x), head, errors=errors)
+    terms = head_terms.row(QUERY)
+    assert_near(terms.scores, query_row(expected, head), 1e-4)
     assert int(terms.query_features[-1]) == D_QUERY + 1
 
 
@@ -115,8 +139,9 @@ def test_weights_are_the_maps(d, head, terms):
 
 
 def test_errors_have_no_weight(d, head):
-    features = torch.tensor([3, D_QUERY + 1]), torch.tensor([5, D_KEY + 1])
-    table = weight_table(d.feature_map, head, *features)
+    query_features = torch.tensor([3, D_QUERY + 1])
+    key_features = torch.tensor([5, D_KEY + 1])
+    table = weight_table(d.feature_map, head, query_features, key_features)
     assert not table[1].any()
     assert not table[:, 1].any()
 
@@ -130,32 +155,27 @@ def test_rows_are_what_a_feature_adds_at_its_site(d, x, head, terms, side):
     assert not (active % 5 == 0).any()
     assert len(active) > 3
     rows = terms.rows(side, KEY, active)
+    position = QUERY if side == "query" else KEY
     for row, feature in zip(rows, active, strict=True):
-        query_acts, key_acts = (acts.clone() for acts in d.features(x))
-        if side == "query":
-            query_acts[0, QUERY, feature] = 0
-        else:
-            key_acts[0, KEY, feature] = 0
-        without = HeadTerms(d, Features(query_acts, key_acts), head).row(QUERY).scores
+        without = scores_without(d, x, head, feature, side, position)
         assert_near(row, terms.scores - without, 1e-4)
 
 
 def test_rows_of_key_features_count_every_key_where_they_fire(d, x, head, terms):
-    features = terms.active("key", KEY, torch.ones(D_KEY, dtype=torch.bool))
+    usable = torch.ones(D_KEY, dtype=torch.bool)
+    features = terms.active("key", KEY, usable)
     rows = terms.pairs(terms.query_features, features).sum(dim=0)
     for row, feature in zip(rows, features, strict=True):
-        query_acts, key_acts = (acts.clone() for acts in d.features(x))
-        key_acts[..., feature] = 0
-        without = HeadTerms(d, Features(query_acts, key_acts), head).row(QUERY).scores
+        without = scores_without(d, x, head, feature, "key", slice(None))
         assert_near(row, terms.scores - without, 1e-4)
 
 
 def test_keys_outside_the_window_have_no_terms():
-    spec = qk.AttentionSpec.from_dict({**SPEC.to_dict(), "window": 4})
+    spec = dataclasses.replace(SPEC, window=4)
     d = random_dictionary(spec=spec)
     x = random_x()[:1]
     terms = HeadTerms(d, d.features(x), 1).row(QUERY)
-    assert set(terms.key_positions.tolist()) == {7, 8, 9, 10}
+    assert terms.key_positions.unique().tolist() == [7, 8, 9, 10]
     scores = d.scores(x)[0, 1, QUERY, ROW]
     assert_near(terms.scores[7:], scores[7:], 1e-4)
     assert not terms.scores[:7].any()
@@ -166,7 +186,12 @@ def test_keys_outside_the_window_have_no_terms():
 
 def some_scores(n: int) -> torch.Tensor:
     """[n, 5]"""
-    return torch.randn(n, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, 5, dtype=torch.float64, generator=generator)
+
+
+def two_head_spec(**variant) -> qk.AttentionSpec:
+    return qk.AttentionSpec(2, 1, 4, 6, scale=0.5, **variant)
 
 
 SPECS = {
@@ -180,23 +205,25 @@ SPECS = {
 
 @pytest.mark.parametrize("variant", SPECS)
 def test_effects_are_derivatives_of_the_log_pattern(variant):
-    spec = qk.AttentionSpec(2, 1, d_head=4, d_model=6, scale=0.5, **SPECS[variant])
+    spec = two_head_spec(**SPECS[variant])
     scores, term = some_scores(2)
     row = AttentionRow(spec, head=1, query_pos=4, scores=scores)
     strength = torch.zeros((), dtype=torch.float64, requires_grad=True)
     pattern = row.row_pattern(scores + strength * term)
-    (slope,) = torch.autograd.grad(pattern[3].log(), strength)
-    assert float(row.effect(term, 3)) == pytest.approx(float(slope))
+    pattern[3].log().backward()
+    effect = float(row.effect(term, 3))
+    assert effect == pytest.approx(float(strength.grad))
 
 
 @pytest.mark.parametrize("variant", SPECS)
 def test_attention_drops_are_those_of_the_row_without_the_term(variant):
-    spec = qk.AttentionSpec(2, 1, d_head=4, d_model=6, scale=0.5, **SPECS[variant])
+    spec = two_head_spec(**SPECS[variant])
     scores, *terms = some_scores(3)
     matrix = torch.zeros(1, 2, 5, 5, dtype=torch.float64)
     matrix[0, 1, 4] = scores
     before = spec.pattern(matrix)[0, 1, 4, 3]
-    drops = AttentionRow(spec, 1, 4, scores).attention_drop(torch.stack(terms), 3)
+    row = AttentionRow(spec, head=1, query_pos=4, scores=scores)
+    drops = row.attention_drop(torch.stack(terms), 3)
     for term, drop in zip(terms, drops, strict=True):
         matrix[0, 1, 4] = scores - term
         after = spec.pattern(matrix)[0, 1, 4, 3]
@@ -204,11 +231,15 @@ def test_attention_drops_are_those_of_the_row_without_the_term(variant):
 
 
 def test_change_of_three_keys_by_hand():
-    spec = qk.AttentionSpec(1, 1, d_head=4, d_model=6, scale=0.5)
-    scores = torch.tensor([0.0, math.log(2), 0.0], dtype=torch.float64)  # P = 1/4, 1/2, 1/4
     uniform = torch.zeros(3, dtype=torch.float64)
-    row = AttentionRow(spec, head=0, query_pos=2, scores=scores)
-    change = row.change(torch.stack([uniform, scores + 7]), key_pos=1)
-    assert change.tv.tolist() == pytest.approx([(1 / 12 + 1 / 6 + 1 / 12) / 2, 0])
-    assert change.weight_drop.tolist() == pytest.approx([1 / 2 - 1 / 3, 0])
-    assert change.score_drop.tolist() == pytest.approx([math.log(2) * (1 - 1 / 2), 0])
+    scores = uniform.clone()
+    scores[1] = math.log(2)  # P = 1/4, 1/2, 1/4
+    row = AttentionRow(two_head_spec(), head=0, query_pos=2, scores=scores)
+    edited = torch.stack([uniform, scores + 7])
+    change = row.change(edited, key_pos=1)
+    # 1/4, 1/2, 1/4 becomes 1/3 each; adding 7 to all changes nothing
+    distance = 1 / 12 + 1 / 6 + 1 / 12
+    assert change.tv.tolist() == pytest.approx([distance / 2, 0])
+    assert change.weight_drop.tolist() == pytest.approx([1 / 6, 0])
+    score_drop = math.log(2) * (1 - 1 / 2)
+    assert change.score_drop.tolist() == pytest.approx([score_drop, 0])
