@@ -62,6 +62,7 @@ class DictionaryFields:
             raise ValueError(
                 f"n_pairs of cfg.json must be a number of at least 0, got {self.n_pairs!r}."
             )
+        # the host's width: query features, then key features
         self.d_sae = self.d_query + self.d_key
         if self.d_query < 1 or self.d_key < 1:
             raise ValueError(
@@ -96,6 +97,7 @@ class BilinearQKConfig(DictionaryFields, SAEConfig):
                 "apply_b_dec_to_input must be False: the decoders' outputs are queries and keys, "
                 "not inputs."
             )
+        # a norm of the inputs would have to go into the scores, which do not know it
         if self.normalize_activations != "none":
             raise ValueError(
                 f"normalize_activations must be 'none', got {self.normalize_activations!r}."

@@ -58,15 +58,18 @@ class InputCache:
         self.n_rows: int = info["n_rows"]
         self.context_size: int = self.identity["context_size"]
         self.d_in: int = self.identity["d_in"]
-        shape = (self.n_rows, self.context_size)
-        self.tokens = np.memmap(folder / _TOKENS, dtype=np.int32, mode="r", shape=shape)
-        self.inputs = np.memmap(
-            folder / _INPUTS, dtype=np.float16, mode="r", shape=(*shape, self.d_in)
-        )
+        tokens_shape = (self.n_rows, self.context_size)
+        inputs_shape = (*tokens_shape, self.d_in)
+        # Mapped, not read: a cache may be larger than memory.
+        tokens_path = folder / _TOKENS
+        inputs_path = folder / _INPUTS
+        self.tokens = np.memmap(tokens_path, np.int32, mode="r", shape=tokens_shape)
+        self.inputs = np.memmap(inputs_path, np.float16, mode="r", shape=inputs_shape)
 
     def rows(self, index: np.ndarray | slice) -> Float[Tensor, "batch pos d_model"]:
         """Float32 copies of the given rows."""
-        return torch.from_numpy(np.asarray(self.inputs[index], dtype=np.float32))
+        rows = np.asarray(self.inputs[index], dtype=np.float32)
+        return torch.from_numpy(rows)
 
     def batches(self, n_rows: int, *, seed: int, start_step: int = 0) -> "CachedBatches":
         """Endless batches of `n_rows` whole rows, reshuffled every epoch.
@@ -98,15 +101,18 @@ class CachedBatches(Iterator[Float[Tensor, "tokens d_model"]]):
         self._order = np.empty(0, dtype=np.int64)
 
     def __next__(self) -> Float[Tensor, "tokens d_model"]:
+        # a last part of an epoch that is smaller than a batch is left out
         epoch, batch = divmod(self.step, self.cache.n_rows // self.n_rows)
         if epoch != self._epoch:
             generator = np.random.default_rng((self.seed, epoch))
             self._order = generator.permutation(self.cache.n_rows)
             self._epoch = epoch
-        rows = self._order[batch * self.n_rows : (batch + 1) * self.n_rows]
+        start = batch * self.n_rows
+        rows = self._order[start : start + self.n_rows]
         self.step += 1
         # sorted, so that reads from disk are nearly sequential
-        return self.cache.rows(np.sort(rows)).flatten(0, 1)
+        x = self.cache.rows(np.sort(rows))  # [n_rows, pos, d_model]
+        return x.flatten(0, 1)
 
 
 @dataclass
@@ -127,7 +133,9 @@ class RowBatches:
         n_rows = len(self.tokens)
         for start in range(0, n_rows, self.batch_size):
             rows = slice(start, min(start + self.batch_size, n_rows))
-            yield torch.from_numpy(np.array(self.tokens[rows])), self.inputs(rows)
+            # copied: torch tensors cannot be read-only, as a memory map is
+            tokens = np.array(self.tokens[rows])
+            yield torch.from_numpy(tokens), self.inputs(rows)
 
 
 def cache_batches(cache: InputCache, n_rows: int | None = None, batch_size: int = 8) -> RowBatches:
@@ -177,16 +185,23 @@ def fill_cache(
     if info["n_rows"] >= n_rows or info["complete"]:
         return InputCache(folder)
 
-    progress = tqdm(total=n_rows, initial=info["n_rows"], desc="Caching layer inputs", unit="row")
+    progress = tqdm(
+        total=n_rows,
+        initial=info["n_rows"],
+        desc="Caching layer inputs",
+        unit="row",
+    )
     n_positions = info["n_rows"] * identity["context_size"]
+    n_numbers = n_positions * identity["d_in"]
     with (
         open(folder / _INPUTS, "ab") as inputs_file,
         open(folder / _TOKENS, "ab") as tokens_file,
         progress,
     ):
         # an interrupted write may have left part of a batch behind
-        inputs_file.truncate(n_positions * identity["d_in"] * np.dtype(np.float16).itemsize)
+        inputs_file.truncate(n_numbers * np.dtype(np.float16).itemsize)
         tokens_file.truncate(n_positions * np.dtype(np.int32).itemsize)
+        # rows already cached: their tokens are drawn and dropped
         _next_rows(store, info["n_rows"])
         while info["n_rows"] < n_rows and not info["complete"]:
             batch_size = min(store.store_batch_size_prompts, n_rows - info["n_rows"])
@@ -195,11 +210,14 @@ def fill_cache(
             if rows:
                 tokens = torch.stack(rows)
                 inputs = store.get_activations(tokens)
-                inputs_file.write(inputs.to(torch.float16).cpu().numpy().tobytes())
-                tokens_file.write(tokens.to(torch.int32).cpu().numpy().tobytes())
+                cached_inputs = inputs.to(torch.float16).cpu().numpy()
+                cached_tokens = tokens.to(torch.int32).cpu().numpy()
+                inputs_file.write(cached_inputs.tobytes())
+                tokens_file.write(cached_tokens.tobytes())
                 inputs_file.flush()
                 tokens_file.flush()
                 info["n_rows"] += len(rows)
+            # last, so that it never promises rows that are not on disk
             (folder / _INFO).write_text(json.dumps(info))
             progress.update(len(rows))
     if info["n_rows"] == 0:
@@ -214,7 +232,8 @@ def fill_cache(
 
 
 def _check_identity(folder: Path, cached: dict[str, Any], expected: dict[str, Any]) -> None:
-    names = [name for name in cached | expected if cached.get(name) != expected.get(name)]
+    all_names = cached | expected
+    names = [name for name in all_names if cached.get(name) != expected.get(name)]
     if names:
         was = {name: cached.get(name) for name in names}
         now = {name: expected.get(name) for name in names}

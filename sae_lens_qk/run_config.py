@@ -104,6 +104,7 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
                 f"seqpos_slice must be (None,): both steps train on whole sequences, "
                 f"got {tuple(self.seqpos_slice)!r}."
             )
+        # each of them drops or mixes positions of a row
         required = {
             "activations_mixing_fraction": 0.0,
             "exclude_special_tokens": False,
@@ -152,8 +153,12 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
         return self.train_batch_size_tokens if own is None else own
 
     def to_dict(self) -> dict[str, Any]:
-        blocks = {"mask": asdict(self.mask), "card": asdict(self.card)}
-        return {**super().to_dict(), **blocks, "seqpos_slice": list(self.seqpos_slice)}
+        # The host flattens its own blocks only; JSON knows no tuples.
+        values = super().to_dict()
+        values["mask"] = asdict(self.mask)
+        values["card"] = asdict(self.card)
+        values["seqpos_slice"] = list(self.seqpos_slice)
+        return values
 
     @classmethod
     def from_dict(cls, cfg_dict: dict[str, Any]) -> "BilinearQKRunnerConfig":
@@ -242,12 +247,15 @@ def _check_keys(values: dict[str, Any], config_class: type, prefix: str) -> None
     valid_names = [config_field.name for config_field in config_fields if config_field.init]
     unknown = sorted(set(values) - set(valid_names))
     if unknown:
-        close = [name for name in valid_names if any(name[:4] == key[:4] for key in unknown)][:5]
-        hint = f" Close to it: {', '.join(close)}." if close else ""
+        # misspellings mostly begin right
+        beginnings = {key[:4] for key in unknown}
+        close = [name for name in valid_names if name[:4] in beginnings]
+        hint = f" Close to it: {', '.join(close[:5])}." if close else ""
         raise ValueError(f"Unknown config key {prefix}{unknown[0]}.{hint}")
     for config_field in config_fields:
         name = config_field.name
         value = values.get(name)
+        # YAML reads a number in an unusual notation as text; the host would fail much later
         if isinstance(config_field.default, int | float) and isinstance(value, str):
             expected = type(config_field.default).__name__
             raise ValueError(f"{prefix}{name} must be {expected}, got the text {value!r}.")

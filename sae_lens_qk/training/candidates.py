@@ -56,7 +56,9 @@ def rank_pairs(
 
     def encode(x: Tensor) -> FeatureBatch:
         x = x.to(dictionary.device)
-        pattern = spec.pattern(spec.scores(weights.queries(x), weights.keys(x)))
+        queries = weights.queries(x)  # [batch, pos, head, d_head]
+        keys = weights.keys(x)  # [batch, pos, kv_head, d_head]
+        pattern = spec.pattern(spec.scores(queries, keys))  # [batch, head, pos_q, pos_k]
         return FeatureBatch(*dictionary.features(x), pattern)
 
     return rank_features(map(encode, rows), dictionary.decoders, spec, n_candidates)
@@ -86,22 +88,24 @@ def rank_features(
             pair ever fired, or features that are not finite.
     """
     decoders = decoders.to("cpu", torch.float32)
-    sizes = (len(decoders.query), len(decoders.key), spec.n_heads)
-    table = PairTable(n_candidates, *sizes)
-    n_queries = 0
+    n_queries = len(decoders.query)  # features, the constant included
+    n_keys = len(decoders.key)
+    table = PairTable(n_candidates, n_queries, n_keys, spec.n_heads)
+    n_query_positions = 0
     n_positions = 0
     for batch in batches:
         query_acts = batch.query_acts.float().cpu()
         key_acts = batch.key_acts.float().cpu()
         pattern = batch.pattern.float().cpu()
         n_rows, n_pos = query_acts.shape[:2]
-        n_queries += n_rows * n_pos
+        n_query_positions += n_rows * n_pos
         n_positions += n_rows * spec.n_allowed(n_pos)
         for row in range(n_rows):
+            # slices, not indices: active_entries takes a batch, here of one sequence
             queries = active_entries(query_acts[row : row + 1])
             keys = active_entries(key_acts[row : row + 1])
             _add_row(table, queries, keys, pattern[row], decoders, spec)
-    return table.best(n_queries, n_positions)
+    return table.best(n_query_positions, n_positions)
 
 
 def _add_row(
@@ -113,19 +117,22 @@ def _add_row(
     spec: AttentionSpec,
 ) -> None:
     """Add one sequence to the table, a head and some thousand contributions at a time."""
+    # By feature, and by position within a feature (stable): the table adds up a feature at a time.
     order = np.argsort(queries.feature, kind="stable")
     features = queries.feature[order]
     q_pos = _positions(queries)[order]
     k_pos = _positions(keys)
+    # the scale goes into the smaller factor, not into [q_entry, k_entry] contributions
     q_values = torch.from_numpy(queries.value[order]) * spec.scale
     k_values = torch.from_numpy(keys.value)
     q_vectors = _rotated_rows(decoders.query, features, q_values, q_pos, spec)
+    # [q_entry, head, d_head] and [k_entry, kv_head, d_head]
     k_vectors = _rotated_rows(decoders.key, keys.feature, k_values, k_pos, spec)
-    first_keys = spec.first_keys(pattern.shape[1])
+    first_keys = spec.first_keys(pattern.shape[1])  # [pos_q]
     for head in range(spec.n_heads):
         head_keys = k_vectors[:, head // spec.heads_per_kv]  # [k_entry, d_head]
         for part in _whole_features(features):
-            contributions = q_vectors[part, head] @ head_keys.T
+            contributions = q_vectors[part, head] @ head_keys.T  # [q_entry, k_entry]
             table.add(
                 head,
                 features[part],
@@ -156,8 +163,10 @@ def firing_rates(
     for x in rows:
         n_tokens += x.shape[:-1].numel()
         features = dictionary.features(x.to(dictionary.device))
-        query_counts += (features.query > 0).flatten(0, -2).sum(dim=0)
-        key_counts += (features.key > 0).flatten(0, -2).sum(dim=0)
+        query_fires = (features.query > 0).flatten(0, -2)  # [tokens, d_query]
+        key_fires = (features.key > 0).flatten(0, -2)  # [tokens, d_key]
+        query_counts += query_fires.sum(dim=0)
+        key_counts += key_fires.sum(dim=0)
     return FiringRates(query_counts / n_tokens, key_counts / n_tokens)
 
 
@@ -175,9 +184,12 @@ class PairTable:
         self.n_candidates = n_candidates
         self.sizes = (n_queries, n_keys, n_heads)
         n_slots = self.check_memory(n_candidates, n_keys)
+        # codes of pairs, -1 where a slot is empty
         self._keys = np.full((_TABLES, n_slots), -1, np.int64)
+        # importance, effect and count, as float32: half the memory, and ranks need no more
         self._sums = np.zeros((_TABLES, n_slots, 3), np.float32)
         self._filled = np.zeros(_TABLES, np.int64)
+        # importance below which a new pair is turned away; rises whenever pairs are forgotten
         self._floor = np.float32(0)
 
     @staticmethod
@@ -189,8 +201,10 @@ class PairTable:
         """
         if n_candidates < 1:
             raise ValueError(f"n_candidates must be at least 1, got {n_candidates}.")
+        # a single query feature may fire with every key feature: its table must take them all
         n_entries = max(8 * n_candidates / _TABLES, 8 * n_keys)
         n_slots = 1 << int(np.ceil(np.log2(n_entries)))
+        # twice: forgetting copies the entries before it inserts them again
         needed = 2 * _TABLES * n_slots * _BYTES_PER_SLOT
         available = psutil.virtual_memory().available
         if needed > available:
@@ -221,11 +235,13 @@ class PairTable:
         """
         _, n_keys, n_heads = self.sizes
         firing, n_fired = first_firings(n_keys, keys.start, keys.feature)
+        # Key features by their rank among those that fire here: the kernel's sums stay small.
         k_local = firing_ranks(firing, n_keys)[keys.feature]
         present, first_row = np.unique(features, return_index=True)
         first_row = np.append(first_row, len(features))
         next_feature = np.zeros(_TABLES, np.int64)
         limit = int(_FULL * self._keys.shape[1])
+        # Each table goes on from the feature before which it was full.
         while True:
             add_statistics(
                 self._keys,
@@ -256,17 +272,25 @@ class PairTable:
         """Keep the strongest half of what the tables may hold."""
         codes, sums = self._entries()
         n_strongest = int(_FULL * self._keys.size / 2)
-        strongest = np.argsort(-sums[:, 0], kind="stable")[:n_strongest]
-        self._floor = np.float32(sums[strongest[-1], 0] / 8)
+        importance_order = np.argsort(-sums[:, 0], kind="stable")
+        strongest = importance_order[:n_strongest]
+        # an eighth: a pair that enters late has had less data to add up
+        weakest_importance = sums[strongest[-1], 0]
+        self._floor = np.float32(weakest_importance / 8)
         _, n_keys, n_heads = self.sizes
         table_numbers = codes[strongest] // (n_keys * n_heads) % _TABLES
         self._keys.fill(-1)
         self._sums.fill(0)
+        half_table = self._keys.shape[1] // 2
         for table in range(_TABLES):
-            rows = strongest[table_numbers == table][: self._keys.shape[1] // 2]
-            insert_all(self._keys[table], self._sums[table], codes[rows], sums[rows])
+            # at most half full even where the strongest pairs crowd in one table
+            rows = strongest[table_numbers == table][:half_table]
+            table_keys = self._keys[table]  # views, filled in place
+            table_sums = self._sums[table]
+            insert_all(table_keys, table_sums, codes[rows], sums[rows])
             self._filled[table] = len(rows)
-        logger.debug("forgot %d of %d pairs", len(codes) - int(self._filled.sum()), len(codes))
+        n_forgotten = len(codes) - int(self._filled.sum())
+        logger.debug("forgot %d of %d pairs", n_forgotten, len(codes))
 
     def _entries(self) -> tuple[np.ndarray, np.ndarray]:
         """Codes and sums of the pairs in the tables."""
@@ -286,17 +310,23 @@ class PairTable:
                 "Features or patterns are not finite: check the layer inputs and the dictionary's "
                 "weights."
             )
-        indices = np.stack(np.unravel_index(codes, self.sizes), axis=1)
+        # A code is the flat index of (query feature, key feature, head).
+        columns = np.unravel_index(codes, self.sizes)
+        indices = np.stack(columns, axis=1)  # [pair, 3]
         query_constant = self.sizes[0] - 1
         key_constant = self.sizes[1] - 1
-        between_constants = (indices[:, :2] == (query_constant, key_constant)).all(axis=1)
-        usable = np.flatnonzero((sums[:, 0] > 0) & ~between_constants)
+        # Constant with constant is no pair: its score is always added whole.
+        is_constant = indices[:, :2] == (query_constant, key_constant)  # [pair, 2]
+        between_constants = is_constant.all(axis=1)
+        is_usable = (sums[:, 0] > 0) & ~between_constants
+        usable = np.flatnonzero(is_usable)
         if not len(usable):
             raise ValueError(
                 "No pair of features ever fired together: train step 1 longer, or rank on more "
                 "tokens."
             )
-        rows = usable[np.argsort(-sums[usable, 0], kind="stable")[: self.n_candidates]]
+        importance_order = np.argsort(-sums[usable, 0], kind="stable")
+        rows = usable[importance_order[: self.n_candidates]]
         importance, effect, count = sums[rows].T
         means = [importance / n_queries, effect / count, count / n_positions]
         statistics = np.stack(means, axis=1).astype(np.float32)
@@ -312,7 +342,8 @@ class PairTable:
 
 def _positions(entries: ActiveEntries) -> np.ndarray:
     """Position of each entry of one sequence."""
-    positions = np.arange(len(entries.start) - 1, dtype=np.int32)
+    n_pos = len(entries.start) - 1
+    positions = np.arange(n_pos, dtype=np.int32)
     return np.repeat(positions, np.diff(entries.start))
 
 
@@ -324,13 +355,14 @@ def _rotated_rows(
     spec: AttentionSpec,
 ) -> Float[Tensor, "entry heads d_head"]:
     """Decoder rows of active entries, times activation, rotated to their positions."""
-    vectors = W[torch.from_numpy(features).long()] * values[:, None, None]
+    rows = W[torch.from_numpy(features).long()]  # [entry, heads, d_head]
+    vectors = rows * values[:, None, None]
     return spec.rotate(vectors[None], torch.from_numpy(positions))[0]
 
 
 def _whole_features(features: np.ndarray) -> list[slice]:
     """Slices of some thousand entries, each feature in one slice."""
-    starts = np.flatnonzero(np.diff(features, prepend=-1))
+    starts = np.flatnonzero(np.diff(features, prepend=-1))  # where another feature begins
     cuts = [0]
     for start in starts:
         if start - cuts[-1] >= _ROWS_AT_ONCE:

@@ -37,9 +37,14 @@ def data_start(
     """
     generator = torch.Generator().manual_seed(seed)
     n_tokens = len(x)
-    rounds = [torch.randperm(n_tokens, generator=generator) for _ in range(1 + d // n_tokens)]
+    n_rounds = 1 + d // n_tokens
+    # drawn on the CPU, so that every device starts alike
+    rounds = []
+    for _ in range(n_rounds):
+        rounds.append(torch.randperm(n_tokens, generator=generator))
     tokens = torch.cat(rounds)[:d].to(x.device)
-    directions = nn.functional.normalize(x[tokens] - x.mean(dim=0), dim=1)
+    centred = x[tokens] - x.mean(dim=0)  # [d, d_model]
+    directions = nn.functional.normalize(centred, dim=1)
     return Start(directions, _outputs(directions, side, weights))
 
 
@@ -64,15 +69,20 @@ def scores_start(
     readings = centred @ directions  # [tokens, d_out], what scores depend on
     unit = nn.functional.normalize(readings, dim=1)
     tokens: list[int] = []
+    # [tokens], likeness to the most similar token drawn so far; none yet
     nearest = unit.new_full((len(x),), -1.0)
     for _ in range(d):
-        probability = (1 - nearest).clamp(min=1e-4).square().cpu()
+        # clamped: with fewer distinct tokens than features all would get probability 0
+        distance = (1 - nearest).clamp(min=1e-4)
+        probability = distance.square().cpu()
         token = int(torch.multinomial(probability, 1, generator=generator))
         tokens.append(token)
         nearest = torch.maximum(nearest, unit @ unit[token])
-    encoders = nn.functional.normalize(unit[tokens] @ directions.T, dim=1)
-    norms = readings[tokens].norm(dim=1, keepdim=True).clamp(min=1e-12)
-    return Start(encoders, _outputs(centred[tokens], side, weights) / norms)
+    likeness_gradients = unit[tokens] @ directions.T  # [d, d_model]
+    encoders = nn.functional.normalize(likeness_gradients, dim=1)
+    norms = readings[tokens].norm(dim=1, keepdim=True)  # [d, 1]
+    outputs = _outputs(centred[tokens], side, weights)  # [d, d_out]
+    return Start(encoders, outputs / norms.clamp(min=1e-12))
 
 
 def _outputs(
@@ -95,20 +105,26 @@ def score_directions(
     C are the second moments of the other side's vectors at random offsets.
     """
     n_offsets = spec.n_offsets(context_size)
-    offsets = torch.randint(n_offsets, (len(x),), generator=generator).to(x.device)
+    offsets = torch.randint(n_offsets, (len(x),), generator=generator)  # [tokens]
+    offsets = offsets.to(x.device)
     if side == "query":
         W = weights.W_Q
         keys = weights.keys(x)
         keys = keys - keys.mean(dim=0)  # what all keys share cancels in the softmax
-        moments = _moments(spec.rotate(keys[None], -offsets)[0])
+        # A key that lies `offset` before its query, seen from the query: rotated back.
+        moments = _moments(spec.rotate(keys[None], -offsets)[0])  # [kv_head, d_head, d_head]
         moments = moments.repeat_interleave(spec.heads_per_kv, dim=0)
     else:
         W = weights.W_K
         queries = weights.queries(x)
-        moments = _moments(spec.rotate(queries[None], offsets)[0])
-        moments = moments.unflatten(0, (spec.n_kv_heads, spec.heads_per_kv)).sum(dim=1)
+        moments = _moments(spec.rotate(queries[None], offsets)[0])  # [head, d_head, d_head]
+        # a shared key is read by every query head of its group
+        grouped = moments.unflatten(0, (spec.n_kv_heads, spec.heads_per_kv))
+        moments = grouped.sum(dim=1)
     eigenvalues, eigenvectors = torch.linalg.eigh(moments)
-    roots = eigenvectors * eigenvalues.clamp(min=0).sqrt()[:, None]  # [heads, d_head, d_head]
+    # rounding makes the smallest eigenvalues negative
+    lengths = eigenvalues.clamp(min=0).sqrt()  # [heads, d_head]
+    roots = eigenvectors * lengths[:, None]  # [heads, d_head, d_head]
     return torch.cat(list(W @ roots), dim=1)
 
 

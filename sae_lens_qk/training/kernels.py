@@ -141,11 +141,14 @@ def add_statistics(
                     mean_square[b] += p * c * c
                     subtotals[b, 1] += c
                     subtotals[b, 2] += 1
+                # the key features that fired up to i have the first ranks
                 for b in range(n_fired[i]):
+                    # rounding can make it negative where c is constant over keys
                     variance = mean_square[b] - mean[b] * mean[b]
                     subtotals[b, 0] += np.float32(0.5) * max(variance, np.float32(0))
                     mean[b] = 0
                     mean_square[b] = 0
+            # one look-up per pair and sequence, not per position
             for b in range(len(firing)):
                 if subtotals[b, 2] > 0:
                     code = (np.int64(a) * n_keys + firing[b]) * n_heads + head

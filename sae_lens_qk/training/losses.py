@@ -41,7 +41,7 @@ class TruePattern(NamedTuple):
     def from_scores(
         cls, scores: Float[Tensor, "batch head pos_q pos_k"], spec: AttentionSpec
     ) -> "TruePattern":
-        log_pattern = spec.log_pattern(scores)
+        log_pattern = spec.log_pattern(scores)  # -inf where a key is not allowed
         return cls(log_pattern.exp(), log_pattern, spec)
 
     @classmethod
@@ -62,6 +62,7 @@ class TruePattern(NamedTuple):
 
     def compare(self, scores: Float[Tensor, "batch head pos_q pos_k"]) -> PatternComparison:
         """P and the pattern P' of the scores; compiled on the CPU."""
+        # one compiled pass instead of some ten over [batch, head, pos_q, pos_k]
         if scores.device.type == "cpu" and _is_softmax_of_scores(self.spec):
             first_keys = self.spec.first_keys(scores.shape[-1])
             kl, difference = _SoftmaxKL.apply(  # type: ignore[misc]
@@ -69,7 +70,7 @@ class TruePattern(NamedTuple):
             )
             return PatternComparison(kl, difference)
         log_pattern = self.spec.log_pattern(scores)
-        kl = self.spec.kl(self.log_pattern, log_pattern)
+        kl = self.spec.kl(self.log_pattern, log_pattern)  # [batch, head, pos_q]
         return PatternComparison(kl, log_pattern.exp() - self.pattern)
 
 
@@ -94,6 +95,7 @@ class _SoftmaxKL(torch.autograd.Function):
             first_keys,
         )
         ctx.save_for_backward(difference, pattern)
+        # Most losses use the divergence alone: no zeros of the size of the pattern for the other.
         ctx.set_materialize_grads(False)
         return kl, difference
 
@@ -105,6 +107,7 @@ class _SoftmaxKL(torch.autograd.Function):
             grad = difference * kl_grad[..., None]
         if difference_grad is not None:  # of the softmax: P' (g - <P', g>)
             softmax = difference + pattern
+            # <P', g>, [batch, head, pos_q, 1]
             mean = (softmax * difference_grad).sum(dim=-1, keepdim=True)
             grad = grad + softmax * (difference_grad - mean)
         return grad, None, None, None
@@ -128,9 +131,11 @@ class AttentionOutput(NamedTuple):
     ) -> Float[Tensor, ""]:
         """Squared error of the output, over its variance, if the pattern is off by a difference."""
         with torch.no_grad():
-            output = self.weights.outputs(pattern, self.values).flatten(0, 1)
+            output = self.weights.outputs(pattern, self.values)
+            output = output.flatten(0, 1)  # [tokens, d_model]
         # the output is linear in the pattern
-        error = self.weights.outputs(difference, self.values).flatten(0, 1)
+        error = self.weights.outputs(difference, self.values)  # [batch, pos_q, d_model]
+        error = error.flatten(0, 1)
         return _mean_square(error) / variance(output)
 
 
@@ -165,7 +170,8 @@ def _rotated(
     vectors: Float[Tensor, "batch pos heads d_head"], spec: AttentionSpec
 ) -> Float[Tensor, "batch pos heads d_head"]:
     """In float32 at least, as `AttentionSpec.scores`."""
-    return spec.rotate(vectors.to(torch.promote_types(vectors.dtype, torch.float32)))
+    dtype = torch.promote_types(vectors.dtype, torch.float32)
+    return spec.rotate(vectors.to(dtype))
 
 
 def sqrt_penalty(
@@ -177,7 +183,9 @@ def sqrt_penalty(
     """
     norms = W_dec.norm(dim=1)
     if not acts.is_sparse:
-        return (acts * norms + eps).sqrt().sum(dim=1).mean()
+        roots = (acts * norms + eps).sqrt()  # [tokens, d]
+        return roots.sum(dim=1).mean()
+    # a silent entry adds sqrt(eps) and has no gradient
     values = acts.values()
     _, feature = acts.indices()
     active_sum = (values * norms[feature] + eps).sqrt().sum()
@@ -194,7 +202,8 @@ def relative_mse(
 
 def variance(vectors: Float[Tensor, "tokens d_out"]) -> Float[Tensor, ""]:
     """Mean squared distance from the mean; at least 1e-12, to be divided by."""
-    return _mean_square(vectors - vectors.mean(dim=0)).clamp(min=1e-12)
+    centred = vectors - vectors.mean(dim=0)
+    return _mean_square(centred).clamp(min=1e-12)
 
 
 def _mean_square(vectors: Float[Tensor, "tokens d_out"]) -> Float[Tensor, ""]:
@@ -223,10 +232,14 @@ def dead_feature_loss(
     if n_dead == 0:
         return residual.new_zeros(())
     selection = Selection("topk", min(k, n_dead))
+    # only dead features compete, each token picks its own
     fires = torch.zeros_like(strength, dtype=torch.bool)
     fires[:, dead] = selection.fires(strength[:, dead]).fires
+    # without the bias: the residual has lost it already
     reconstruction = transcode(half, x, fires).output - half.b_dec
-    return relative_mse(residual.detach(), reconstruction) * min(1.0, n_dead / k)
+    # detached: the live features are not to leave something over for the dead
+    error = relative_mse(residual.detach(), reconstruction)
+    return error * min(1.0, n_dead / k)
 
 
 def total_loss(losses: dict[str, Float[Tensor, ""]], step: int, name: str) -> Float[Tensor, ""]:

@@ -19,6 +19,7 @@ from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor, nn
 from typing_extensions import override
 
+from sae_lens_qk.attention import SIDES
 from sae_lens_qk.config import MASK_ARCHITECTURE, BilinearQKConfig, MaskTrainingConfig
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.feature_map import Features, SparseFeatureMap
@@ -59,8 +60,8 @@ class MaskTrainingSAE(SequenceTrainingSAE[MaskTrainingConfig]):
     def initialize_weights(self) -> None:
         fine_tune = self.cfg.mask.fine_tune
         names = {field.name for field in fields(BilinearQKConfig)} - {"d_sae"}
-        config = BilinearQKConfig(**{name: getattr(self.cfg, name) for name in names})
-        self.dictionary = BilinearQKDictionary(config)
+        shared = {name: getattr(self.cfg, name) for name in names}
+        self.dictionary = BilinearQKDictionary(BilinearQKConfig(**shared))
         self.dictionary.requires_grad_(fine_tune)
         for half in (self.dictionary.query, self.dictionary.key):
             half.b_dec.requires_grad_(fine_tune and self.cfg.decoder_bias)
@@ -103,7 +104,9 @@ class MaskTrainingSAE(SequenceTrainingSAE[MaskTrainingConfig]):
     @property
     def mask(self) -> Float[Tensor, " pair"]:
         """m in [0, 1], 0 where pruned."""
-        return (self.scaled_mask * self.cfg.mask.mask_speed).clamp(0, 1) * self.alive
+        # clamped here too: the optimizer may have left [0, 1] since the last step began
+        mask = self.scaled_mask * self.cfg.mask.mask_speed
+        return mask.clamp(0, 1) * self.alive
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
@@ -127,11 +130,14 @@ class MaskTrainingSAE(SequenceTrainingSAE[MaskTrainingConfig]):
         spec = self.dictionary.spec
         self._clamp_and_prune(step)
         with torch.no_grad():
-            q = self.weights.queries(step_input.sae_in)
-            k = self.weights.keys(step_input.sae_in)
-        x = self.sequences(step_input.sae_in)
-        true = TruePattern.of(self.sequences(q), self.sequences(k), spec)
+            q = self.weights.queries(step_input.sae_in)  # [tokens, head, d_head]
+            k = self.weights.keys(step_input.sae_in)  # [tokens, kv_head, d_head]
+        x = self.sequences(step_input.sae_in)  # [batch, pos, d_model]
+        queries = self.sequences(q)
+        keys = self.sequences(k)
+        true = TruePattern.of(queries, keys, spec)
         output = AttentionOutput.of(x, self._ov_weights) if self._ov_weights else None
+        # Pairs that have left get no gradient; [alive pair].
         mask = self.scaled_mask[self.alive] * settings.mask_speed
 
         if settings.fine_tune:
@@ -146,6 +152,7 @@ class MaskTrainingSAE(SequenceTrainingSAE[MaskTrainingConfig]):
                 features = self.dictionary.features(x)
         losses = self._divergence(true, self._scores(mask, features), output)
         if step < self.cfg.prune_steps or not settings.polish:
+            # 1e-7 keeps the derivative of the root finite at m = 0
             penalty = (mask + 1e-7).sqrt().sum()
             losses["mask_sparsity"] = step_input.coefficients["mask_sparsity"] * penalty
         if query and key and settings.unmasked_coefficient:
@@ -155,8 +162,12 @@ class MaskTrainingSAE(SequenceTrainingSAE[MaskTrainingConfig]):
             for name, loss in unmasked.items():
                 losses[f"{name}_unmasked"] = settings.unmasked_coefficient * loss
 
-        acts = torch.cat(features, dim=-1).flatten(0, 1).detach()
-        outputs = torch.cat([q.flatten(1), k.flatten(1)], dim=1)
+        acts = torch.cat(features, dim=-1)  # [batch, pos, d_query + d_key]
+        acts = acts.flatten(0, 1).detach()
+        # The host's metrics want inputs and outputs; a mask reconstructs patterns, not these.
+        flat_queries = q.flatten(1)
+        flat_keys = k.flatten(1)
+        outputs = torch.cat([flat_queries, flat_keys], dim=1)
         return TrainStepOutput(
             sae_in=outputs,
             sae_out=outputs,
@@ -186,7 +197,8 @@ class MaskTrainingSAE(SequenceTrainingSAE[MaskTrainingConfig]):
             selection = Selection("batchtopk", self.cfg.k_query, self._context_size)
         else:
             selection = Selection("batchtopk", self.cfg.k_key)
-        return transcode(half, x, selection.fires(selection.strengths(half, x)).fires)
+        strength = selection.strengths(half, x)  # [tokens, d]
+        return transcode(half, x, selection.fires(strength).fires)
 
     def _scores(
         self, mask: Float[Tensor, " pair"], features: Features
@@ -197,6 +209,7 @@ class MaskTrainingSAE(SequenceTrainingSAE[MaskTrainingConfig]):
             indices = self.dictionary.feature_map.indices[self.alive]
             self._scorer = PairScorer(indices, decoders, spec)
         n_pos = features.query.shape[1]
+        # what the two constants score together is never masked
         return self._scorer(mask, *features) + constant_scores(decoders, spec, n_pos)
 
     # Pruning
@@ -210,12 +223,13 @@ class MaskTrainingSAE(SequenceTrainingSAE[MaskTrainingConfig]):
             return
         n_start = len(self.alive)
         n_end = min(self.cfg.mask.n_pairs, n_start)
+        # geometric: the same share of the pairs leaves at each pruning
         n_pairs = round(n_start * (n_end / n_start) ** progress)
         if int(self.alive.sum()) > n_pairs:
             strongest = self._masked_importance().topk(n_pairs).indices
             self.alive.fill_(False)
             self.alive[strongest] = True
-            self._scorer = None
+            self._scorer = None  # it lists the pairs alive when it was built
 
     def _masked_importance(self) -> Float[Tensor, " pair"]:
         """m^2 importance: to leading order the rise of the loss if a pair left.
@@ -223,7 +237,8 @@ class MaskTrainingSAE(SequenceTrainingSAE[MaskTrainingConfig]):
         -inf for pairs that have left.
         """
         importance = self.dictionary.feature_map.statistics[:, 0]
-        return (self.mask.square() * importance).masked_fill(~self.alive, -torch.inf)
+        masked_importance = self.mask.square() * importance  # [pair]
+        return masked_importance.masked_fill(~self.alive, -torch.inf)
 
     # Calibration and export
 
@@ -231,11 +246,13 @@ class MaskTrainingSAE(SequenceTrainingSAE[MaskTrainingConfig]):
     def calibrate(self, batches: Iterable[Float[Tensor, "tokens d_model"]]) -> None:
         """After tuning, set the published thresholds: mean L0 is then what training held."""
         batches = [x.to(self.device) for x in batches]
-        query = self.dictionary.query
-        key = self.dictionary.key
-        for half, k in ((query, self.cfg.k_query), (key, self.cfg.k_key)):
+        for side in SIDES:
+            half = self.dictionary.query if side == "query" else self.dictionary.key
+            k = self.cfg.k_query if side == "query" else self.cfg.k_key
+            # the published threshold is one on pre-activations, per feature
+            norms = half.W_dec.norm(dim=1)  # [d]
             threshold = calibrated_threshold(half, batches, k)
-            half.get_parameter("threshold").copy_(threshold / half.W_dec.norm(dim=1))
+            half.get_parameter("threshold").copy_(threshold / norms)
 
     @torch.no_grad()
     def to_dictionary(self) -> BilinearQKDictionary:
@@ -249,13 +266,15 @@ class MaskTrainingSAE(SequenceTrainingSAE[MaskTrainingConfig]):
         trained = BilinearQKDictionary(replace(self.dictionary.cfg, n_pairs=0))
         trained.query.load_state_dict(self.dictionary.query.state_dict())
         trained.key.load_state_dict(self.dictionary.key.state_dict())
-        trained.set_feature_map(self.dictionary.feature_map.reweighted(self.mask).select(rows))
+        # the weights of all candidates first: `rows` count among all, pruned ones included
+        reweighted = self.dictionary.feature_map.reweighted(self.mask)
+        trained.set_feature_map(reweighted.select(rows))
         return trained
 
     @override
     def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
         super().load_weights_from_checkpoint(checkpoint_path)
-        self._scorer = None
+        self._scorer = None  # built on other pairs and decoders
 
     @override
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
@@ -263,7 +282,8 @@ class MaskTrainingSAE(SequenceTrainingSAE[MaskTrainingConfig]):
 
     @override
     def log_histograms(self) -> dict[str, NDArray[Any]]:
-        return {"weights/mask": np.asarray(self.mask.detach().cpu())}
+        mask = self.mask.detach().cpu()
+        return {"weights/mask": np.asarray(mask)}
 
 
 if MASK_ARCHITECTURE not in SAE_TRAINING_CLASS_REGISTRY:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sae_lens_qk.config import DictionaryFields, MaskTrainingConfig
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.host.layer import AttentionLayer
+from sae_lens_qk.host.layer import AttentionLayer, largest
 from sae_lens_qk.host.models import load_model
 from sae_lens_qk.host.proof import prove_once, proven_layer
 from sae_lens_qk.host.support import Model
@@ -130,13 +130,16 @@ class BilinearQKTrainingRunner:
     # The two steps
 
     def _run_transcoders(self, cache: InputCache | None) -> BilinearQKDictionary:
-        sae = TranscodersTrainingSAE(replace(self.cfg.sae, metadata=self._metadata()))
+        sae_cfg = replace(self.cfg.sae, metadata=self._metadata())
+        sae = TranscodersTrainingSAE(sae_cfg)
         checkpoint = self._newest_checkpoint(_TRANSCODERS)
         first_batch = None
         if checkpoint is None:
-            first_batch = torch.cat(list(self.first_rows(_START_ROWS, cache))).flatten(0, 1)
+            start_rows = list(self.first_rows(_START_ROWS, cache))
+            first_batch = torch.cat(start_rows).flatten(0, 1)  # [tokens, d_model]
         sae.attach(self.layer.qk_weights, self.cfg.context_size, first_batch)
-        self._fit(sae, self.cfg, _TRANSCODERS, cache, checkpoint, self.cfg.seed)
+        seed = self.cfg.seed
+        self._fit(sae, self.cfg, _TRANSCODERS, cache, checkpoint, seed)
         if self.cfg.sae.activation != "relu":
             # L0 and KL before and after, published in cfg.json
             calibration = sae.calibrate(self._calibration_batches(cache))
@@ -164,13 +167,16 @@ class BilinearQKTrainingRunner:
         sae = MaskTrainingSAE(self._mask_config(dictionary, len(candidates), cache))
         ov_weights = self.layer.ov_weights
         sae.attach(weights, self.cfg.context_size, dictionary, candidates, ov_weights)
-        self._fit(sae, self.cfg.mask_step(), _MASK, cache, checkpoint, self.cfg.seed + 1)
+        mask_cfg = self.cfg.mask_step()
+        seed = self.cfg.seed + 1  # another order of the rows than in step 1
+        self._fit(sae, mask_cfg, _MASK, cache, checkpoint, seed)
         if not settings.fine_tune:
             return sae.to_dictionary()
         sae.calibrate(self._calibration_batches(cache))
         tuned = sae.to_dictionary()
         # the candidates' statistics are those of the untuned transcoders
-        ranked = rank_pairs(tuned, weights, self.first_rows(n_rows, cache), settings.n_candidates)
+        rows = self.first_rows(n_rows, cache)
+        ranked = rank_pairs(tuned, weights, rows, settings.n_candidates)
         tuned.set_feature_map(tuned.feature_map.measured_as(ranked))
         return tuned
 
@@ -180,7 +186,8 @@ class BilinearQKTrainingRunner:
         """The run's settings of step 2, for this dictionary."""
         cfg = dictionary.cfg
         settings = self.cfg.mask
-        shared = {field.name: getattr(cfg, field.name) for field in fields(DictionaryFields)}
+        names = [field.name for field in fields(DictionaryFields)]
+        shared = {name: getattr(cfg, name) for name in names}
         shared["n_pairs"] = n_candidates
         if settings.fine_tune:  # tuning holds the L0 that the dictionary has
             rates = firing_rates(dictionary, self.first_rows(_CALIBRATION_ROWS, cache))
@@ -278,8 +285,10 @@ class BilinearQKTrainingRunner:
         if self.cfg.resume_from_checkpoint is None:
             return None
         folder = Path(self.cfg.resume_from_checkpoint) / step
+        # the host writes its state last: a folder without it is half a checkpoint
         complete = [path.parent for path in folder.glob("*/trainer_state.pt")]
         numbered = [path for path in complete if path.name.isdigit()]
+        # as numbers: 900 comes before 1000
         return max(numbered, key=lambda path: int(path.name), default=None)
 
     def _finished_step_1(self) -> BilinearQKDictionary | None:
@@ -326,10 +335,12 @@ class BilinearQKTrainingRunner:
             "dataset": cfg.dataset_path or getattr(self.dataset, "_fingerprint", ""),
             "fingerprint": cfg.sae.fingerprint[:8],
         }
+        # only where it is on: caches of versions that did not have it stay valid
         if cfg.autocast_lm:
             identity["autocast_lm"] = True
         n_rows = (cfg.input_cache_tokens or cfg.training_tokens) // cfg.context_size
-        return fill_cache(self.store(), os.path.expandvars(cfg.input_cache_path), n_rows, identity)
+        folder = os.path.expandvars(cfg.input_cache_path)
+        return fill_cache(self.store(), folder, n_rows, identity)
 
     def first_rows(
         self, n_rows: int, cache: InputCache | None = None
@@ -383,11 +394,15 @@ class BilinearQKTrainingRunner:
                 f"The dataset is shorter than one batch of {n_rows} rows of {context_size} tokens: "
                 "give a longer dataset or a smaller train_batch_size_tokens."
             ) from end
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.cfg.autocast_lm):
-            expected = self.layer.inputs(tokens)
-        batch = next(self.store()).unflatten(0, (n_rows, context_size))
-        difference = float((batch - expected.to(batch)).abs().max())
-        if difference > 1e-4 * max(1.0, float(batch.abs().max())):
+        device_type = tokens.device.type
+        # in the precision of the store's own forward passes, or the two differ by rounding
+        with torch.autocast(device_type, torch.bfloat16, enabled=self.cfg.autocast_lm):
+            expected = self.layer.inputs(tokens)  # [n_rows, context_size, d_model]
+        # a second store, from the start: the first has moved on by one batch
+        first_batch = next(self.store())
+        batch = first_batch.unflatten(0, (n_rows, context_size))
+        difference = largest(batch - expected.to(batch))
+        if difference > 1e-4 * max(1.0, largest(batch)):
             raise RuntimeError(
                 "SAELens's store does not serve the dataset's sequences in order (difference "
                 f"{difference:.2g}): the installed sae-lens version is not one this package was "

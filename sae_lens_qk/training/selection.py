@@ -38,7 +38,8 @@ def strengths(
     # The norms are folded into the weights: these have fewer entries than the strengths.
     W_enc = (half.W_enc * norms).to(dtype)
     b_enc = (half.b_enc * norms).to(dtype)
-    return torch.addmm(b_enc, half.process_sae_in(x).to(dtype), W_enc)
+    inputs = half.process_sae_in(x).to(dtype)
+    return torch.addmm(b_enc, inputs, W_enc)
 
 
 class Firing(NamedTuple):
@@ -83,12 +84,13 @@ class Selection:
     def fires(self, strength: Float[Tensor, "tokens d"]) -> Firing:
         """Which entries of a batch fire."""
         nothing = strength.new_zeros(())
+        # clamped: entries that are not positive never fire, however few others there are
         if self.rule == "batchtopk":
             cutoff = batch_cutoff(strength, self.k).clamp(min=0)
             if cutoff > 0:
                 return Firing(strength >= cutoff, cutoff)
         if self.rule == "topk":
-            values, features = strength.topk(int(self.k), dim=1)
+            values, features = strength.topk(int(self.k), dim=1)  # [tokens, k]
             fires = torch.zeros_like(strength, dtype=torch.bool)
             return Firing(fires.scatter_(1, features, values > 0), nothing)
         return Firing(strength > 0, nothing)
@@ -101,12 +103,13 @@ def batch_cutoff(strength: Float[Tensor, "tokens d"], k: float | int) -> Float[T
     many lie.
     """
     n = max(1, int(k * len(strength)))
-    entries = strength.flatten()
+    entries = strength.flatten()  # [tokens * d]
     sample = entries[::_STRIDE]
-    n_sample = min(len(sample), max(1, 2 * n * len(sample) // len(entries)))
+    expected = 2 * n * len(sample) // len(entries)
+    n_sample = min(len(sample), max(1, expected))
     floor = sample.topk(n_sample).values[-1]
     above = entries[entries >= floor]
-    if len(above) < n:
+    if len(above) < n:  # the sample misled: nothing is lost but time
         above = entries
     return above.topk(n, sorted=False).values.min()
 
@@ -123,6 +126,7 @@ def calibrated_threshold(
     Every position counts, position 0 of a sequence too: the published form does not know where a
     sequence begins.
     """
+    # Only the strongest so far are carried along: memory does not grow with the batches.
     n_firing = int(k * sum(len(x) for x in batches))
     strongest = half.W_dec.new_empty(0)
     for x in batches:

@@ -35,8 +35,10 @@ def transcode(
 ) -> Transcoded:
     """Features and output where exactly the given entries fire; differentiable in the weights."""
     x = half.process_sae_in(x)
-    is_compiled = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-    if not is_compiled or fires.count_nonzero() > max(_SPARSE * fires.numel(), _FEW):
+    is_full_precision = x.dtype in (torch.float32, torch.float64)
+    is_compiled = x.device.type == "cpu" and is_full_precision
+    most_entries = max(_SPARSE * fires.numel(), _FEW)
+    if not is_compiled or fires.count_nonzero() > most_entries:
         acts = (x @ half.W_enc + half.b_enc).relu() * fires
         return Transcoded(acts, half.decode(acts))
     entries = _Entries(fires)
@@ -107,8 +109,10 @@ class _Encode(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         entries = ctx.entries
         grad = grad.contiguous()
-        W_enc_grad = entries.sum_over_tokens(grad, ctx.x.contiguous()).T.contiguous()
-        b_enc_grad = grad.new_zeros(entries.shape[1]).index_add_(0, entries.feature, grad)
+        sums = entries.sum_over_tokens(grad, ctx.x.contiguous())  # [d, d_model]
+        W_enc_grad = sums.T.contiguous()
+        b_enc_grad = grad.new_zeros(entries.shape[1])
+        b_enc_grad.index_add_(0, entries.feature, grad)
         return W_enc_grad, b_enc_grad, None, None
 
 
@@ -147,4 +151,5 @@ class _Decode(torch.autograd.Function):
 
 def _starts(sorted_numbers: Int[Tensor, " entry"], n: int) -> NDArray[np.int64]:
     """Where the entries of 0, 1, ... n - 1 begin, and where the last end."""
-    return torch.searchsorted(sorted_numbers, torch.arange(n + 1)).numpy()
+    numbers = torch.arange(n + 1)
+    return torch.searchsorted(sorted_numbers, numbers).numpy()

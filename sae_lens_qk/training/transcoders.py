@@ -73,9 +73,12 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
     def initialize_weights(self) -> None:
         # SAELens's command line builds the SAE before it knows the model
         spec = self.spec if self.cfg.attention else None
-        self.query = self._new_half(self.cfg.d_query, spec.d_queries if spec else 1)
-        self.key = self._new_half(self.cfg.d_key, spec.d_keys if spec else 1)
+        d_queries = spec.d_queries if spec else 1
+        d_keys = spec.d_keys if spec else 1
+        self.query = self._new_half(self.cfg.d_query, d_queries)
+        self.key = self._new_half(self.cfg.d_key, d_keys)
         for side in SIDES:
+            # float64: a moving average of small steps, which float32 would round away
             threshold = torch.zeros((), dtype=torch.float64, device=self.device)
             self.register_buffer(f"{side}_threshold", threshold)
 
@@ -121,8 +124,11 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
             first_batch: [tokens, d_model] layer inputs; with them the weights are initialised
                 (config `initialization`), without them they stay as they are (a resumed run).
         """
-        expected = (self.cfg.d_in, self.query.cfg.d_out, self.key.cfg.d_out)
-        actual = (weights.W_Q.shape[1], weights.b_Q.numel(), weights.b_K.numel())
+        d_queries = self.query.cfg.d_out
+        d_keys = self.key.cfg.d_out
+        expected = (self.cfg.d_in, d_queries, d_keys)
+        d_model = weights.W_Q.shape[1]
+        actual = (d_model, weights.b_Q.numel(), weights.b_K.numel())
         if expected != actual:
             raise ValueError(
                 f"This training SAE expects (d_in, d_queries, d_keys) = {expected}, "
@@ -138,7 +144,8 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
         mean = x.mean(dim=0)
         for side in SIDES:
             half = self._half(side)
-            half.b_dec.copy_(self._target(side, mean[None])[0])
+            mean_target = self._target(side, mean[None])[0]  # [d_out]
+            half.b_dec.copy_(mean_target)
             if self.cfg.initialization != "kaiming":
                 self._start_from_data_points(side, x)
                 self._scale_decoder(side, x[: 8 * self._context_size])
@@ -156,6 +163,7 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
             start = scores_start(
                 x, d_features, side, self.weights, self.spec, self._context_size, seed
             )
+        # The encoder bias centres the input: features start as readings of x - mean.
         half.W_enc.copy_(start.encoders.T)
         half.b_enc.copy_(-start.encoders @ x.mean(dim=0))
         half.W_dec.copy_(start.decoders)
@@ -165,7 +173,10 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
         half = self._half(side)
         output = self._encode_half(side, x).acts @ half.W_dec
         target = self._target(side, x) - half.b_dec
-        half.W_dec.mul_((output * target).sum() / output.pow(2).sum())
+        # least squares: <output, target> / <output, output>
+        overlap = (output * target).sum()
+        best_factor = overlap / output.pow(2).sum()
+        half.W_dec.mul_(best_factor)
 
     def _target(
         self, side: Side, x: Float[Tensor, "tokens d_model"]
@@ -179,7 +190,7 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
     def _encode_half(self, side: Side, x: Float[Tensor, "*batch d_model"]) -> Encoded:
         """In training by rank in the batch, position 0 included; else by the threshold."""
         half = self._half(side)
-        hidden_pre = half.process_sae_in(x) @ half.W_enc + half.b_enc
+        hidden_pre = half.process_sae_in(x) @ half.W_enc + half.b_enc  # [*batch, d]
         if self.cfg.activation == "relu":
             return Encoded(hidden_pre, hidden_pre.relu())
         if self.training:
@@ -201,14 +212,17 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         query, key = self.encode_halves(x)
-        acts = torch.cat([query.acts, key.acts], dim=-1)
+        acts = torch.cat([query.acts, key.acts], dim=-1)  # [*batch, d_query + d_key]
         hidden_pre = torch.cat([query.hidden_pre, key.hidden_pre], dim=-1)
         return acts, hidden_pre
 
     @override
     def decode(self, feature_acts: Tensor) -> Tensor:
-        query_acts, key_acts = feature_acts.split([self.cfg.d_query, self.cfg.d_key], dim=-1)
-        return torch.cat([self.query.decode(query_acts), self.key.decode(key_acts)], dim=-1)
+        sizes = [self.cfg.d_query, self.cfg.d_key]
+        query_acts, key_acts = feature_acts.split(sizes, dim=-1)
+        queries = self.query.decode(query_acts)  # [*batch, d_queries]
+        keys = self.key.decode(key_acts)  # [*batch, d_keys]
+        return torch.cat([queries, keys], dim=-1)
 
     # Training
 
@@ -240,14 +254,18 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
             **self._auxiliary_losses(step_input, query, key),
         }
         acts = _concatenate(query.acts, key.acts).detach()
+        # Both sides next to each other, as the host's metrics want one SAE: [tokens, d_out].
+        targets = torch.cat([query.target, key.target], dim=1)
+        outputs = torch.cat([query.output, key.output], dim=1)
+        l0 = {"l0_query": _l0(query.acts), "l0_key": _l0(key.acts)}
         return TrainStepOutput(
-            sae_in=torch.cat([query.target, key.target], dim=1),
-            sae_out=torch.cat([query.output, key.output], dim=1),
+            sae_in=targets,
+            sae_out=outputs,
             feature_acts=acts,
             hidden_pre=acts,
             loss=total_loss(losses, step_input.n_training_steps, "loss"),
             losses=losses,
-            metrics={"l0_query": _l0(query.acts), "l0_key": _l0(key.acts)},
+            metrics=l0,
         )
 
     def _reconstruct(self, side: Side, x: Float[Tensor, "tokens d_model"]) -> Reconstruction:
@@ -256,6 +274,7 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
             target = self._target(side, x)
         half = self._half(side)
         selection = self._selection(side)
+        # Strengths decide and no more: the activations are computed again in full precision.
         dtype = torch.bfloat16 if self.cfg.bfloat16_selection else None
         strength = selection.strengths(half, x, dtype)
         fires, cutoff = selection.fires(strength)
@@ -278,12 +297,14 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
         x = step_input.sae_in
         losses: dict[str, Tensor] = {}
         if cfg.mse_coefficient:
-            mse = relative_mse(query.target, query.output) + relative_mse(key.target, key.output)
-            losses["mse"] = cfg.mse_coefficient * mse
+            query_mse = relative_mse(query.target, query.output)
+            key_mse = relative_mse(key.target, key.output)
+            losses["mse"] = cfg.mse_coefficient * (query_mse + key_mse)
         if cfg.activation == "relu":
             penalty = sqrt_penalty(query.acts, self.query.W_dec)
             penalty = penalty + sqrt_penalty(key.acts, self.key.W_dec)
             losses["sparsity"] = step_input.coefficients["sparsity"] * penalty
+            # no ranks: nothing to be silent about at position 0, and the penalty decides who dies
             return losses
         losses["first_position"] = _SILENCE * self._first_position(x)
         dead = step_input.dead_neuron_mask
@@ -296,14 +317,16 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
 
     def _first_position(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, ""]:
         """How strongly query features would fire at position 0: mean over rows of the sum."""
-        first = x[:: self._context_size]
-        return strengths(self.query, first).relu().sum(dim=1).mean()
+        first = x[:: self._context_size]  # [batch, d_model]
+        strength = strengths(self.query, first)  # [batch, d_query]
+        return strength.relu().sum(dim=1).mean()
 
     def _dead_feature_loss(
         self, side: Reconstruction, x: Float[Tensor, "tokens d_model"], dead: Bool[Tensor, " d"]
     ) -> Float[Tensor, ""]:
-        residual = side.target - side.output
-        return dead_feature_loss(residual, x, side.strength, side.half, dead, self.cfg.dead_k)
+        residual = side.target - side.output  # [tokens, d_out]
+        k = self.cfg.dead_k
+        return dead_feature_loss(residual, x, side.strength, side.half, dead, k)
 
     # Calibration and export
 
@@ -321,6 +344,7 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
             raise ValueError("relu transcoders have no threshold to calibrate.")
         was_training = self.training
         batches = [x.to(self.device) for x in batches]
+        # topk keeps no threshold in training: its state before is the rule by rank
         self.train(self.cfg.activation == "topk")
         before = self._measure(batches)
         for side in SIDES:
@@ -329,7 +353,8 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
         self.eval()
         after = self._measure(batches)
         self.train(was_training)
-        return {**{f"{name}_before": value for name, value in before.items()}, **after}
+        metrics = {f"{name}_before": value for name, value in before.items()}
+        return metrics | after
 
     def _measure(self, batches: list[Float[Tensor, "tokens d_model"]]) -> dict[str, float]:
         """Mean L0 of both sides and pattern KL, in the current mode."""
@@ -337,16 +362,21 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
         for tokens in batches:
             x = self.sequences(tokens)
             query, key = self.encode_halves(tokens)
+            q_hat = self.query.decode(query.acts)  # [tokens, d_queries]
+            k_hat = self.key.decode(key.acts)  # [tokens, d_keys]
             losses = pattern_losses(
                 queries=self.weights.queries(x),
                 keys=self.weights.keys(x),
-                q_hat=self.sequences(self.spec.split_queries(self.query.decode(query.acts))),
-                k_hat=self.sequences(self.spec.split_keys(self.key.decode(key.acts))),
+                q_hat=self.sequences(self.spec.split_queries(q_hat)),
+                k_hat=self.sequences(self.spec.split_keys(k_hat)),
                 spec=self.spec,
             )
-            totals += torch.tensor([_l0(query.acts), _l0(key.acts), float(losses["kl_full"])])
+            l0_query = _l0(query.acts)
+            l0_key = _l0(key.acts)
+            totals += torch.tensor([l0_query, l0_key, float(losses["kl_full"])])
         names = ("l0_query", "l0_key", "pattern_kl")
-        return dict(zip(names, (totals / len(batches)).tolist(), strict=True))
+        means = (totals / len(batches)).tolist()
+        return dict(zip(names, means, strict=True))
 
     @torch.no_grad()
     def to_dictionary(self) -> BilinearQKDictionary:
@@ -354,7 +384,9 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
 
         batchtopk and topk become an exact JumpReLU.
         """
-        state_dict = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        # cloned: the dictionary must not change when training goes on
+        tensors = self.state_dict()
+        state_dict = {name: tensor.clone() for name, tensor in tensors.items()}
         self.process_state_dict_for_saving_inference(state_dict)
         config = BilinearQKConfig.from_dict(self.cfg.get_inference_sae_cfg_dict())
         dictionary = BilinearQKDictionary(config)
@@ -369,7 +401,9 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
             del state_dict[f"{side}_threshold"]
             if self.cfg.half_architecture == "jumprelu_transcoder":
                 state_dict[f"{side}.threshold"] = self._jumprelu_threshold(side)
-        state_dict["feature_map.digits"] = pack_indices(torch.zeros(0, 3, dtype=torch.int64))
+        # an empty feature map, which step 2 fills
+        no_pairs = torch.zeros(0, 3, dtype=torch.int64)
+        state_dict["feature_map.digits"] = pack_indices(no_pairs)
         state_dict["feature_map.weights"] = torch.zeros(0, dtype=self.dtype)
 
     @override
@@ -385,6 +419,7 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
         self, fn: Callable[[Tensor], Tensor], recurse: bool = True
     ) -> "TranscodersTrainingSAE":
         super()._apply(fn, recurse)
+        # SAELens encodes in the dtype and on the device that a half remembers
         for half in (self.query, self.key):
             half.dtype = half.W_dec.dtype
             half.device = half.W_dec.device
@@ -393,6 +428,7 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
 
 def _move_bias_to_feature(half: Transcoder) -> None:
     """Feature 0 is always on, with the decoder bias as its row."""
+    # before the relu 0 x + 1, at every token
     half.W_enc[:, 0] = 0.0
     half.b_enc[0] = 1.0
     half.W_dec[0] = half.b_dec
@@ -405,11 +441,17 @@ def _concatenate(
     """Sparse where both sides are."""
     if query_acts.is_sparse and key_acts.is_sparse:
         return torch.cat([query_acts, key_acts], dim=1)
-    return torch.cat([query_acts.to_dense(), key_acts.to_dense()], dim=1)
+    # one side may have had too many active entries to be sparse
+    dense_query_acts = query_acts.to_dense()
+    dense_key_acts = key_acts.to_dense()
+    return torch.cat([dense_query_acts, dense_key_acts], dim=1)
 
 
 def _l0(acts: Float[Tensor, "tokens d"]) -> float:
-    n_active = len(acts.values()) if acts.is_sparse else acts.count_nonzero().item()
+    if acts.is_sparse:
+        n_active = len(acts.values())
+    else:
+        n_active = int(acts.count_nonzero())
     return n_active / acts.shape[0]
 
 
