@@ -208,7 +208,8 @@ class AttentionSpec:
         pos_k = keys.shape[1]
         # One matrix product per key head: its query heads are stacked along the position axis.
         heads_first = queries.transpose(1, 2)  # [batch, head, pos_q, d_head]
-        stacked = heads_first.reshape(batch, self.n_kv_heads, -1, self.d_head) * self.scale
+        stacked = heads_first.reshape(batch, self.n_kv_heads, -1, self.d_head)
+        stacked = stacked * self.scale  # before the product: fewer entries than the scores
         columns = keys.permute(0, 2, 3, 1)  # [batch, kv_head, d_head, pos_k]
         scores = stacked @ columns
         return scores.reshape(batch, self.n_heads, pos_q, pos_k)
@@ -279,7 +280,8 @@ class AttentionSpec:
             return logits.log_softmax(dim=-1)
         sinks = logits.new_tensor(self.sinks)[:, None, None]  # [head, 1, 1]
         sinks = sinks.expand(*logits.shape[:-1], 1)
-        log_shares = torch.cat([logits, sinks], dim=-1).log_softmax(dim=-1)
+        logits_and_sink = torch.cat([logits, sinks], dim=-1)
+        log_shares = logits_and_sink.log_softmax(dim=-1)
         return log_shares[..., :-1]
 
     def pattern(
@@ -308,7 +310,8 @@ class AttentionSpec:
         if not self.sinks:
             return logits.softmax(dim=-1)
         sink = torch.full_like(logits[..., :1], self.sinks[head])
-        shares = torch.cat([logits, sink], dim=-1).softmax(dim=-1)
+        logits_and_sink = torch.cat([logits, sink], dim=-1)
+        shares = logits_and_sink.softmax(dim=-1)
         return shares[..., :-1]
 
     def kl(
@@ -337,4 +340,6 @@ def _remainder(pattern: Float[Tensor, "*rows key"]) -> Float[Tensor, "*rows"]:
 
     Below that a smaller bound would add the logarithm of noise to the divergence.
     """
-    return (1.0 - pattern.sum(dim=-1)).clamp(min=torch.finfo(pattern.dtype).eps)
+    rounding_error = torch.finfo(pattern.dtype).eps
+    remainder = 1.0 - pattern.sum(dim=-1)
+    return remainder.clamp(min=rounding_error)

@@ -48,9 +48,11 @@ class Compactable:
                 "that keep a feature per side."
             )
         device = self.feature_map.indices.device
+        # old number of each live feature, ascending: pairs stay in order
         query_rows = live_query.nonzero()[:, 0].to(device)
         key_rows = live_key.nonzero()[:, 0].to(device)
         d_query_before, d_key_before = cfg.original_sizes
+        # copied deeply: the metadata would be shared otherwise
         smaller_cfg = replace(
             copy.deepcopy(cfg),
             d_query=len(query_rows),
@@ -93,7 +95,7 @@ def _renumbered(
     new_query = _new_numbers(feature_map.d_query, query_rows)[query]
     new_key = _new_numbers(feature_map.d_key, key_rows)[key]
     indices = torch.stack([new_query, new_key, head], dim=1)
-    live = (indices >= 0).all(dim=1)
+    live = (indices >= 0).all(dim=1)  # [pair], False where a feature was dropped
     return SparseFeatureMap(
         indices[live],
         feature_map.weights[live],

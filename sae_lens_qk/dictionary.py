@@ -87,8 +87,14 @@ class BilinearQKDictionary(
         self.spec = cfg.spec
         self.query = self._new_half("q", cfg.d_query, self.spec.d_queries)
         self.key = self._new_half("k", cfg.d_key, self.spec.d_keys)
+        # unset pairs, of the shapes that `load_state_dict` will ask for
         self.feature_map = SparseFeatureMap.empty(
-            cfg.n_pairs, cfg.d_query, cfg.d_key, self.spec.n_heads, self.dtype, self.device
+            cfg.n_pairs,
+            cfg.d_query,
+            cfg.d_key,
+            self.spec.n_heads,
+            self.dtype,
+            self.device,
         )
 
     def _new_half(self, side: Literal["q", "k"], d_features: int, d_out: int) -> Transcoder:
@@ -129,7 +135,9 @@ class BilinearQKDictionary(
         key_bias = self.key.b_dec[None]
         query_rows = torch.cat([self.query.W_dec, query_bias])  # [d_query + 1, d_queries]
         key_rows = torch.cat([self.key.W_dec, key_bias])  # [d_key + 1, d_keys]
-        return Decoders(self.spec.split_queries(query_rows), self.spec.split_keys(key_rows))
+        query_decoders = self.spec.split_queries(query_rows)  # [d_query + 1, head, d_head]
+        key_decoders = self.spec.split_keys(key_rows)  # [d_key + 1, kv_head, d_head]
+        return Decoders(query_decoders, key_decoders)
 
     # Features
 
@@ -171,7 +179,7 @@ class BilinearQKDictionary(
         """q_hat and k_hat by head, of the layer's input or its features."""
         features = self._as_features(x)
         queries = self.query.decode(features.query)  # [batch, pos, d_queries]
-        keys = self.key.decode(features.key)
+        keys = self.key.decode(features.key)  # [batch, pos, d_keys]
         return QueriesKeys(self.spec.split_queries(queries), self.spec.split_keys(keys))
 
     def scores(
@@ -238,6 +246,7 @@ class BilinearQKDictionary(
                 "and offsets be at least 0."
             )
         kernel = pair_kernel(pairs, self.decoders, self.spec, offsets)  # [pair, offset or 1]
+        # a view: without rotary embeddings all columns are one
         return kernel.expand(-1, len(offsets))
 
     @torch.no_grad()
@@ -252,6 +261,7 @@ class BilinearQKDictionary(
         """
         feature_map = self.feature_map
         statistics = feature_map.statistics.float().cpu().clone()
+        # a pair that was measured has fired together somewhere
         statistics[statistics[:, 2] == 0] = torch.nan
         indices = feature_map.indices
         weights = feature_map.weights.float()
@@ -278,6 +288,7 @@ class BilinearQKDictionary(
         self.feature_map = SparseFeatureMap(
             feature_map.indices, feature_map.weights, *expected, feature_map.statistics
         )
+        # the config must fit the weights when both are saved
         self.cfg.n_pairs = len(feature_map)
         self.metrics = None
 
@@ -310,6 +321,7 @@ class BilinearQKDictionary(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        # with `assign` the weights may have come in another dtype or on another device
         self._apply(lambda tensor: tensor)
         return keys
 

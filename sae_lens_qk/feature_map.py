@@ -84,6 +84,7 @@ class SparseFeatureMap(nn.Module):
                 raise ValueError(
                     "Pair statistics must be finite: give zeros where nothing was measured."
                 )
+        # sorted, so that `find` can search and equal maps have equal tensors
         order = self._codes(pairs).argsort()
         self.register_buffer("indices", pairs[order])
         self.register_buffer("weights", weights.detach()[order])
@@ -103,9 +104,11 @@ class SparseFeatureMap(nn.Module):
 
         SAELens builds modules on the device `meta` first.
         """
-        feature_map = cls([], torch.empty(0, dtype=dtype, device=device), d_query, d_key, n_heads)
+        no_weights = torch.empty(0, dtype=dtype, device=device)
+        feature_map = cls([], no_weights, d_query, d_key, n_heads)
+        # set afterwards: unset pairs are all alike, which the constructor refuses
         weights = torch.ones(n_pairs, dtype=dtype, device=device)
-        feature_map.indices = torch.zeros(n_pairs, 3, dtype=torch.int64, device=device)
+        feature_map.indices = feature_map.indices.new_zeros(n_pairs, 3)
         feature_map.weights = weights
         feature_map.statistics = weights.new_zeros(n_pairs, len(STATISTICS))
         return feature_map
@@ -118,7 +121,8 @@ class SparseFeatureMap(nn.Module):
         features = torch.arange(d_query + 1), torch.arange(d_key + 1)
         pairs = torch.cartesian_prod(*features, torch.arange(n_heads))
         pairs = pairs[:-n_heads]  # constant x constant comes last
-        return cls(pairs, torch.ones(len(pairs), dtype=dtype), d_query, d_key, n_heads)
+        weights = torch.ones(len(pairs), dtype=dtype)
+        return cls(pairs, weights, d_query, d_key, n_heads)
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -135,8 +139,10 @@ class SparseFeatureMap(nn.Module):
     # What is refused
 
     def _check_pairs(self, pairs: Tensor) -> None:
+        # the constants have the numbers d_query and d_key
         largest = pairs.new_tensor([self.d_query, self.d_key, self.n_heads - 1])
-        if (pairs < 0).any() or (pairs > largest).any():
+        foreign = (pairs < 0) | (pairs > largest)  # [pair, 3]
+        if foreign.any():
             low = pairs.amin(dim=0).tolist()
             high = pairs.amax(dim=0).tolist()
             raise ValueError(
@@ -144,7 +150,8 @@ class SparseFeatureMap(nn.Module):
                 f"[0, {self.n_heads - 1}] (query feature, key feature, head), got {low} to {high}: "
                 "the map belongs to another dictionary."
             )
-        if (pairs[:, :2] == largest[:2]).all(dim=1).any():
+        is_constant = pairs[:, :2] == largest[:2]  # [pair, 2]
+        if is_constant.all(dim=1).any():
             raise ValueError(
                 "The constant x constant pair is part of every map and must not be listed."
             )
@@ -162,7 +169,9 @@ class SparseFeatureMap(nn.Module):
 
     def _codes(self, pairs: Tensor) -> Int[Tensor, " pair"]:
         """One number per pair, ordered as the pairs are."""
-        return (pairs[:, 0] * (self.d_key + 1) + pairs[:, 1]) * self.n_heads + pairs[:, 2]
+        query, key, head = pairs.unbind(dim=1)
+        features = query * (self.d_key + 1) + key
+        return features * self.n_heads + head
 
     def find(self, pairs: Pairs) -> Int[Tensor, " pair"]:
         """Row of each pair in this map, -1 where it is not listed."""
@@ -170,16 +179,21 @@ class SparseFeatureMap(nn.Module):
         codes = self._codes(pairs)
         if not len(self):
             return torch.full_like(codes, -1)
-        rows = torch.searchsorted(self._codes(self.indices), codes).clamp(max=len(self) - 1)
+        own_codes = self._codes(self.indices)
+        # clamped: a code past the last one has no row to compare with
+        rows = torch.searchsorted(own_codes, codes).clamp(max=len(self) - 1)
         # compared as triples: pairs out of range may share a code
-        return rows.where((self.indices[rows] == pairs).all(dim=1), -1)
+        is_listed = (self.indices[rows] == pairs).all(dim=1)  # [pair]
+        return rows.where(is_listed, -1)
 
     def _rebuilt(self, indices: Tensor, weights: Tensor, statistics: Tensor) -> "SparseFeatureMap":
         return type(self)(indices, weights, *self.sizes, statistics)
 
     def select(self, rows: Tensor) -> "SparseFeatureMap":
         """The pairs at the given rows or where a bool mask is True."""
-        return self._rebuilt(self.indices[rows], self.weights[rows], self.statistics[rows])
+        indices = self.indices[rows]
+        weights = self.weights[rows]
+        return self._rebuilt(indices, weights, self.statistics[rows])
 
     def restrict(
         self,
@@ -188,7 +202,7 @@ class SparseFeatureMap(nn.Module):
         key_features: Numbers | None = None,
     ) -> "SparseFeatureMap":
         """The pairs of the given heads, query features and key features; None: of all."""
-        mask = torch.ones(len(self), dtype=torch.bool, device=self.indices.device)
+        mask = torch.ones_like(self.weights, dtype=torch.bool)  # [pair]
         for column, numbers in enumerate((query_features, key_features, heads)):
             if numbers is not None:
                 values = self.indices.new_tensor(_as_list(numbers))
@@ -204,7 +218,8 @@ class SparseFeatureMap(nn.Module):
         rows = other.find(self.indices)
         is_listed = rows >= 0
         statistics = torch.zeros_like(self.statistics)
-        statistics[is_listed] = other.statistics[rows[is_listed]].to(statistics.dtype)
+        other_rows = rows[is_listed]
+        statistics[is_listed] = other.statistics[other_rows].to(statistics.dtype)
         return self._rebuilt(self.indices, self.weights, statistics)
 
     def __or__(self, other: "SparseFeatureMap") -> "SparseFeatureMap":
@@ -218,7 +233,8 @@ class SparseFeatureMap(nn.Module):
                 f"Maps of (d_query, d_key, n_heads) = {self.sizes} and {other.sizes} "
                 "cannot be merged."
             )
-        unique = self.select(other.find(self.indices) < 0)
+        is_unique = other.find(self.indices) < 0  # [pair]
+        unique = self.select(is_unique)
         return self._rebuilt(
             torch.cat([unique.indices, other.indices]),
             torch.cat([unique.weights, other.weights]),
@@ -237,6 +253,7 @@ class SparseFeatureMap(nn.Module):
                 f"A dense mask of {shape} entries is too large: work with indices and weights."
             )
         dense = self.weights.new_zeros(shape)
+        # a tuple of three columns indexes three axes
         dense[tuple(self.indices.T)] = self.weights
         dense[self.d_query, self.d_key] = 1.0
         return dense
@@ -268,16 +285,23 @@ class SparseFeatureMap(nn.Module):
         """Number of (sequence, query, allowed key, listed pair) at which both features fire."""
         # with unit decoders, activations and weights the score of a cell is its number of pairs
         unit_spec = AttentionSpec(
-            self.n_heads, self.n_heads, d_head=1, d_model=1, scale=1.0, window=spec.window
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_heads,
+            d_head=1,
+            d_model=1,
+            scale=1.0,
+            window=spec.window,
         )
         device = features.query.device
-        unit_decoders = Decoders(
-            query=torch.ones(self.d_query + 1, self.n_heads, 1, device=device),
-            key=torch.ones(self.d_key + 1, self.n_heads, 1, device=device),
-        )
+        query_rows = torch.ones(self.d_query + 1, self.n_heads, 1, device=device)
+        key_rows = torch.ones(self.d_key + 1, self.n_heads, 1, device=device)
+        unit_decoders = Decoders(query_rows, key_rows)
         scorer = PairScorer(self.indices, unit_decoders, unit_spec)
         unit_weights = torch.ones(len(self), device=device)
-        counts = scorer(unit_weights, (features.query > 0).float(), (features.key > 0).float())
+        query_fires = (features.query > 0).float()
+        key_fires = (features.key > 0).float()
+        counts = scorer(unit_weights, query_fires, key_fires)  # [batch, head, pos_q, pos_k]
+        # float64: float32 loses count at 2^24
         return int(counts.double().sum())
 
 
@@ -292,7 +316,8 @@ def as_pairs(pairs: Pairs, device: torch.device | str = "cpu") -> Int[Tensor, "p
     triples = torch.as_tensor(numbers, device=device)
     if triples.numel() == 0:
         return torch.zeros(0, 3, dtype=torch.int64, device=device)
-    if triples.is_floating_point() or triples.ndim != 2 or triples.shape[1] != 3:
+    are_triples = triples.ndim == 2 and triples.shape[1] == 3
+    if triples.is_floating_point() or not are_triples:
         raise ValueError(
             "Pairs are integer triples (query feature, key feature, head), "
             f"got {triples.dtype} of shape {list(triples.shape)}."
@@ -310,7 +335,8 @@ def _as_list(numbers: Numbers) -> list[int]:
 
 def _check_shapes(pairs: Tensor, weights: Tensor, statistics: Tensor) -> None:
     n_pairs = len(pairs)
-    if weights.shape != (n_pairs,) or statistics.shape != (n_pairs, len(STATISTICS)):
+    statistics_shape = (n_pairs, len(STATISTICS))
+    if weights.shape != (n_pairs,) or statistics.shape != statistics_shape:
         raise ValueError(
             "A feature map needs indices [n_pairs, 3], weights [n_pairs] and statistics "
             f"[n_pairs, 3], got {list(pairs.shape)}, {list(weights.shape)} and "

@@ -103,7 +103,7 @@ class Patchable:
         if source not in get_args(PatchSource):
             expected = "'transcoders', 'feature_map' or 'model'"
             raise ValueError(f"source must be {expected}, got {source!r}.")
-        edited_pairs, factors = _edits(ablate_pairs, scale_pairs)
+        edited_pairs, factors = _edits(ablate_pairs, scale_pairs)  # [pair, 3], [pair]
         has_edits = len(edited_pairs) > 0
         if keep_pairs is not None and (source == "model" or has_edits):
             raise ValueError(
@@ -114,7 +114,8 @@ class Patchable:
             raise ValueError(
                 "source 'model' edits the true scores: give ablate_pairs or scale_pairs."
             )
-        # maps refuse foreign pairs, whatever the source
+        # An edited term counts `factor` times instead of once: factor - 1 is what is added.
+        # Built here because maps refuse foreign pairs, whatever the source.
         sizes = self.feature_map.sizes
         changes = _FactorMap(edited_pairs, factors - 1.0, *sizes)
         if source == "feature_map":
@@ -145,6 +146,7 @@ class Patchable:
             return self._pair_score_function(feature_map.select(rows))
         if not len(edited_pairs):
             return self._pair_score_function(feature_map)
+        # cloned: the dictionary's own map stays as it is
         weights = feature_map.weights.clone()
         rows = _rows_of(feature_map, edited_pairs)
         weights[rows] = weights[rows] * factors.to(weights.dtype)
@@ -176,8 +178,10 @@ def _edits(
     scale_pairs = scale_pairs or {}
     scaled = as_pairs(list(scale_pairs))
     zeros = torch.zeros(len(ablated))
-    scale_factors = torch.tensor(list(scale_pairs.values()), dtype=torch.float32)
+    factors = list(scale_pairs.values())
+    scale_factors = torch.tensor(factors, dtype=torch.float32)
     pairs = torch.cat([ablated, scaled])
+    # a pair named twice has no single factor
     if len(pairs.unique(dim=0)) < len(pairs):
         raise ValueError("ablate_pairs and scale_pairs together must name each pair once.")
     return pairs, torch.cat([zeros, scale_factors])

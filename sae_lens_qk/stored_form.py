@@ -26,6 +26,7 @@ def to_stored_form(state_dict: dict[str, Any]) -> None:
     statistics = state_dict.pop("feature_map.statistics")
     if statistics.any():  # all zero: nothing was measured
         state_dict["feature_map.statistics"] = pack_statistics(statistics)
+    # safetensors refuses views such as a transposed matrix
     for name, tensor in state_dict.items():
         state_dict[name] = tensor.contiguous()
 
@@ -58,6 +59,7 @@ def from_stored_form(
                 f"The weights hold values that are not finite, first in {name}: "
                 "download or train again."
             )
+    # its constructor checks the pairs and sorts them
     feature_map = SparseFeatureMap(
         state_dict["feature_map.indices"],
         state_dict["feature_map.weights"],
@@ -84,7 +86,10 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for name, tensor in tensors.items():
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        values = tensor.detach().cpu().contiguous()
+        # viewed as bytes, because numpy has no bfloat16
+        value_bytes = values.view(torch.uint8).numpy()
+        sha.update(value_bytes.tobytes())
     return sha.hexdigest()
 
 
@@ -94,7 +99,8 @@ def pack_indices(indices: Int[Tensor, "pair 3"]) -> UInt8[Tensor, "pair 3 digit"
     Exact in every dtype that a loader may cast them to. Inverse: `unpack_indices`.
     """
     shifts = 8 * torch.arange(_DIGITS, device=indices.device)
-    return ((indices[..., None] >> shifts) & 255).to(torch.uint8)
+    digits = (indices[..., None] >> shifts) & 255  # [pair, 3, digit]
+    return digits.to(torch.uint8)
 
 
 def unpack_indices(digits: Tensor) -> Int[Tensor, "pair 3"]:
@@ -103,14 +109,16 @@ def unpack_indices(digits: Tensor) -> Int[Tensor, "pair 3"]:
     Raises:
         ValueError: not the digits of triples, as in a damaged file.
     """
-    are_bytes = ((digits >= 0) & (digits <= 255) & (digits == digits.round())).all()
+    fit_a_byte = (digits >= 0) & (digits <= 255)  # false for NaN
+    are_bytes = (fit_a_byte & (digits == digits.round())).all()
     if digits.shape[1:] != (3, _DIGITS) or not are_bytes:
         raise ValueError(
             f"Packed pairs must be integers 0 to 255 of shape [n_pairs, 3, {_DIGITS}], "
             f"got shape {list(digits.shape)} with other values or axes: the file is damaged."
         )
     shifts = 8 * torch.arange(_DIGITS, device=digits.device)
-    return (digits.to(torch.int64) << shifts).sum(dim=-1)
+    shifted = digits.to(torch.int64) << shifts  # [pair, 3, digit]
+    return shifted.sum(dim=-1)
 
 
 def pack_statistics(statistics: Float[Tensor, "pair 3"]) -> Float[Tensor, "pair 3"]:
@@ -128,13 +136,16 @@ def pack_statistics(statistics: Float[Tensor, "pair 3"]) -> Float[Tensor, "pair 
 def unpack_statistics(packed: Float[Tensor, "pair 3"]) -> Float[Tensor, "pair 3"]:
     """Inverse of `pack_statistics`."""
     log_importance, effect, log_co_occurrence = _at_least_float32(packed).unbind(dim=1)
-    statistics = torch.stack([_exp(log_importance), effect, _exp(log_co_occurrence)], dim=1)
+    importance = _exp(log_importance)
+    co_occurrence = _exp(log_co_occurrence)
+    statistics = torch.stack([importance, effect, co_occurrence], dim=1)
     return statistics.to(packed.dtype)
 
 
 def _exp(logs: Tensor) -> Tensor:
     """The numbers that were packed; zero stays zero, also when half precision has rounded it."""
-    return logs.exp().masked_fill(logs <= math.log(4 * _LEAST), 0.0)
+    is_zero = logs <= math.log(4 * _LEAST)
+    return logs.exp().masked_fill(is_zero, 0.0)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ class QKWeights(NamedTuple):
 
     def fingerprint(self) -> tuple[float, ...]:
         """W_Q r, then W_K r, for the fixed r_i = sin(i^2), to seven digits."""
-        numbers = torch.arange(self.W_Q.shape[1], device=self.W_Q.device) + 1.0
+        d_model = self.W_Q.shape[1]
+        numbers = torch.arange(d_model, device=self.W_Q.device) + 1.0
         r = numbers.double().square().sin()
         projected = []
         for W in (self.W_Q, self.W_K):
@@ -63,7 +64,8 @@ class OVWeights(NamedTuple):
         # One matrix product per key head: its query heads are stacked along the position axis.
         stacked = pattern.reshape(batch, n_kv_heads, -1, pos_k)
         z = stacked @ values.transpose(1, 2)  # [batch, kv_head, stacked, d_head]
-        z = z.reshape(batch, n_heads, pos_q, -1).transpose(1, 2)  # [batch, pos_q, head, d_head]
+        z = z.reshape(batch, n_heads, pos_q, -1)
+        z = z.transpose(1, 2)  # [batch, pos_q, head, d_head]
         return z.flatten(2) @ self.W_O.flatten(0, 1)
 
     def to(self, *args: Any) -> "OVWeights":

@@ -127,10 +127,12 @@ class AttentionLayer:
         weights = self.qk_weights
         n_heads, d_model, d_head = weights.W_Q.shape
         if isinstance(self.model, HookedTransformer):
+            # it divides by its `attn_scale`
             scale = 1.0 / self.block.attn.attn_scale
             inv_freq = _hooked_inv_freq(self.model)
         else:
             component = self.block.attn.original_component
+            # not every Hugging Face attention keeps its scale as an attribute
             scale = getattr(component, "scaling", None) or d_head**-0.5
             rotaries = rotary_modules(self.model)
             inv_freq = rotaries[0].inv_freq if rotaries else torch.empty(0)
@@ -161,7 +163,10 @@ class AttentionLayer:
         attn = self.block.attn
         W_V, b_V = self._grouped("V")
         W_O = attn.W_O.detach()
-        b_O = W_O.new_zeros(W_O.shape[2]) if attn.b_O is None else attn.b_O.detach()
+        if attn.b_O is None:
+            b_O = W_O.new_zeros(W_O.shape[2])  # [d_model]
+        else:
+            b_O = attn.b_O.detach()
         return OVWeights(
             W_V=W_V.detach(),
             b_V=_bias_or_zeros(b_V, W_V),
@@ -194,7 +199,8 @@ class AttentionLayer:
     def inputs(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         """The tensor that W_Q and W_K multiply; runs the model up to this layer only."""
         name = self.names.input
-        _, values = run_recording(self.model, tokens, [name], stop_at_layer=self.index + 1)
+        stop = self.index + 1
+        _, values = run_recording(self.model, tokens, [name], stop_at_layer=stop)
         return self.complete(values[name])
 
     def record(
@@ -209,9 +215,8 @@ class AttentionLayer:
             UnsupportedModelError: a hook does not fire, or the pattern has another shape.
         """
         names = (self.names.input, self.names.scores, self.names.pattern)
-        _, values = run_recording(
-            self.model, tokens, names, fwd_hooks, stop_at_layer=self.index + 1
-        )
+        stop = self.index + 1
+        _, values = run_recording(self.model, tokens, names, fwd_hooks, stop_at_layer=stop)
         return self.record_of(values)
 
     def record_of(self, values: dict[str, Tensor]) -> LayerRecord:
@@ -237,6 +242,7 @@ class AttentionLayer:
         if chosen_heads and not all(0 <= head < self.n_heads for head in chosen_heads):
             raise ValueError(f"heads must lie in [0, {self.n_heads - 1}], got {chosen_heads}.")
         spec = self.spec
+        # What one call of the model has shown so far: the three hooks fire in this order.
         call: dict[str, Tensor] = {}
 
         def keep_input(value: Tensor, hook: Any) -> None:
@@ -248,10 +254,12 @@ class AttentionLayer:
             call["scores"] = value
 
         def overwrite(pattern: Tensor, hook: Any) -> Tensor:
+            # popped: nothing of this call outlives it
             rebuilt = pattern_fn(call.pop("x"), call.pop("scores"))
             rebuilt = rebuilt.to(pattern.dtype)
             if chosen_heads is None:
                 return rebuilt
+            # cloned: the host may still need its own pattern for a backward pass
             patched = pattern.clone()
             patched[:, chosen_heads] = rebuilt[:, chosen_heads]
             return patched
@@ -275,7 +283,8 @@ class LayerReplay:
     def __init__(self, layer: AttentionLayer):
         self.layer = layer
         self.exact: bool | None = None
-        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._args: tuple[Any, ...] = ()
+        self._kwargs: dict[str, Any] = {}
 
     def record(
         self, tokens: Int[Tensor, "batch pos"]
@@ -285,10 +294,12 @@ class LayerReplay:
         names = self.layer.names
         options: dict[str, Any] = {}
         if isinstance(model, TransformerBridge):
+            # a cache among the recorded arguments would grow with every replay
             options["use_cache"] = False
 
         def keep_arguments(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._arguments = (args, kwargs)
+            self._args = args
+            self._kwargs = kwargs
 
         handle = self.layer.block.register_forward_pre_hook(keep_arguments, with_kwargs=True)
         try:
@@ -298,7 +309,7 @@ class LayerReplay:
             handle.remove()
         self._tokens = tokens
         if self.exact is None:
-            self.exact = True
+            self.exact = True  # for the moment, so that `run` replays
             error = largest(self.run([]) - logits)
             self.exact = error <= TOLERANCE * max(1.0, largest(logits))
         return logits, self.layer.record_of(values)
@@ -312,11 +323,13 @@ class LayerReplay:
         if not self.exact:
             logits = model.run_with_hooks(self._tokens, fwd_hooks=fwd_hooks, prepend_bos=False)
             return logits[:, positions]
-        (residual, *args), kwargs = self._arguments
+        residual, *args = self._args  # [batch, pos, d_model] and what all blocks get
         with model.hooks(fwd_hooks=fwd_hooks):
             for block in model.blocks[self.layer.index :]:
-                output = block(residual, *args, **kwargs)
+                output = block(residual, *args, **self._kwargs)
+                # Hugging Face blocks may return (residual, attention weights)
                 residual = output[0] if isinstance(output, tuple) else output
+            # only these positions: the unembedding is the largest product of a small model
             return model.unembed(model.ln_final(residual[:, positions]))
 
 
@@ -344,11 +357,13 @@ def run_recording(
 
     def recorder(name: str) -> Callable[..., None]:
         def keep(value: Tensor, hook: Any) -> None:
+            # cloned: later layers may write into the tensor in place
             values[name] = value.clone()
 
         return keep
 
     recorders = [(name, recorder(name)) for name in names]
+    # hooks run in order: what is recorded is what the given ones leave
     hooks = [*fwd_hooks, *recorders]
     logits = model.run_with_hooks(tokens, fwd_hooks=hooks, prepend_bos=False, **options)
     silent = [name for name in names if name not in values]
@@ -392,6 +407,7 @@ def check_mask(scores: Tensor, spec: AttentionSpec) -> None:
     # hosts mask with -inf or with the smallest float
     masked = scores <= torch.finfo(scores.dtype).min / 2
     allowed = spec.allowed_mask(scores.shape[-1], scores.device)
+    # a key must be either masked or allowed
     if (masked == allowed).any():
         raise UnsupportedModelError(
             "The model masks other keys than its spec says: padded input is not supported."

@@ -71,7 +71,9 @@ def hub_name(model_name: str) -> str | None:
     if shipped_model_folder(model_name):
         return None
     name = _HUB_NAMES.get(model_name, model_name)
-    is_path = Path(name).is_absolute() or Path(name).is_dir() or name.count("/") > 1
+    path = Path(name)
+    # repositories on the Hub have the form owner/name
+    is_path = path.is_absolute() or path.is_dir() or name.count("/") > 1
     return None if is_path or not name else name
 
 

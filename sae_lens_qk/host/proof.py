@@ -177,7 +177,7 @@ def _logit_change(layer: AttentionLayer, tokens: Tensor, logits: Tensor) -> floa
     """Largest change of a logit when the layer attends uniformly to the allowed keys."""
     n_pos = tokens.shape[1]
     allowed = layer.spec.allowed_mask(n_pos, tokens.device)
-    uniform = allowed / allowed.sum(dim=-1, keepdim=True)
+    uniform = allowed / allowed.sum(dim=-1, keepdim=True)  # [pos_q, pos_k]
 
     def overwrite(pattern: Tensor, hook: Any) -> Tensor:
         return uniform.to(pattern.dtype).expand_as(pattern)

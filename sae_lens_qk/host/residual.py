@@ -84,7 +84,10 @@ def logit_directions(
         varied = residual.detach().clone().requires_grad_(True)
         with host.hooks(fwd_hooks=[detach_scale]):
             logits = host.unembed(host.ln_final(varied))
-        difference = logits[prompts, plus] - logits[prompts, minus]
+        difference = logits[prompts, plus] - logits[prompts, minus]  # [prompt]
+        # of the sum: prompts do not mix, so its gradient holds that of each prompt
         (directions,) = torch.autograd.grad(difference.sum(), varied)
-    constants = difference.detach() - (directions * residual).sum(dim=-1)
+    # what is left of the difference: biases of the norm and of the unembedding
+    linear_part = (directions * residual).sum(dim=-1)
+    constants = difference.detach() - linear_part
     return LogitDirections(directions, constants)

@@ -69,7 +69,9 @@ def rotary_modules(model: TransformerBridge) -> list[Any]:
         for module in original.modules()
         if isinstance(getattr(module, "inv_freq", None), Tensor)
     )
-    return list({module.inv_freq.data_ptr(): module for module in candidates}.values())
+    # modules that share their frequencies are one embedding
+    unique = {module.inv_freq.data_ptr(): module for module in candidates}
+    return list(unique.values())
 
 
 def _hooked_features(model: HookedTransformer, layer: int) -> dict[str, bool]:
@@ -98,8 +100,11 @@ def _bridge_features(model: TransformerBridge, layer: int) -> dict[str, bool]:
     config = model.original_model.config
     rotaries = rotary_modules(model)
     rope = getattr(config, "rope_parameters", None) or {}
-    norms = (getattr(component, name, None) for name in ("q_norm", "q_layernorm", "qk_layernorm"))
+    # architectures call it differently
+    norm_names = ("q_norm", "q_layernorm", "qk_layernorm")
+    norms = (getattr(component, name, None) for name in norm_names)
     amplitudes = (getattr(module, "attention_scaling", 1.0) for module in rotaries)
+    # such a bridge computes no pattern of its own that a hook could replace
     runs_original = type(attn).forward is AttentionBridge.forward
     return {
         "QK-norm": any(norm not in (None, False) for norm in norms),
