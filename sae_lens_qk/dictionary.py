@@ -180,7 +180,9 @@ class BilinearQKDictionary(
         features = self._as_features(x)
         queries = self.query.decode(features.query)  # [batch, pos, d_queries]
         keys = self.key.decode(features.key)  # [batch, pos, d_keys]
-        return QueriesKeys(self.spec.split_queries(queries), self.spec.split_keys(keys))
+        q_hat = self.spec.split_queries(queries)
+        k_hat = self.spec.split_keys(keys)
+        return QueriesKeys(q_hat, k_hat)
 
     def scores(
         self, x: Float[Tensor, "batch pos d_model"] | Features, source: Source = "transcoders"

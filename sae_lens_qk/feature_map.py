@@ -293,8 +293,10 @@ class SparseFeatureMap(nn.Module):
             window=spec.window,
         )
         device = features.query.device
-        query_rows = torch.ones(self.d_query + 1, self.n_heads, 1, device=device)
-        key_rows = torch.ones(self.d_key + 1, self.n_heads, 1, device=device)
+        d_query_1 = self.d_query + 1
+        d_key_1 = self.d_key + 1
+        query_rows = torch.ones(d_query_1, self.n_heads, 1, device=device)
+        key_rows = torch.ones(d_key_1, self.n_heads, 1, device=device)
         unit_decoders = Decoders(query_rows, key_rows)
         scorer = PairScorer(self.indices, unit_decoders, unit_spec)
         unit_weights = torch.ones(len(self), device=device)

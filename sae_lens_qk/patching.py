@@ -122,7 +122,7 @@ class Patchable:
             return self._map_score_function(keep_pairs, edited_pairs, factors)
         if keep_pairs is not None:
             pairs = as_pairs(keep_pairs)
-            unit_weights = torch.ones(len(pairs))
+            unit_weights = torch.ones(len(pairs))  # whole terms: these pairs need not be in the map
             return self._pair_score_function(SparseFeatureMap(pairs, unit_weights, *sizes))
 
         def edited_scores(x: Tensor, scores: Tensor) -> Tensor:
@@ -155,7 +155,12 @@ class Patchable:
 
     def _pair_score_function(self, pairs: SparseFeatureMap) -> ScoreFn:
         """Scores of a list of pairs and of constant x constant."""
-        return lambda x, scores: pairs.scores(self.features(x), self.decoders, self.spec)
+
+        def pair_scores(x: Tensor, scores: Tensor) -> Tensor:
+            features = self.features(x)
+            return pairs.scores(features, self.decoders, self.spec)
+
+        return pair_scores
 
 
 class _FactorMap(SparseFeatureMap):

@@ -128,6 +128,7 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
         d_keys = self.key.cfg.d_out
         expected = (self.cfg.d_in, d_queries, d_keys)
         d_model = weights.W_Q.shape[1]
+        # [head, d_head] flattened, as the halves put them out
         actual = (d_model, weights.b_Q.numel(), weights.b_K.numel())
         if expected != actual:
             raise ValueError(
