@@ -123,7 +123,10 @@ def compare(
         raise ValueError(f"compare needs dictionaries of one layer, got those of {sorted(layers)}.")
     for dictionary in dictionaries.values():
         layer = proven_layer(dictionary.cfg, model)
+    # in order, each once
     baselines = tuple(dict.fromkeys(("zero", *baselines)))
+    # batches of nearly one size: no last one of a single row, which has no other to be shuffled
+    # with
     batches = tokens.tensor_split(max(1, len(tokens) // batch_size))
     mean_pattern = _mean_pattern(layer, batches) if "mean" in baselines else None
     replay = LayerReplay(layer)
@@ -165,6 +168,7 @@ def _mean_pattern(
     layer: AttentionLayer, batches: Sequence[Tensor]
 ) -> Float[Tensor, "head pos_q pos_k"]:
     total = torch.zeros(())
+    # a pass of its own: the mean has to be known before anything is patched
     for rows in batches:
         scores = layer.record(rows).scores.float()
         total = total + layer.spec.pattern(scores).sum(dim=0)
@@ -179,9 +183,9 @@ class _Batch:
         self.tokens = tokens
         logits, record = replay.record(tokens)
         self.x = record.x
-        self.scores = record.scores.float()
+        self.scores = record.scores.float()  # [row, head, pos_q, pos_k]
         self.log_pattern = replay.layer.spec.log_pattern(self.scores)
-        self.log_probs = logits.float().log_softmax(dim=-1)
+        self.log_probs = logits.float().log_softmax(dim=-1)  # [row, pos, vocab]
         self.ce = next_token_loss(self.log_probs, tokens)
 
     def metrics(
@@ -191,6 +195,7 @@ class _Batch:
         layer = self.replay.layer
         zero = torch.zeros_like(self.log_pattern)
         pattern = zero if log_pattern is None else log_pattern.exp()
+        # the layers below are not run again
         logits = self.replay.run(layer.pattern_hooks(lambda x, scores: pattern))
         metrics = pattern_metrics(self.log_pattern, log_pattern, layer.spec)
         metrics |= prediction_metrics(logits, self.log_probs, self.tokens)
@@ -254,7 +259,7 @@ class _DictionarySums:
             fired += fires.sum(dim=(0, 1)).cpu()
         if d.has_feature_map:
             self.n_active_pairs += d.feature_map.count_active(features, d.spec)
-        pattern = batch.log_pattern.exp()
+        pattern = batch.log_pattern.exp()  # [row, head, pos_q, pos_k]
         for source in _sources(d):
             log_pattern = d.spec.log_pattern(d.scores(features, source))
             self.rows[source].append(batch.metrics(log_pattern))
@@ -270,6 +275,7 @@ class _DictionarySums:
         if source == "feature_map":
             pairs = self.feature_pairs
             return pairs.scores(features, d.decoders, d.spec, include_constant=False)
+        # without b_dec, the constants
         queries = d.spec.split_queries(features.query @ d.query.W_dec)
         keys = d.spec.split_keys(features.key @ d.key.W_dec)
         return d.spec.scores(queries, keys)
@@ -319,6 +325,7 @@ class _DictionarySums:
         is_live = live_query[query] & live_key[key]  # [pair]
         n_live_features = int(live_query.sum()) * int(live_key.sum())
         n_live_entries = max(1, n_live_features * n_heads)
+        # before dead features were dropped
         n_entries = math.prod(self.d.cfg.original_sizes) * n_heads
         return MapResult(
             n_pairs=len(self.d.feature_map),
@@ -353,7 +360,7 @@ def _pattern_result(
     shares: list[Any] = [None, None, None]
     if explained is not None:
         shares = [share.tolist() for share in explained_shares(explained)]
-    ce_gain = zero["ce_loss"] - metrics["ce_loss"]
+    ce_gain = zero["ce_loss"] - metrics["ce_loss"]  # [row]
     logit_kl_gain = zero["logit_kl"] - metrics["logit_kl"]
     return PatternResult(
         pattern_kl=pattern_kl,
@@ -400,13 +407,14 @@ def rounding_loss(
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         rounded = copy.deepcopy(dictionary).to(dtype)
         state_dict = rounded.state_dict()
+        # as `save_model` does: indices as digits
         rounded.process_state_dict_for_saving(state_dict)
         n_bytes = sum(tensor.nbytes for tensor in state_dict.values())
         rounded_patterns = log_patterns(rounded.to(torch.float32))
         for source, log_pattern in rounded_patterns.items():
             reference = references[source]
             difference = reference.exp() - log_pattern.exp()
-            divergence = spec.kl(reference, log_pattern)
+            divergence = spec.kl(reference, log_pattern)  # [batch, head, pos_q]
             row = {
                 "dtype": str(dtype).removeprefix("torch."),
                 "source": source,

@@ -95,6 +95,7 @@ class Evaluation(NamedTuple):
         for name, result in self.sources.items():
             cells = [
                 name,
+                # the zero pattern has none
                 fixed(result.pattern_kl.value if result.pattern_kl else None),
                 fixed(result.pattern_tv),
                 fixed(result.argmax_agreement, digits=3),
@@ -109,6 +110,7 @@ class Evaluation(NamedTuple):
         )
         names = header[:1]
         table = cell_table(header, rows, names, unbroken=names, title=title)
+        # after the table, one line per subject
         f = self.features
         lines = [
             f"L0 {f.l0_query:.1f} query / {f.l0_key:.1f} key features per token; "
@@ -126,6 +128,7 @@ class Evaluation(NamedTuple):
 
 def _plain(value: Any) -> Any:
     """Named tuples as dicts, all the way down."""
+    # named tuples are tuples too: lists stay as they are
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, dict):

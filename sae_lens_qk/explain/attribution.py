@@ -31,6 +31,7 @@ class Attributions(UserList[Attribution]):
         frames = [attribution.to_frame(source) for attribution in self]
         positions = [attribution.position for attribution in self]
         names = list(ScorePosition._fields)
+        # positions as an index of three levels, then as columns
         frame = pd.concat(frames, keys=positions, names=names)
         return frame.reset_index(names).reset_index(drop=True)
 
@@ -59,6 +60,7 @@ class Attributions(UserList[Attribution]):
         for attribution in self:
             _, query_pos, key_pos = attribution.position
             words = attribution.prompt.words
+            # a column per kind; kinds that a score lacks are missing
             parts = attribution.parts().set_index("kind")["pattern_effect"]
             row = {
                 **attribution.position._asdict(),
@@ -144,6 +146,7 @@ def attribute(
     heads = _numbers("head", head, n_heads)
     queries = _numbers("query_pos", query_pos, n_pos)
     keys = _numbers("key_pos", key_pos, n_pos)
+    # numbers have no axis, sequences have one even if they hold one number
     if heads.ndim == queries.ndim == keys.ndim == 0:
         return Attribution.of(prompt, heads, queries, keys)
     queries = queries.reshape(-1)
@@ -152,6 +155,7 @@ def attribute(
     for one_head in heads.reshape(-1).tolist():
         # before what takes long: refuses heads and positions that do not exist
         rows = [prompt.position(one_head, i, i) for i in queries]
+        # rotated once for all rows of the head
         head_terms = prompt.head_terms(one_head)
         for _, query, _ in rows:
             terms = head_terms.row(query)
@@ -188,6 +192,7 @@ def overview(prompt: RecordedPrompt, query_pos: SupportsIndex = -1) -> pd.DataFr
     """
     i = prompt.find(query_pos)
     rows = prompt.pattern[:, i, : i + 1]  # [head, key]
+    # the first token has no key but itself
     first_other = min(i, 1)
     keys = rows[:, first_other:].argmax(dim=1) + first_other  # [head]
     heads = torch.arange(len(rows), device=keys.device)

@@ -69,6 +69,7 @@ class Check(NamedTuple):
     @property
     def holds(self) -> bool | None:
         """Whether `features` hold on both sides at every k from 2 on; None: no controls exist."""
+        # a single feature may be replaced by another: k = 1 proves little
         rows = self.table.query("ranking == 'features' and k >= 2").dropna(subset="holds")
         return bool(rows["holds"].all()) if len(rows) else None
 
@@ -134,6 +135,7 @@ def check(
     for removal in named_removals(prompt, position, terms, ks, directions):
         site = removal.site
         names, factors = _removals(site, removal.top, n_controls, generator)
+        # all removals of a site at once; the first is the explanation's
         measured = row.change(site.measure(row, factors), site.key_pos)
         predicted = row.change(site.predict(row, factors), site.key_pos)
         result = {
@@ -172,7 +174,7 @@ def named_removals(
     row = prompt.row(head, i)
     query_features = terms.active("query", j, directions.query.usable)
     key_features = terms.active("key", j, directions.key.usable)
-    pair_effects = row.effect(terms.pairs(query_features, key_features), j)
+    pair_effects = row.effect(terms.pairs(query_features, key_features), j)  # [a, b]
     query_order, key_order = best_pairs(pair_effects, positive=True).T
     sides: list[tuple[Side, int, Tensor, Tensor, Tensor]] = [
         ("query", i, prompt.query_acts, query_features, query_order),
@@ -188,6 +190,7 @@ def named_removals(
             rows=terms.rows(side, j, features),
         )
         feature_order = best_first(row.effect(site.rows, j), positive=True)
+        # a feature counts once, however many of the best pairs it is part of
         for ranking, order in (("features", feature_order), ("pairs", pair_order)):
             for k in ks:
                 if k <= len(order):
@@ -203,7 +206,7 @@ def _removals(
 ) -> tuple[list[str], Factors]:
     """The removal of the top features first, then the controls: their names and factors."""
     names = ["top"]
-    factors = [top.to(site.rows.dtype)]
+    factors = [top.to(site.rows.dtype)]  # 1 for what leaves, 0 for what stays
     for draw in range(n_controls):
         for name, control in control_removals(site, top, generator).items():
             if draw == 0 or name != "matched":  # nothing about this one is random
@@ -221,7 +224,7 @@ def against_controls(
     Args:
         names: "top" first, then the control of each drop.
     """
-    kinds = np.array(names)
+    kinds = np.array(names)  # [removal]
     values = drops.double().cpu().numpy()
     result: dict[str, Any] = {}
     for name in CONTROLS:
@@ -231,6 +234,7 @@ def against_controls(
             result[name] = control_drops.mean().item()
     if math.isnan(result["other"]):
         return result | {"beaten": math.nan, "holds": None}
+    # the matched control is one, and compared by itself
     random_drops = values[np.isin(kinds, ["other", "rescaled"])]
     top_drop = values[0].item()
     beaten = (top_drop > random_drops).mean().item()

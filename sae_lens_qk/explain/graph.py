@@ -27,6 +27,7 @@ def graph_fields(
     """
     queries = _Nodes(prompt, "query", position.query_pos)
     keys = _Nodes(prompt, "key", position.key_pos)
+    # errors and what the mask takes away are no nodes
     query_marginals = marginals.query.dropna(subset="feature").head(n)
     key_marginals = marginals.key.dropna(subset="feature").head(n)
     pair_columns = pairs[["query_feature", "key_feature", "contribution"]]
@@ -34,10 +35,12 @@ def graph_fields(
         [queries.node_id(a), keys.node_id(b), contribution]
         for a, b, contribution in pair_columns.itertuples(index=False)
     ]
+    # every feature that is named below is a node
     query_features = [*pairs["query_feature"], *query_marginals["feature"]]
     key_features = [*pairs["key_feature"], *key_marginals["feature"]]
     return {
         "nodes": [*queries.nodes(query_features), *keys.nodes(key_features)],
+        # the names of Neuronpedia's format
         "qk_tracing_results": {
             "pair_wise_contributors": pair_contributors,
             "top_q_marginal_contributors": queries.contributors(query_marginals),

@@ -112,7 +112,7 @@ class Attribution:
         if d.has_feature_map:
             weights = self.terms.weights(d.feature_map, self.position.head)
         else:
-            weights = torch.ones_like(self.terms.terms)
+            weights = torch.ones_like(self.terms.terms)  # every pair is kept
         key_pos = self.position.key_pos
         row = self._row
         return term_frame(d.cfg, row, self.terms, weights, key_pos, source)
@@ -148,12 +148,14 @@ class Attribution:
     ) -> Int[Tensor, "pair 3"]:
         """The strongest pairs of `top` as (query feature, key feature, head), for `fwd_hooks`."""
         top = self.top(n, sign, source=source)
+        # constant x constant belongs to every map and is no pair of it
         pairs = top.query("kind != 'constant'")
         features = pairs[["query_feature", "key_feature"]].astype("int64")
         return as_pairs(features.assign(head=self.position.head).to_numpy())
 
     def marginals(self, source: Source | None = None) -> Marginals:
         """What each query feature adds over all key features, and the other way round."""
+        # the rest, 1 - weight, is a row of its own
         weights = self._weights(source)
         return marginal_tables(self._row, self.terms, weights, self.position.key_pos)
 
@@ -163,8 +165,8 @@ class Attribution:
         terms = self.terms
         if self._known(source) == "feature_map":
             return terms.weights(d.feature_map, self.position.head)
-        no_query_error = terms.query_features <= d.cfg.d_query
-        no_key_error = terms.key_features <= d.cfg.d_key
+        no_query_error = terms.query_features <= d.cfg.d_query  # [a]
+        no_key_error = terms.key_features <= d.cfg.d_key  # [entry]
         return (no_query_error[:, None] & no_key_error).to(terms.terms.dtype)
 
     def _known(self, source: Source | None) -> Source:
@@ -274,6 +276,7 @@ class Attribution:
         marginals = self.marginals(source)
         pairs = feature_terms(frame).head(n)
         tables = self._tables(frame, marginals, n)
+        # NaN is no JSON
         rows = {name: records(table) for name, table in tables.items()}
         return {
             "model": cfg.model_name,
@@ -346,6 +349,7 @@ class Attribution:
         source: Source | None = None,
     ) -> RenderableType:
         """For rich: `tables` under their titles, and the verdict of the check if there is one."""
+        # `Text`: tokens may look like markup
         title = Text(f"{self}; rebuilt from features {self.rebuilt(source):.3f}")
         views: list[RenderableType] = [title]
         for name, table in self._titled_tables(n, source):
@@ -375,6 +379,7 @@ class Attribution:
         }
         cfg = self.prompt.dictionary.cfg
         for name, table in self.tables(n, source).items():
+            # marginals are long, and people read five of them
             if name in ("query", "key"):
                 table = table.head(5).rename(columns={"feature": f"{name}_feature"})
             yield titles[name], named_features(table, cfg)

@@ -82,8 +82,8 @@ class RecordedPrompt:
         """
         layer = proven_layer(dictionary.cfg, model)
         token_row = _token_row(model, tokens)
-        record = layer.record(token_row[None])
-        x = record.x.float().to(dictionary.device)
+        record = layer.record(token_row[None])  # batch of one
+        x = record.x.float().to(dictionary.device)  # [1, pos, d_model]
         features = dictionary.features(x.to(dictionary.dtype))
         return cls(
             dictionary=dictionary,
@@ -164,6 +164,7 @@ class RecordedPrompt:
         """
         source = source or self.source
         if source not in self._patterns:
+            # [1, head, pos_q, pos_k]
             patterns = self.dictionary.pattern(self._own_features, source)
             self._patterns[source] = patterns[0]
         return self._patterns[source]
@@ -202,6 +203,7 @@ class RecordedPrompt:
 
     def head_terms(self, head: int) -> HeadTerms:
         """All terms of one head, the errors included, row by row."""
+        # several query heads share a key head
         kv_head = head // self.dictionary.spec.heads_per_kv
         query_errors = self._errors.query[:, head]
         errors = Errors(query_errors, self._errors.key[:, kv_head])
@@ -272,6 +274,7 @@ class RecordedPrompt:
         if token.lstrip("-").isdigit():
             return self._from_start("query_pos", int(token))
         text = token.strip()
+        # tokens of GPT-2 and its like begin with their space
         words = [word.strip() for word in self.words]
         positions = [pos for pos, word in enumerate(words) if word == text]
         if not positions:
@@ -310,6 +313,7 @@ class RecordedPrompt:
         if query_positions is None:
             query_positions = range(n_pos)
         rows = product(heads, query_positions)
+        # a query may always attend to itself: this checks head and query, and drops repetitions
         positions = {self.position(head, i, i) for head, i in rows}
         return strongest_pairs(self._mapped_rows(sorted(positions)), n)
 
@@ -331,6 +335,7 @@ def integers(name: str, values: Any) -> Int[Tensor, "*shape"]:
         ValueError: other than integers, or none of them.
     """
     try:
+        # copies only what is no tensor yet
         tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must be integers, got {values!r}.") from error

@@ -160,6 +160,7 @@ class ActivationStatistics:
                 f"Co-occurrence of {len(sums.count)} features per side was not counted, the table "
                 "would be too large: drop the dead ones first (d.compact)."
             )
+        # [d]
         counts = sums.co_firing[number] + sums.co_firing[:, number]  # one of both is the upper half
         partners = np.argsort(-counts, kind="stable")[:n]
         frame = pd.DataFrame({"feature": partners, "count": counts[partners]})
@@ -222,6 +223,7 @@ class ActivationStatistics:
         metadata = {"identity": json.dumps(self.identity)}
         unfinished = folder / f"{_STATE}.unfinished"
         save_file(arrays, unfinished, metadata)
+        # readers find the old file or the new one
         unfinished.replace(folder / _STATE)
         self.features.to_parquet(folder / _FEATURES)
         self.pairs.to_parquet(folder / _PAIRS)
@@ -288,8 +290,10 @@ def collect_activations(
     token_rows: list[np.ndarray] = []
     rows = _encoded_rows(d, batches)
     n_rows = len(batches.tokens) if isinstance(batches, RowBatches) else None
+    # without a length the bar counts up
     bar = tqdm(rows, "Activations", n_rows, unit="row", disable=not progress)
     counted_rows = iter(bar)
+    # some rows at a time: compiled loops run over many at once
     while chunk := list(islice(counted_rows, _ROWS_AT_ONCE)):
         adder.add(len(token_rows), chunk)
         token_rows += [row.tokens for row in chunk]
@@ -371,6 +375,7 @@ def _encoded_rows(d: BilinearQKDictionary, batches: Iterable[Batch]) -> Iterator
     """Each row of the batches, all of one length."""
     n_pos = None
     for tokens, x in batches:
+        # the first batch says how long rows are
         n_pos = n_pos or tokens.shape[-1]
         is_batch = tokens.ndim == 2 and x.shape[:-1] == tokens.shape
         if not is_batch or tokens.shape[1] != n_pos:

@@ -90,6 +90,7 @@ def head_table(
         top_1_percent=("masked_importance", lambda values: _top_share(values, 0.01)),
         top_10_percent=("masked_importance", lambda values: _top_share(values, 0.1)),
     )
+    # heads without pairs have a row too
     all_heads = pd.RangeIndex(d.spec.n_heads, name="head")
     return heads.reindex(all_heads, fill_value=0).reset_index()
 
@@ -138,6 +139,7 @@ def superposition(participations: pd.DataFrame) -> pd.DataFrame:
         heads_served from 1 to the largest number of heads, combinations (how many (query feature,
         key feature)), share_of_combinations and share_of_importance.
     """
+    # participation lies in [1, heads]
     bins = participations["participation"].to_numpy().round().astype(int)
     importance = participations["masked_importance"].to_numpy()
     n_bins = participations["heads"].to_numpy().max() + 1
@@ -166,11 +168,12 @@ def shared_reasons(
     """
     pairs = pair_importances(d) if pairs is None else pairs
     heads = pd.RangeIndex(d.spec.n_heads, name="head")
+    # NaN where a head lacks the pair
     table = pairs.pivot(index=_PAIR, columns="head", values="masked_importance")
     importances = table.reindex(columns=heads).fillna(0.0).to_numpy()  # [pair, head]
     sums = importances.sum(axis=0)
     shares = importances / np.where(sums > 0, sums, np.nan)
-    vectors = np.sqrt(shares)
+    vectors = np.sqrt(shares)  # unit columns
     return pd.DataFrame(vectors.T @ vectors, index=heads, columns=heads)
 
 
