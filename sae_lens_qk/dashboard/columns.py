@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from sae_lens_qk.attention import SIDES, Side
-from sae_lens_qk.dashboard.pages import PAIR, Material
+from sae_lens_qk.dashboard.pages import PAIR, Material, feature_table
 from sae_lens_qk.dashboard.texts import Contexts
 from sae_lens_qk.dashboard.values import numbers, records
 
@@ -29,42 +29,33 @@ def feature_columns(material: Material, side: Side, contexts: Contexts) -> dict[
     """
     features = material.pages.query if side == "query" else material.pages.key
     groups = _pairs_by_feature(material, side, features)
-    importance = material.pair_column("importance")
+    importance = material.pairs["importance"].to_numpy()  # [pair]
     columns: dict[str, Any] = {"feature": features.tolist()}
+    table = feature_table(material.statistics, side).iloc[features]
     for name in ("density", "mean", "max"):
-        values = material.feature_column(side, name)
-        columns[name] = numbers(values[features])
+        columns[name] = numbers(table[name])
     columns["pairs"] = [len(pairs) for pairs in groups]
     columns["importance"] = numbers(importance[pairs].sum() for pairs in groups)
-    columns["contexts"] = [contexts.feature(side, feature) for feature in columns["feature"]]
+    columns["contexts"] = [contexts.feature(side, feature) for feature in features]
     partner = "key_feature" if side == "query" else "query_feature"
-    names = (partner, "head", "weight", "importance", "mean")
+    partners = material.pairs[[partner, "head", "weight", "importance", "mean"]]
     n_partners = material.limits.partners
-    columns["partners"] = [
-        _pair_records(material, names, pairs[:n_partners])  # the most important ones
-        for pairs in groups
-    ]
-    columns["neighbours"] = [_neighbours(material, side, feature) for feature in columns["feature"]]
+    shown_pairs = [pairs[:n_partners] for pairs in groups]  # the most important ones
+    columns["partners"] = [records(partners.iloc[pairs]) for pairs in shown_pairs]
+    columns["neighbours"] = [_neighbours(material, side, feature) for feature in features]
     return columns
 
 
 def _pairs_by_feature(material: Material, side: Side, features: np.ndarray) -> list[np.ndarray]:
     """Rows of the map with each of the features, most important first."""
-    importance = material.pair_column("importance")
-    order = np.argsort(-importance, kind="stable")
-    pair_features = material.pair_column(f"{side}_feature")[order]
+    importance = material.pairs["importance"].to_numpy()
+    order = np.argsort(-importance, kind="stable")  # [pair]
+    pair_features = material.pairs[f"{side}_feature"].to_numpy()[order]
     # stable: within a feature the pairs stay in the order of their importance
     feature_order = np.argsort(pair_features, kind="stable")
     runs = _runs(pair_features[feature_order], features)
     grouped = order[feature_order]
     return [grouped[run] for run in runs]
-
-
-def _pair_records(
-    material: Material, names: tuple[str, ...], pairs: np.ndarray | slice
-) -> list[list[Any]]:
-    columns = [material.pair_column(name)[pairs] for name in names]
-    return records(*columns)
 
 
 def _neighbours(material: Material, side: Side, feature: int) -> list[list[Any]]:
@@ -73,9 +64,8 @@ def _neighbours(material: Material, side: Side, feature: int) -> list[list[Any]]
     # of very wide dictionaries this is not counted
     if not statistics.sums.query.co_firing.size:
         return []
-    n = material.limits.neighbours
-    frame = statistics.feature_co_occurrence(side, feature, n)
-    return records(frame["feature"].to_numpy(), frame["share"].to_numpy())
+    frame = statistics.feature_co_occurrence(side, feature, material.limits.neighbours)
+    return records(frame[["feature", "share"]])
 
 
 def pair_columns(material: Material, contexts: Contexts) -> dict[str, Any]:
@@ -86,28 +76,27 @@ def pair_columns(material: Material, contexts: Contexts) -> dict[str, Any]:
     `stretches`; None without rotary embeddings.
     """
     pairs = material.pages.pairs
+    table = material.pairs.iloc[pairs]
     columns: dict[str, Any] = {"pair": pairs.tolist()}
     for name in PAIR:
-        values = material.pair_column(name)
-        columns[name] = values[pairs].tolist()
+        columns[name] = table[name].tolist()
     for name in _PAIR_NUMBERS:
-        values = material.pair_column(name)
-        columns[name] = numbers(values[pairs])
-    columns["contexts"] = [contexts.pair(number) for number in columns["pair"]]
+        columns[name] = numbers(table[name])
+    columns["contexts"] = [contexts.pair(number) for number in pairs]
     columns["heads"] = _same_features(material, pairs)
     return columns | _kernels(material, pairs)
 
 
 def _same_features(material: Material, pairs: np.ndarray) -> list[list[list[Any]]]:
     """The heads in which the map has the features of each pair."""
-    query_feature = material.pair_column("query_feature")
-    key_feature = material.pair_column("key_feature")
+    table = material.pairs
     n_keys = material.d.cfg.d_key + 1  # with the constant
     # a number per (query feature, key feature); sorted, as the pairs of a map are
-    codes = query_feature * n_keys + key_feature
-    names = ("head", "weight", "importance", "effect")
+    codes = table["query_feature"] * n_keys + table["key_feature"]
+    codes = codes.to_numpy()  # [pair of the map]
+    heads = table[["head", "weight", "importance", "effect"]]
     runs = _runs(codes, codes[pairs])
-    return [_pair_records(material, names, run) for run in runs]
+    return [records(heads.iloc[run]) for run in runs]
 
 
 def _kernels(material: Material, pairs: np.ndarray) -> dict[str, Any]:
@@ -115,21 +104,21 @@ def _kernels(material: Material, pairs: np.ndarray) -> dict[str, Any]:
     if not d.spec.rotary_dim:
         return {"stretches": [], "kernel": None}
     n_pos = material.statistics.tokens.shape[1]
-    typical = material.pair_column("weight")[pairs].astype(float)
+    table = material.pairs.iloc[pairs]
+    typical = table["weight"].to_numpy(float, copy=True)  # [pair]
     for side in SIDES:
-        activations = material.feature_column(side, "mean")
-        activations = np.append(activations, 1.0)  # of the constant
-        features = material.pair_column(f"{side}_feature")
-        typical *= activations[features[pairs]]
+        activations = feature_table(material.statistics, side)["mean"]
+        activations = np.append(activations, 1.0)  # [feature], the constant last
+        typical *= activations[table[f"{side}_feature"]]
     triples = d.feature_map.indices[torch.from_numpy(pairs)]
     kernel = d.pair_kernel(triples, range(n_pos))  # [pair, offset]
-    kernel = kernel.double().cpu().numpy()
+    kernel = kernel.double().cpu().numpy()  # bfloat16 has no numpy counterpart
     stretches = kernel_stretches(n_pos)
     means = []
     for first, last in stretches:
         offsets = slice(first, last + 1)
         means.append(kernel[:, offsets].mean(axis=1))
-    scores = np.stack(means, axis=1) * typical[:, None]
+    scores = np.stack(means, axis=1) * typical[:, None]  # [pair, stretch]
     return {
         "stretches": stretches,
         "kernel": [numbers(row, digits=3) for row in scores],
@@ -141,8 +130,8 @@ def kernel_stretches(n_pos: int) -> list[tuple[int, int]]:
 
     A rotary kernel oscillates: a mean over near distances would hide it.
     """
-    stretches = [(offset, offset) for offset in range(min(32, n_pos))]
-    first = len(stretches)
+    first = min(32, n_pos)
+    stretches = [(offset, offset) for offset in range(first)]
     while first < n_pos:
         length = 1 << (first.bit_length() - 3)  # an eighth to a quarter of the distance
         last = min(first + length, n_pos) - 1
@@ -155,4 +144,4 @@ def _runs(sorted_values: np.ndarray, values: np.ndarray) -> list[slice]:
     """Where each of the values stands among the sorted ones."""
     starts = np.searchsorted(sorted_values, values, side="left")
     ends = np.searchsorted(sorted_values, values, side="right")
-    return [slice(start, end) for start, end in zip(starts, ends, strict=True)]
+    return list(map(slice, starts, ends))

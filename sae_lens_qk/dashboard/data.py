@@ -28,7 +28,6 @@ from sae_lens_qk.dashboard.overview import overview_fields
 from sae_lens_qk.dashboard.pages import PAIR, Material, ReportLimits, choose_pages, pair_table
 from sae_lens_qk.dashboard.prompts import (
     Explanation,
-    Prompt,
     check_prompts,
     prompt_section,
     strongest_cells,
@@ -36,6 +35,7 @@ from sae_lens_qk.dashboard.prompts import (
 from sae_lens_qk.dashboard.texts import Contexts, Inputs, Words, add_activations
 from sae_lens_qk.dashboard.values import table_values
 from sae_lens_qk.dictionary import BilinearQKDictionary
+from sae_lens_qk.explain.prompt import RecordedPrompt
 from sae_lens_qk.statistics.activations import ActivationStatistics
 
 
@@ -43,11 +43,11 @@ from sae_lens_qk.statistics.activations import ActivationStatistics
 def report_data(
     d: BilinearQKDictionary,
     statistics: ActivationStatistics,
-    prompts: Sequence[Prompt] = (),
+    prompts: Sequence[RecordedPrompt] = (),
     explanations: Sequence[Explanation] = (),
     *,
     words: Words,
-    title: str,
+    title: str | None,
     limits: ReportLimits,
     inputs: Inputs | None = None,
     tables: Mapping[str, pd.DataFrame] | None = None,
@@ -60,6 +60,7 @@ def report_data(
         explanations: of attention weights of these prompts, shown in full.
         inputs: contexts then show the activations of all their tokens; without it only that of the
             strongest.
+        title: default: model and layer.
         tables: for the first page, by title.
     Raises:
         ValueError: no feature map, or statistics or prompts of another dictionary.
@@ -77,9 +78,12 @@ def report_data(
     }
     if inputs is not None:
         add_activations(d, features, contexts, inputs)
-    table_list = [table_values(name, table) for name, table in (tables or {}).items()]
+    overview = overview_fields(material, title or f"{d.cfg.model_name}, layer {d.cfg.layer}")
+    # an old report may come without tables
+    named_tables = (tables or {}).items()
+    overview["tables"] = [table_values(name, table) for name, table in named_tables]
     return {
-        "overview": {**overview_fields(material, title), "tables": table_list},
+        "overview": overview,
         "features": features,
         "pairs": pair_columns(material, contexts),
         "texts": contexts.texts(words),  # last: the others say which tokens they need
@@ -91,8 +95,10 @@ def report_data(
 
 
 def _check_statistics(d: BilinearQKDictionary, statistics: ActivationStatistics) -> None:
-    pairs = statistics.pairs[PAIR].to_numpy()
-    if not np.array_equal(pairs, d.feature_map.indices.cpu().numpy()):
+    pairs = statistics.pairs[PAIR].to_numpy()  # [pair, 3]
+    # contexts and means are looked up by row: the order has to be the same as well
+    indices = d.feature_map.indices.cpu().numpy()
+    if not np.array_equal(pairs, indices):
         raise ValueError(
             f"The statistics list {len(pairs)} pairs that are not the {len(d.feature_map)} of this "
             "dictionary's map: collect them with this dictionary."

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from sae_lens_qk.attention import SIDES
-from sae_lens_qk.dashboard.pages import Material
+from sae_lens_qk.dashboard.pages import PAIR, Material, feature_table
 from sae_lens_qk.dashboard.values import numbers, plain
 from sae_lens_qk.dictionary import BilinearQKDictionary
 from sae_lens_qk.inputs import Batch
@@ -35,13 +35,15 @@ def overview_fields(material: Material, title: str) -> dict[str, Any]:
     always_on = {}
     histogram: dict[str, Any] = {"log10_edges": _DENSITY_BINS.tolist()}
     for side in SIDES:
-        density = material.feature_column(side, "density")
+        density = feature_table(material.statistics, side)["density"].to_numpy()  # [feature]
         always_on[side] = np.flatnonzero(density > ALWAYS_ON).tolist()
         n_live[side] = int((density > 0).sum())
         exponents = np.log10(density[density > 0])
-        counts, _ = np.histogram(exponents.clip(_DENSITY_BINS[0], 0.0), _DENSITY_BINS)
+        # rarer features are counted in the first bin
+        exponents = exponents.clip(_DENSITY_BINS[0], 0.0)
+        counts, _ = np.histogram(exponents, _DENSITY_BINS)
         histogram[side] = counts.tolist()
-    importance = material.pair_column("importance")
+    importance = material.pairs["importance"].to_numpy()  # [pair]
     # the share of it that the pairs with pages have
     total = importance.sum()
     paged = importance[material.pages.pairs].sum()
@@ -69,11 +71,12 @@ def overview_fields(material: Material, title: str) -> dict[str, Any]:
 def _head_columns(material: Material) -> dict[str, Any]:
     cfg = material.d.cfg
     n_heads = material.d.spec.n_heads
-    head = material.pair_column("head")
-    constant_query = material.pair_column("query_feature") == cfg.d_query
-    constant_key = material.pair_column("key_feature") == cfg.d_key
-    constant_head = head[constant_query | constant_key]
-    importance = np.bincount(head, material.pair_column("importance"), minlength=n_heads)
+    pairs = material.pairs
+    head = pairs["head"]
+    # the constant comes after the features
+    is_constant = pairs[PAIR[:2]] == [cfg.d_query, cfg.d_key]  # [pair, side]
+    constant_head = head[is_constant.any(axis=1)]
+    importance = np.bincount(head, pairs["importance"], minlength=n_heads)  # [head]
     return {
         "pairs": np.bincount(head, minlength=n_heads).tolist(),
         "with_constant": np.bincount(constant_head, minlength=n_heads).tolist(),
@@ -95,7 +98,8 @@ def head_tables(
     if d.feature_map.statistics.any():
         pairs = pair_importances(d, without=dense_features(statistics, ALWAYS_ON))
         heads = [f"head {head}" for head in range(d.spec.n_heads)]
-        similarity = shared_reasons(d, pairs).set_axis(heads, axis=1).reset_index()
+        similarity = shared_reasons(d, pairs)  # [head, head]
+        similarity = similarity.set_axis(heads, axis=1).reset_index()
         tables["How many heads a pair of features serves"] = superposition(participation(d, pairs))
         tables["How alike the heads' reasons are (cosine)"] = similarity
     batches = list(batches)

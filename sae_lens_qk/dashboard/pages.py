@@ -70,17 +70,11 @@ class Material(NamedTuple):
     pages: Pages
     limits: ReportLimits
 
-    def pair_column(self, name: str) -> np.ndarray:
-        return self.pairs[name].to_numpy()
 
-    def feature_column(self, side: Side, name: str) -> np.ndarray:
-        return feature_column(self.statistics, side, name)
-
-
-def feature_column(statistics: ActivationStatistics, side: Side, name: str) -> np.ndarray:
-    """A column of `statistics.features`, of one side."""
+def feature_table(statistics: ActivationStatistics, side: Side) -> pd.DataFrame:
+    """`statistics.features` of one side, in the order of the features."""
     features = statistics.features
-    return features.loc[features["side"] == side, name].to_numpy()
+    return features[features["side"] == side]
 
 
 def pair_table(d: BilinearQKDictionary, statistics: ActivationStatistics) -> pd.DataFrame:
@@ -116,13 +110,15 @@ def choose_pages(
     # every pair that a prompt names, cell by cell, and its effect there
     cell_triples = [frame[PAIR].to_numpy() for frame in cells]
     cell_effects = [frame["pattern_effect"].abs().to_numpy() for frame in cells]
-    triples = np.concatenate([np.zeros((0, 3), dtype=int), *cell_triples])
-    effects = np.concatenate([np.zeros(0), *cell_effects])
+    # the empty ones are for reports without prompts
+    no_triples = np.zeros((0, 3), dtype=int)
+    triples = np.concatenate([no_triples, *cell_triples])  # [named pair, 3]
+    effects = np.concatenate([np.zeros(0), *cell_effects])  # [named pair]
     importance = pairs["importance"].to_numpy()
     features: dict[Side, np.ndarray] = {}
     both_have_pages = np.ones(len(pairs), dtype=bool)
     for column, side in enumerate(SIDES):
-        density = feature_column(statistics, side, "density")
+        density = feature_table(statistics, side)["density"].to_numpy()  # [feature]
         constant = len(density)
         pair_features = pairs[f"{side}_feature"].to_numpy()
         effect = _largest(effects, triples[:, column], constant + 1)
@@ -158,5 +154,7 @@ def _first(
     order = order[is_possible[order]]
     effective = order[np.argsort(-effect[order], kind="stable")]
     effective = effective[effect[effective] > 0][: limit // 2]
-    others = order[~np.isin(order, effective)][: limit - len(effective)]
-    return order[np.isin(order, [*effective, *others])]
+    is_effective = np.isin(order, effective)
+    others = order[~is_effective][: limit - len(effective)]
+    # one list by importance again, whichever reason chose its numbers
+    return order[is_effective | np.isin(order, others)]

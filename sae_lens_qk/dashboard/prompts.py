@@ -11,36 +11,26 @@ from torch import Tensor
 from sae_lens_qk.dashboard.pages import PAIR, ReportLimits
 from sae_lens_qk.dashboard.values import plain, records
 from sae_lens_qk.dictionary import BilinearQKDictionary
+from sae_lens_qk.explain.prompt import RecordedPrompt
 from sae_lens_qk.patching import Source
 
 MAX_PROMPT = 128
 """Tokens; a grid of attention weights is not readable beyond."""
 
+_CELL = ["head", "query_pos", "key_pos"]
 _SOURCES: tuple[Source, Source] = ("feature_map", "transcoders")
 _ELSEWHERE = ("model", "layer", "tokens", "d_query", "d_key", "nodes", "qk_tracing_results")
 """Fields of an explanation that the page has already, or that are meant for other programs."""
 
 
-class Prompt(Protocol):
-    """What a page shows of a prompt: `explain.prompt.RecordedPrompt`."""
-
-    @property
-    def words(self) -> list[str]: ...
-    @property
-    def pattern(self) -> Tensor:
-        """The model's own, [head, pos_q, pos_k]."""
-        ...
-
-    def rebuilt_pattern(self, source: Source) -> Tensor: ...
-    def strongest(self, n: int) -> pd.DataFrame: ...
-    def require(self, dictionary: BilinearQKDictionary) -> None: ...
-
-
 class Explanation(Protocol):
-    """What a page shows of an attention weight: `explain.one_score.Attribution`."""
+    """What a page shows of an attention weight: `explain.one_score.Attribution`.
+
+    That class can write reports itself, so that it cannot be imported here.
+    """
 
     @property
-    def prompt(self) -> Prompt: ...
+    def prompt(self) -> RecordedPrompt: ...
     @property
     def position(self) -> tuple[int, int, int]:
         """Head, query and key."""
@@ -49,7 +39,7 @@ class Explanation(Protocol):
     def to_dict(self, n: int) -> dict[str, Any]: ...
 
 
-def check_prompts(d: BilinearQKDictionary, prompts: Sequence[Prompt]) -> None:
+def check_prompts(d: BilinearQKDictionary, prompts: Sequence[RecordedPrompt]) -> None:
     """Refuse prompts that cannot be shown.
 
     Raises:
@@ -64,19 +54,21 @@ def check_prompts(d: BilinearQKDictionary, prompts: Sequence[Prompt]) -> None:
             )
 
 
-def strongest_cells(prompt: Prompt, limits: ReportLimits) -> pd.DataFrame:
+def strongest_cells(prompt: RecordedPrompt, limits: ReportLimits) -> pd.DataFrame:
     """`prompt.strongest` of the attention weights that are largest in the model or as rebuilt."""
     pairs = prompt.strongest(limits.cell_pairs)
-    weights = torch.maximum(prompt.pattern, prompt.rebuilt_pattern("feature_map")).cpu().numpy()
-    largest = np.argsort(-weights, axis=None, kind="stable")[: limits.cells]
+    rebuilt = prompt.rebuilt_pattern("feature_map")
+    weights = torch.maximum(prompt.pattern, rebuilt).cpu().numpy()  # [head, pos_q, pos_k]
+    order = np.argsort(-weights, axis=None, kind="stable")
     has_list = np.zeros(weights.shape, dtype=bool)
-    has_list.ravel()[largest] = True
-    return pairs.loc[has_list[pairs["head"], pairs["query_pos"], pairs["key_pos"]]]
+    has_list.ravel()[order[: limits.cells]] = True
+    cells = tuple(pairs[name] for name in _CELL)
+    return pairs[has_list[cells]]
 
 
 def prompt_section(
     d: BilinearQKDictionary,
-    prompt: Prompt,
+    prompt: RecordedPrompt,
     pairs: pd.DataFrame,
     explanations: Sequence[Explanation],
     limits: ReportLimits,
@@ -91,7 +83,8 @@ def prompt_section(
     allowed = d.spec.allowed_mask(n_pos)
     rebuilt: dict[Source, list[list[float]]] = {}
     for source in _SOURCES:
-        rebuilt[source] = _weights(prompt.rebuilt_pattern(source), allowed)
+        pattern = prompt.rebuilt_pattern(source)
+        rebuilt[source] = _weights(pattern, allowed)
     explained: dict[str, dict[str, Any]] = {}
     for explanation in explanations:
         if explanation.prompt is prompt:
@@ -111,14 +104,15 @@ def prompt_section(
 def _weights(pattern: Tensor, allowed: Tensor) -> list[list[float]]:
     """Attention weights per head, of the allowed keys of each query in turn."""
     cells = pattern.double().cpu()[:, allowed]  # [head, cell]
-    return [[round(weight, 4) for weight in head] for head in cells.tolist()]
+    # float64, so that no digits come back after rounding
+    return cells.numpy().round(4).tolist()
 
 
 def _cell_pairs(pairs: pd.DataFrame) -> dict[str, list[list[Any]]]:
     """Each cell's pairs: [query feature, key feature, contribution, pattern effect]."""
-    columns = (*PAIR[:2], "contribution", "pattern_effect")
-    rows = records(*(pairs[name].to_numpy() for name in columns))
-    positions = pairs[["head", "query_pos", "key_pos"]].to_numpy()
+    # the head is in the cell's name
+    rows = records(pairs[[*PAIR[:2], "contribution", "pattern_effect"]])
+    positions = pairs[_CELL].to_numpy()  # [row, 3]
     cells: dict[str, list[list[Any]]] = {}
     for position, row in zip(positions.tolist(), rows, strict=True):
         cell = _cell_name(position)

@@ -14,9 +14,10 @@ from sae_lens_qk.dashboard.data import report_data
 from sae_lens_qk.dashboard.overview import head_tables
 from sae_lens_qk.dashboard.page import write_page
 from sae_lens_qk.dashboard.pages import ReportLimits
-from sae_lens_qk.dashboard.prompts import Explanation, Prompt, check_prompts
+from sae_lens_qk.dashboard.prompts import Explanation, check_prompts
 from sae_lens_qk.dashboard.texts import Inputs, Words
 from sae_lens_qk.dictionary import BilinearQKDictionary
+from sae_lens_qk.explain.prompt import RecordedPrompt
 from sae_lens_qk.host.layer import AttentionLayer
 from sae_lens_qk.host.support import Model
 from sae_lens_qk.inputs import model_batches
@@ -33,7 +34,7 @@ def write_explained(
     path: str | Path,
     d: BilinearQKDictionary,
     model: Model,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[RecordedPrompt],
     explanations: Sequence[Explanation],
     tokens: Int[Tensor, "row pos"] | None = None,
     *,
@@ -56,7 +57,8 @@ def write_explained(
         statistics = collect_activations(d, batches, folder=statistics)
     elif tokens is not None:
         raise ValueError("Statistics are of their own rows: give tokens or statistics, not both.")
-    text_rows = torch.from_numpy(statistics.tokens).long()
+    # statistics that were read from a folder bring their own rows
+    text_rows = torch.from_numpy(statistics.tokens).long()  # [row, pos]
     batches = model_batches(model, layer.index, text_rows)
     data = report_data(
         d,
@@ -64,7 +66,7 @@ def write_explained(
         prompts,
         explanations,
         words=_model_words(model),
-        title=title or _default_title(d),
+        title=title,
         limits=limits,
         inputs=layer.inputs,
         tables=head_tables(d, statistics, islice(batches, _FIRST_TOKEN_BATCHES)),
@@ -76,7 +78,7 @@ def write_report(
     path: str | Path,
     d: BilinearQKDictionary,
     statistics: ActivationStatistics,
-    prompts: Sequence[Prompt] = (),
+    prompts: Sequence[RecordedPrompt] = (),
     *,
     words: Words,
     title: str | None = None,
@@ -95,16 +97,12 @@ def write_report(
         statistics,
         prompts,
         words=words,
-        title=title or _default_title(d),
+        title=title,
         limits=limits,
         inputs=inputs,
         tables=tables,
     )
     return write_page(path, data)
-
-
-def _default_title(d: BilinearQKDictionary) -> str:
-    return f"{d.cfg.model_name}, layer {d.cfg.layer}"
 
 
 def _model_words(model: Model) -> Words:

@@ -11,21 +11,20 @@ from sae_lens_qk.tables import significant
 DIGITS = 4
 """Significant digits of what a page shows."""
 
-Number = float | int | None
 
-
-def numbers(values: Iterable[float], digits: int = DIGITS) -> list[Number]:
+def numbers(values: Iterable[float], digits: int = DIGITS) -> list[float | int | None]:
     """Every value with few digits."""
     return [significant(float(value), digits) for value in values]
 
 
-def records(*columns: np.ndarray) -> list[list[Any]]:
-    """Rows of several columns."""
-    values = []
-    for column in columns:
+def records(frame: pd.DataFrame) -> list[list[Any]]:
+    """The rows of a frame, its index left out."""
+    columns = []
+    for _, column in frame.items():
+        # features, heads and positions stay whole
         is_float = column.dtype.kind == "f"
-        values.append(numbers(column) if is_float else column.tolist())
-    return [list(row) for row in zip(*values, strict=True)]
+        columns.append(numbers(column) if is_float else column.tolist())
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def plain(value: Any, digits: int = DIGITS) -> Any:
@@ -51,10 +50,12 @@ def table_values(title: str, table: pd.DataFrame) -> dict[str, Any]:
 
     An index that has a name, or is more than a count, becomes its first column.
     """
-    if table.index.name is not None or not isinstance(table.index, pd.RangeIndex):
+    is_count = isinstance(table.index, pd.RangeIndex) and table.index.name is None
+    if not is_count:
         table = table.reset_index()
     return {
         "title": title,
         "columns": [str(name) for name in table.columns],
+        # as objects: one dtype for all columns would make floats of whole numbers
         "rows": plain(table.to_numpy(object).tolist()),
     }
