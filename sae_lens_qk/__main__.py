@@ -109,7 +109,8 @@ def _evaluate(
     )
     _console().print(result)
     if output:
-        Path(output).write_text(json.dumps(result.to_dict(), indent=2))
+        metrics = json.dumps(result.to_dict(), indent=2)
+        Path(output).write_text(metrics)
     if save:
         d.metrics = result
         name = Path(dictionary).resolve().name
@@ -157,6 +158,7 @@ def _explain(
         console.print(rich_table(named_features(heads, d.cfg), title))
         head = int(heads["attention"].idxmax())
     recorded.position(head, query_pos, query_pos)  # refuses a head that is not there
+    # by default what the listing says of this head
     key_pos = recorded.find(key) if key else int(heads["key_pos"][head])
     attribution = Attribution.of(recorded, head, query_pos, key_pos)
     if check:
@@ -194,7 +196,7 @@ def _report(
         limits: How much of the dictionary the file holds.
     """
     d = BilinearQKDictionary.from_pretrained(dictionary)
-    d.require_feature_map()
+    d.require_feature_map()  # before the model is loaded, which takes a while
     model = load_model(d)
     n_rows = n_tokens // context_size
     path = report(
@@ -223,8 +225,10 @@ def _list(output: str = "") -> None:
     entries = dictionaries.to_dict("records")
     rows = [_list_cells(entry) for entry in entries]
     texts = ("name", "model", "status")
+    table = cell_table(header, rows, texts, unbroken=header, box=SIMPLE, show_edge=False)
+    # commands are copied: no line breaks inside
     console = _console(soft_wrap=True)
-    console.print(cell_table(header, rows, texts, unbroken=header, box=SIMPLE, show_edge=False))
+    console.print(table)
     for entry in entries:
         if entry["status"] == "unpublished":
             notice = f"{entry['name']} is not published yet; this trains it: {entry['command']}"
@@ -266,6 +270,7 @@ def _push(
         commit_message: Default: says what was published.
         create_pr: Open a pull request instead of committing.
     """
+    # None keeps the precision of the file, and a dictionary is saved as it is in memory
     loaded_dtype = None if dtype == "stored" else dtype
     d = BilinearQKDictionary.from_pretrained(dictionary, dtype=loaded_dtype)
     commit = d.push_to_hub(
@@ -312,6 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = RENAMED[name]
     if name not in COMMANDS:
         return _complain(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}")
+    # its bars would stand between a command's own lines
     transformers.utils.logging.disable_progress_bar()
     try:
         if name == "train":
@@ -339,6 +345,7 @@ def _run(name: str, arguments: list[str]) -> None:
 
 def _options(name: str, command: Callable[..., None]) -> type:
     """A function's parameters as a dataclass for simple_parsing; without default: positional."""
+    # what precedes `Args:` describes the command, what follows its options
     summary, _, argument_lines = (inspect.getdoc(command) or "").partition("\n\nArgs:\n")
     # a name, a colon and what follows, up to the next line of the same indent
     texts = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", argument_lines, flags=re.MULTILINE)

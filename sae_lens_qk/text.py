@@ -39,6 +39,7 @@ def load_text(path: str, text_column: str, streaming: bool = False) -> Dataset |
         dataset = load_dataset(expanded, split="train", streaming=streaming)
     assert isinstance(dataset, Dataset | IterableDataset)
     columns = dataset.column_names or []
+    # token ids before text: they need no tokenizer
     for column in (*_TOKEN_COLUMNS, text_column):
         if column in columns:
             break

@@ -113,6 +113,7 @@ def repository_card(
         # half a mark would swallow the text between it and the next section
         text = card.text.replace(_BEGIN, "").replace(_END, "").rstrip()
         card.text = f"{text}\n\n{section}\n"
+    # the repository's own first: its single values stay
     headers: list[Any] = [card.data]
     headers += [_parsed_header(summary.card) for summary in summaries.values()]
     card.data = _merged(headers)
@@ -150,6 +151,7 @@ def _header(cfg: BilinearQKConfig, runner_cfg: dict[str, Any]) -> ModelCardData:
 
 
 def _hub_dataset(path: str) -> list[str]:
+    # "org/name"; a path of a file or with more parts is local
     is_on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.parquet)", path)
     return [path] if is_on_hub else []
 
@@ -166,6 +168,7 @@ def _merged(headers: Sequence[ModelCardData]) -> ModelCardData:
 
 def _union(values: Iterable[str | list[str] | None]) -> list[str] | None:
     """Every item once, in order; None for no items."""
+    # a header may hold a single item without a list around it
     items: list[str] = []
     for value in values:
         items += [value] if isinstance(value, str) else value or []

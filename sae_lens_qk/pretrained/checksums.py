@@ -33,14 +33,16 @@ def check_verify(verify: Verify) -> None:
 
 
 def sha256_of(path: Path) -> str:
+    # in pieces: weights need not fit into memory
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_sums(folder: Path) -> None:
     """Write SHA256SUMS over every other file of the folder."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SUMS)
-    lines = [f"{sha256_of(path)}  {path.name}\n" for path in files]
+    files = [path for path in folder.iterdir() if path.is_file()]
+    # a file cannot hold its own sum
+    lines = [f"{sha256_of(path)}  {path.name}\n" for path in sorted(files) if path.name != SUMS]
     (folder / SUMS).write_text("".join(lines))
 
 

@@ -54,6 +54,7 @@ def write_documents(folder: str | Path, texts: dict[str, str | None]) -> None:
             path.unlink(missing_ok=True)  # of a dictionary saved here before
         else:
             path.write_text(text)
+    # last: the sums are of the files as they are now
     write_sums(Path(folder))
 
 

@@ -60,8 +60,9 @@ def check_folder_name(folder: str) -> str:
     Raises:
         ValueError: an absolute path, `..`, a backslash, or an empty part.
     """
-    has_bad_part = any(part in ("", ".", "..") for part in folder.split("/"))
-    if has_bad_part or "\\" in folder or "\0" in folder:
+    # "" is between two slashes, or before the first one of an absolute path
+    bad_parts = {"", ".", ".."} & set(folder.split("/"))
+    if bad_parts or "\\" in folder or "\0" in folder:
         raise ValueError(
             "The folder must be a plain path inside the repository, such as 'gpt2-small-L10', "
             f"got {folder!r}."
@@ -129,8 +130,9 @@ def _newest_commit(place: HubFolder, has_copy: bool = False) -> str | None:
 
     None: the Hub cannot be reached, and the copy in the cache has to do.
     """
-    url = hf_hub_url(place.repo_id, place.path(CONFIG), revision=place.revision)
-    with explained(place.repo_id, place.revision, place.path(CONFIG)):
+    config = place.path(CONFIG)
+    url = hf_hub_url(place.repo_id, config, revision=place.revision)
+    with explained(place.repo_id, place.revision, config):
         try:
             # with a copy at hand one attempt is enough
             metadata = get_hf_file_metadata(url, token=place.token, retry_on_errors=not has_copy)
@@ -167,7 +169,8 @@ def _cached(place: HubFolder, needs_sums: bool = True) -> Path | None:
     if not isinstance(config, str) or (needs_sums and sums is None):
         return None
     try:
-        names = read_sums(Path(sums)) if isinstance(sums, str) else (WEIGHTS,)
+        # without sums, as a loader that asks for none leaves a folder
+        names = read_sums(Path(sums)) if isinstance(sums, str) else [WEIGHTS]
     except ValueError:
         return None  # damaged: download again
     is_complete = all(isinstance(look_up(name), str) for name in names)
@@ -178,7 +181,8 @@ def _download(place: HubFolder) -> Path:
     """Every file that SHA256SUMS lists; without sums, config and weights."""
     folder = Path(_download_file(place, CONFIG)).parent
     try:
-        names = list(read_sums(Path(_download_file(place, SUMS))))
+        sums = _download_file(place, SUMS)
+        names = list(read_sums(Path(sums)))
     except RemoteEntryNotFoundError:
         names = [WEIGHTS]
     for name in names:

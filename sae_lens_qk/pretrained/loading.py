@@ -49,7 +49,8 @@ def located(
     if isinstance(place, Path):
         yield Location(place)
         return
-    with fetched(place._replace(token=token, cache_dir=cache_dir), force_download) as folder:
+    place = place._replace(token=token, cache_dir=cache_dir)
+    with fetched(place, force_download) as folder:
         yield Location(folder, sums_sha256)
 
 
@@ -61,12 +62,15 @@ def _named_place(release: str, sae_id: str | None, revision: str | None) -> Path
             raise ValueError(f"{local} is a local folder: it has no revision {revision!r}.")
         return local
     if sae_id is None:
-        names = [name for name, entry in registry().items() if entry.status != "unpublished"]
+        entries = registry().values()
+        # only what can be loaded is of use here
+        names = [entry.name for entry in entries if entry.status != "unpublished"]
         raise ValueError(
             f"There is no dictionary {release!r}: known names are {', '.join(names[:5]) or 'none'} "
             "(`python -m sae_lens_qk list` shows all); or give a folder written by save_model, or "
             "a Hub repository and a folder in it."
         )
+    # a folder here is meant before a repository of the same name
     if Path(release).is_dir():
         raise ValueError(f"There is no dictionary in {local}: {CONFIG} is missing.")
     return HubFolder(release, sae_id, revision or "main")

@@ -112,8 +112,9 @@ class Pretrained:
                 `sae_lens_qk.pretrained.hub.fetched`.
         """
         check_verify(verify)
-        is_host_release = sae_id is not None and "/" not in release and not Path(release).is_dir()
         # a release without a slash, with an sae_id, is one of SAELens's own registry
+        is_path = "/" in release or Path(release).is_dir()
+        is_host_release = sae_id is not None and not is_path
         if converter is not None or is_host_release:
             if verify == "strict" or revision or token or cache_dir:
                 raise ValueError(
@@ -235,6 +236,7 @@ class Pretrained:
                 "the card will say 'not measured': set d.metrics = qk.evaluate(d, model, tokens) "
                 "before pushing"
             )
+        # the heading of the card
         name = PurePosixPath(folder).name
         with tempfile.TemporaryDirectory() as scratch:
             staged = Path(scratch) / name

@@ -120,12 +120,13 @@ class _Repository(NamedTuple):
         Fails if somebody else commits meanwhile.
         """
         # everything is read at one commit, and the new one must be its child
-        head = str(self.api.model_info(self.repo_id, revision=self.revision).sha)
+        repository = self.api.model_info(self.repo_id, revision=self.revision)
+        head = str(repository.sha)
         present = self.api.list_repo_files(self.repo_id, revision=head)
         files = {f"{folder}/{path.name}": path for path in staged.iterdir()}
-        operations = [CommitOperationAdd(path, file) for path, file in sorted(files.items())]
+        additions = [CommitOperationAdd(path, file) for path, file in sorted(files.items())]
         card = self._card(head, present, folder, staged)
-        operations.append(CommitOperationAdd(CARD, card.encode()))
+        additions.append(CommitOperationAdd(CARD, card.encode()))
         # files of an older version; folders below are other dictionaries
         deletions = [
             CommitOperationDelete(path)
@@ -134,7 +135,7 @@ class _Repository(NamedTuple):
         ]
         return self.api.create_commit(
             self.repo_id,
-            [*operations, *deletions],
+            [*additions, *deletions],
             commit_message=message,
             revision=self.revision,
             parent_commit=head,
@@ -159,6 +160,7 @@ class _Repository(NamedTuple):
             # a cfg.json at the top is not a folder's
             if path.name != CONFIG or not path.parent.name:
                 continue
+            # SAEs of other kinds may lie in the same repository
             cfg = _json_object(self._read(str(path), head)) or {}
             if cfg.get("architecture") != ARCHITECTURE or not cfg.keys() >= SUMMARY_FIELDS:
                 continue

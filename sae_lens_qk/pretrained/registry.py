@@ -78,11 +78,11 @@ class Entry:
             )
         if self.status == "published":
             self._check_place()
-        has_known_names = isinstance(self.metrics, dict) and self.metrics.keys() <= set(
-            HEADLINE_METRICS
-        )
-        if not has_known_names or not all(
-            isinstance(value, int | float) for value in self.metrics.values()
+        # a YAML file may hold anything here
+        is_mapping = isinstance(self.metrics, dict)
+        if not is_mapping or not all(
+            name in HEADLINE_METRICS and isinstance(value, int | float)
+            for name, value in self.metrics.items()
         ):
             raise ValueError(
                 f"Registry entry {self.name}: metrics must map some of {HEADLINE_METRICS} to "
@@ -102,14 +102,18 @@ class Entry:
     def command(self) -> str:
         """What trains it."""
         # by its name where the command line finds it by that
-        config = self.recipe.stem if self.recipe == recipe_file(self.recipe.stem) else self.recipe
+        name = self.recipe.stem
+        config = name if recipe_file(name) == self.recipe else self.recipe
         return f"python -m sae_lens_qk train --config {shlex.quote(str(config))}"
 
 
 def recipe_file(recipe: str | Path) -> Path:
     """A config file as it is, else the recipe of that name that comes with the package."""
     shipped = shipped_folder() / "recipes" / f"{recipe}.yaml"
-    return shipped if shipped.is_file() and not Path(recipe).is_file() else Path(recipe)
+    # a file of one's own comes first, even under the name of a recipe
+    if shipped.is_file() and not Path(recipe).is_file():
+        return shipped
+    return Path(recipe)
 
 
 def registry() -> dict[str, Entry]:
@@ -131,8 +135,12 @@ def _read_registry(file: Path) -> dict[str, Entry]:
         is_mapping = isinstance(content, dict)
         if not is_mapping or not all(isinstance(values, dict) for values in content.values()):
             raise TypeError("it must map names to entries such as {status: unpublished}")
-        recipes = file.parent / "recipes"
-        entries = {name: _entry(name, values, recipes) for name, values in content.items()}
+        entries = {}
+        for name, values in content.items():
+            # an absolute path stays what it is
+            recipe = file.parent / "recipes" / values.get("recipe", f"{name}.yaml")
+            # a field that no entry has is a TypeError
+            entries[name] = Entry(**{**values, "name": name, "recipe": recipe})
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ValueError(
             f"There is no registry file {file}: ${REGISTRY_VARIABLE} must name a YAML file."
@@ -153,11 +161,6 @@ def _read_registry(file: Path) -> dict[str, Entry]:
     return entries
 
 
-def _entry(name: str, values: dict[str, Any], recipes: Path) -> Entry:
-    recipe = recipes / values.get("recipe", f"{name}.yaml")
-    return Entry(**{**values, "name": name, "recipe": recipe})
-
-
 def pretrained_dictionaries() -> pd.DataFrame:
     """The registry as a table, one dictionary per row; needs no network.
 
@@ -167,10 +170,11 @@ def pretrained_dictionaries() -> pd.DataFrame:
         with the feature map patched in (NaN: not measured); repo, revision; and command, which
         trains it.
     """
-    # nullable integers: a published entry without a recipe has no sizes
     rows = [_row(entry) for entry in registry().values()]
     table = pd.DataFrame(rows, columns=list(_COLUMNS))
-    return table.astype(dict.fromkeys(("layer", "d_query", "d_key", "n_pairs"), "Int64"))
+    # nullable integers: a published entry without a recipe has no sizes
+    sizes = ("layer", "d_query", "d_key", "n_pairs")
+    return table.astype(dict.fromkeys(sizes, "Int64"))
 
 
 def _row(entry: Entry) -> dict[str, Any]:
@@ -180,6 +184,7 @@ def _row(entry: Entry) -> dict[str, Any]:
         "repo": entry.repo,
         "revision": entry.revision,
     }
+    # somebody may publish without the recipe
     if entry.status != "published" or entry.recipe.is_file():
         recipe = BilinearQKRunnerConfig.from_file(entry.recipe)
         row |= {
@@ -192,11 +197,14 @@ def _row(entry: Entry) -> dict[str, Any]:
         }
     metrics = entry.metrics
     if entry.status == "shipped":
+        # what is in the folder counts, not what the recipe asks for
         folder = shipped_folder() / entry.name
         config = json.loads((folder / CONFIG).read_text())
         row |= {name: config[name] for name in ("d_query", "d_key", "n_pairs")}
-        file = folder / METRICS
-        metrics = headline_metrics(json.loads(file.read_text())) if file.is_file() else {}
+        metrics = {}
+        if (folder / METRICS).is_file():
+            evaluation = json.loads((folder / METRICS).read_text())
+            metrics = headline_metrics(evaluation)
     return row | {name: metrics.get(name, float("nan")) for name in HEADLINE_METRICS}
 
 
