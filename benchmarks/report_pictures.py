@@ -57,7 +57,12 @@ def main() -> None:
         browser.close()
 
 
-def take(browser: Browser, url: str, views: dict[str, str], output: Path) -> None:
+def take(
+    browser: Browser,
+    url: str,
+    views: dict[str, str],
+    output: Path,
+) -> None:
     """Screenshots of views; how a view is addressed stands behind the # of the report's address."""
     for name, path in views.items():
         page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")

@@ -91,7 +91,10 @@ def shipped(different_tokens: Mapping[str, float]) -> list[str]:
     return markdown_table(header, [shipped_row(name, different_tokens) for name in names])
 
 
-def shipped_row(name: str, different_tokens: Mapping[str, float]) -> list[str]:
+def shipped_row(
+    name: str,
+    different_tokens: Mapping[str, float],
+) -> list[str]:
     page = dictionary_page(name)
     run = load_json(ROOT / "pretrained" / name / "runner_cfg.json")
     evaluation = page["evaluation"]
@@ -119,14 +122,22 @@ def shipped_row(name: str, different_tokens: Mapping[str, float]) -> list[str]:
     ]
 
 
-def both(sources: Json, metric: str, number: Any) -> str:
+def both(
+    sources: Json,
+    metric: str,
+    number: Any,
+) -> str:
     """A metric of transcoders and feature map; shares with their intervals."""
     if metric == "pattern_kl":
         return " / ".join(number(sources[name][metric]["value"]) for name in SOURCES)
     return " / ".join(interval(sources[name][metric], number) for name in SOURCES)
 
 
-def sides(features: Json, name: str, form: str = ",") -> str:
+def sides(
+    features: Json,
+    name: str,
+    form: str = ",",
+) -> str:
     return " / ".join(f"{features[side][name]:{form}}" for side in ("query", "key"))
 
 
@@ -437,21 +448,30 @@ def written_value(row: Json) -> str:
     return numbers(value, row.get("format", "g"))
 
 
-def numbers(value: float | Sequence[float], form: str | Sequence[str]) -> str:
+def numbers(
+    value: float | Sequence[float],
+    form: str | Sequence[str],
+) -> str:
     """Numbers between slashes; one format, or one per number."""
     values = value if isinstance(value, list) else [value]
     forms = form if isinstance(form, list) else [form] * len(values)
     return " / ".join(plain(number, each) for number, each in zip(values, forms, strict=True))
 
 
-def plain(number: float, form: str) -> str:
+def plain(
+    number: float,
+    form: str,
+) -> str:
     """A number as people write it: thousands apart, exponents without a leading zero."""
     if form != "g":  # digits as they were reported
         return f"{number:{form}}"
     return f"{number:,}" if isinstance(number, int) else scientific(number, "g")
 
 
-def scientific(number: float, form: str = ".2g") -> str:
+def scientific(
+    number: float,
+    form: str = ".2g",
+) -> str:
     return f"{number:{form}}".replace("e-0", "e-")
 
 

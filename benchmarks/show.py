@@ -10,14 +10,20 @@ from sae_lens_qk.tables import NONE
 # Cells
 
 
-def number(value: Any, digits: int = 3) -> str:
+def number(
+    value: Any,
+    digits: int = 3,
+) -> str:
     """Fixed decimals; counts of a hundred and more without any."""
     if pd.isna(value):
         return NONE
     return f"{value:,.0f}" if abs(value) >= 100 else _unsigned_zero(f"{value:.{digits}f}")
 
 
-def significant(value: Any, sign: str = "") -> str:
+def significant(
+    value: Any,
+    sign: str = "",
+) -> str:
     """Three digits, for what may be tiny; counts of a hundred and more without decimals."""
     if pd.isna(value):
         return NONE
@@ -28,7 +34,10 @@ def count(value: Any) -> str:
     return NONE if pd.isna(value) else f"{value:,.0f}"
 
 
-def percent(value: Any, digits: int = 0) -> str:
+def percent(
+    value: Any,
+    digits: int = 0,
+) -> str:
     return NONE if pd.isna(value) else _unsigned_zero(f"{100 * value:.{digits}f}") + " %"
 
 
@@ -52,7 +61,10 @@ def size(n_bytes: Any) -> str:
     return f"{significant(n_bytes / 1e6)} MB"
 
 
-def ratio(numerator: float | None, denominator: float | None) -> float | None:
+def ratio(
+    numerator: float | None,
+    denominator: float | None,
+) -> float | None:
     return numerator / denominator if numerator is not None and denominator else None
 
 
@@ -61,7 +73,10 @@ def times(value: float | None) -> str:
     return NONE if value is None else f"**{significant(value)}x**"
 
 
-def spread(values: Iterable[Any], digits: int = 3) -> str:
+def spread(
+    values: Iterable[Any],
+    digits: int = 3,
+) -> str:
     """Mean, and smallest to largest where there are several."""
     series = pd.Series(list(values), dtype=float).dropna()
     if series.empty:
@@ -108,7 +123,10 @@ def _unsigned_zero(text: str) -> str:
 # Pictures
 
 
-def log_ticks(ax: Any, values: Sequence[float]) -> None:
+def log_ticks(
+    ax: Any,
+    values: Sequence[float],
+) -> None:
     """A logarithmic axis with ticks at these values and nowhere else."""
     ax.set_xscale("log")
     ax.set_xticks(values, [f"{value:g}" for value in values])

@@ -20,7 +20,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cfg = qk.BilinearQKRunnerConfig(
             layer=23,
-            sae=qk.TranscodersTrainingConfig(d_in=1, d_query=512, d_key=512, decoder_bias=False),
+            sae=qk.TranscodersTrainingConfig(
+                d_in=1,
+                d_query=512,
+                d_key=512,
+                decoder_bias=False,
+            ),
             training_tokens=N_STEPS * STEP,
             lr=4e-3,
             lr_warm_up_steps=5,

@@ -40,7 +40,14 @@ def main() -> None:
 
     # All terms of one score: they add up to the model's own.
     key_pos = int(looks["key_pos"].iloc[args.head])
-    attribution = qk.attribute(d, model, prompt, head=args.head, query_pos=-1, key_pos=key_pos)
+    attribution = qk.attribute(
+        d,
+        model,
+        prompt,
+        head=args.head,
+        query_pos=-1,
+        key_pos=key_pos,
+    )
     console.print(attribution)
     total = attribution.to_frame()["contribution"].sum()
     console.print(f"terms add up to {total:+.5f}, the model's score is {attribution.score:+.5f}")

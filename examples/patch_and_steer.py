@@ -31,7 +31,14 @@ def main() -> None:
     key_pos = prompt.find(IO)
     io_token = int(model.to_single_token(IO))
     s_token = int(model.to_single_token(S))
-    attribution = qk.attribute(d, model, prompt, head=args.head, query_pos=-1, key_pos=key_pos)
+    attribution = qk.attribute(
+        d,
+        model,
+        prompt,
+        head=args.head,
+        query_pos=-1,
+        key_pos=key_pos,
+    )
     # (query feature, key feature, head), the strongest first
     pairs = attribution.triples(2 if args.smoke else 10)
     doubled = {tuple(pair): 2.0 for pair in pairs.tolist()}
@@ -51,7 +58,10 @@ def main() -> None:
     )
     attention: list[float] = []
 
-    def record_attention(pattern: torch.Tensor, hook: Any) -> None:
+    def record_attention(
+        pattern: torch.Tensor,
+        hook: Any,
+    ) -> None:
         attention.append(float(pattern[0, args.head, -1, key_pos]))
 
     recorder = (f"blocks.{d.cfg.layer}.attn.hook_pattern", record_attention)

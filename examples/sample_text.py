@@ -210,7 +210,12 @@ def continue_texts(
     """Each text with `args.max_new_tokens` sampled tokens after it, none of them special."""
     torch.manual_seed(seed)
     prompts = [tokenizer.bos_token + text for text in texts]
-    batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+    batch = tokenizer(
+        prompts,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
     tokens = model.generate(
         **batch,
         do_sample=True,
@@ -229,7 +234,10 @@ def continue_texts(
     ]
 
 
-def enough_openings(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[str]:
+def enough_openings(
+    tokenizer: PreTrainedTokenizerBase,
+    args: argparse.Namespace,
+) -> list[str]:
     """As many openings as with their continuations make `args.n_tokens` tokens."""
     texts = []
     n_tokens = 0
@@ -241,16 +249,29 @@ def enough_openings(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
     return texts
 
 
-def write_texts(path: Path, texts: Sequence[str], settings: dict[str, str]) -> None:
+def write_texts(
+    path: Path,
+    texts: Sequence[str],
+    settings: dict[str, str],
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     schema = pa.schema([("text", pa.string())], metadata=settings)
     table = pa.table({"text": list(texts)}, schema=schema)
     scratch = path.with_name(path.name + ".tmp")
-    pq.write_table(table, scratch, compression="zstd", compression_level=19, use_dictionary=False)
+    pq.write_table(
+        table,
+        scratch,
+        compression="zstd",
+        compression_level=19,
+        use_dictionary=False,
+    )
     scratch.replace(path)  # an interruption leaves the old file or the new one
 
 
-def read_partial(path: Path, settings: dict[str, str]) -> list[str]:
+def read_partial(
+    path: Path,
+    settings: dict[str, str],
+) -> list[str]:
     """Texts of an interrupted run with the same settings; none otherwise."""
     if not path.exists():
         return []
@@ -303,7 +324,12 @@ def main() -> None:
     todo = enough_openings(tokenizer, args)
     partial = args.output.with_suffix(".partial.parquet")
     texts = read_partial(partial, settings)
-    with tqdm(total=len(todo), initial=len(texts), desc="Sampling", unit="document") as progress:
+    with tqdm(
+        total=len(todo),
+        initial=len(texts),
+        desc="Sampling",
+        unit="document",
+    ) as progress:
         while len(texts) < len(todo):
             batch = todo[len(texts) : len(texts) + args.batch_size]
             texts += continue_texts(model, tokenizer, batch, args, seed=args.seed + len(texts))

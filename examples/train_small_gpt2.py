@@ -37,7 +37,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--without", nargs="*", default=[], metavar="SOURCE")
+    parser.add_argument(
+        "--without",
+        nargs="*",
+        default=[],
+        metavar="SOURCE",
+    )
     parser.add_argument("--output", type=Path, default=Path("output/gpt2-small-from-scratch"))
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--smoke", action="store_true")
@@ -104,7 +109,10 @@ def main() -> None:
     console.print(f"held-out loss {loss:.3f} nats per token; as saved, {saved_loss:.3f} on 4 rows")
 
 
-def trained_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def trained_tokenizer(
+    texts: list[str],
+    vocab_size: int,
+) -> PreTrainedTokenizerFast:
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(
         texts, vocab_size=vocab_size, special_tokens=[BOS], show_progress=False
@@ -114,7 +122,10 @@ def trained_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerF
     )
 
 
-def token_rows(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
+def token_rows(
+    tokenizer: PreTrainedTokenizerFast,
+    texts: list[str],
+) -> np.ndarray:
     """[row, CONTEXT]: BOS first, documents joined by BOS."""
     bos = tokenizer.bos_token_id
     stream = np.concatenate([[*document, bos] for document in tokenizer(texts)["input_ids"]])

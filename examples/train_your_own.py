@@ -22,7 +22,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/train_your_own"))
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
-    sae = qk.TranscodersTrainingConfig(d_in=1, d_query=512, d_key=512, k=16.0, decoder_bias=False)
+    sae = qk.TranscodersTrainingConfig(
+        d_in=1,
+        d_query=512,
+        d_key=512,
+        k=16.0,
+        decoder_bias=False,
+    )
     cfg = qk.BilinearQKRunnerConfig(
         layer=args.layer,
         sae=sae,

@@ -225,7 +225,14 @@ def _list(output: str = "") -> None:
     entries = dictionaries.to_dict("records")
     rows = [_list_cells(entry) for entry in entries]
     texts = ("name", "model", "status")
-    table = cell_table(header, rows, texts, unbroken=header, box=SIMPLE, show_edge=False)
+    table = cell_table(
+        header,
+        rows,
+        texts,
+        unbroken=header,
+        box=SIMPLE,
+        show_edge=False,
+    )
     # commands are copied: no line breaks inside
     console = _console(soft_wrap=True)
     console.print(table)
@@ -333,7 +340,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(name: str, arguments: list[str]) -> None:
+def _run(
+    name: str,
+    arguments: list[str],
+) -> None:
     """Call a command with what the command line says."""
     command = COMMANDS[name]
     parser = _Parser(name)
@@ -343,7 +353,10 @@ def _run(name: str, arguments: list[str]) -> None:
     command(**vars(values))
 
 
-def _options(name: str, command: Callable[..., None]) -> type:
+def _options(
+    name: str,
+    command: Callable[..., None],
+) -> type:
     """A function's parameters as a dataclass for simple_parsing; without default: positional."""
     # what precedes `Args:` describes the command, what follows its options
     summary, _, argument_lines = (inspect.getdoc(command) or "").partition("\n\nArgs:\n")

@@ -216,7 +216,11 @@ class AttentionSpec:
 
     # Which keys a query may attend to
 
-    def allowed(self, query_pos: Any, key_pos: Any) -> Any:
+    def allowed(
+        self,
+        query_pos: Any,
+        key_pos: Any,
+    ) -> Any:
         """True where the key may be attended to: i - window < j <= i. Integers or broadcasting."""
         causal = key_pos <= query_pos
         if self.window is None:

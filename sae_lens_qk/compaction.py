@@ -72,12 +72,19 @@ class Compactable:
         return smaller.to(device)
 
 
-def _original_numbers(numbers: list[int], rows: Int[Tensor, " live"]) -> list[int]:
+def _original_numbers(
+    numbers: list[int],
+    rows: Int[Tensor, " live"],
+) -> list[int]:
     """Number that each live feature had before any compaction; `numbers` is empty before that."""
     return [numbers[row] if numbers else row for row in rows.tolist()]
 
 
-def _copy_features(half: Transcoder, smaller: Transcoder, rows: Int[Tensor, " live"]) -> None:
+def _copy_features(
+    half: Transcoder,
+    smaller: Transcoder,
+    rows: Int[Tensor, " live"],
+) -> None:
     """Copy the weights of the live features; the decoder bias belongs to none."""
     for name, tensor in half.state_dict().items():
         if name == "W_enc":  # [d_in, d_sae]
@@ -106,7 +113,10 @@ def _renumbered(
     )
 
 
-def _new_numbers(d: int, rows: Int[Tensor, " live"]) -> Int[Tensor, " d_1"]:
+def _new_numbers(
+    d: int,
+    rows: Int[Tensor, " live"],
+) -> Int[Tensor, " d_1"]:
     """New number of each old feature and of the constant; -1: dropped."""
     numbers = torch.full((d + 1,), -1, device=rows.device)
     numbers[rows] = torch.arange(len(rows), device=rows.device)

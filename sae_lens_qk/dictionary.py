@@ -70,7 +70,11 @@ class BilinearQKDictionary(
     feature_map: SparseFeatureMap
     spec: AttentionSpec
 
-    def __init__(self, cfg: BilinearQKConfig, use_error_term: bool = False):
+    def __init__(
+        self,
+        cfg: BilinearQKConfig,
+        use_error_term: bool = False,
+    ):
         if use_error_term:
             raise NotImplementedError(REFUSALS["use_error_term"])
         if not cfg.attention:
@@ -97,7 +101,12 @@ class BilinearQKDictionary(
             self.device,
         )
 
-    def _new_half(self, side: Literal["q", "k"], d_features: int, d_out: int) -> Transcoder:
+    def _new_half(
+        self,
+        side: Literal["q", "k"],
+        d_features: int,
+        d_out: int,
+    ) -> Transcoder:
         transcoder_class, config_class = _TRANSCODERS[self.cfg.half_architecture]
         hook = f"blocks.{self.cfg.layer}.attn.{side}"
         metadata = SAEMetadata(

@@ -178,7 +178,11 @@ def _mean_pattern(
 class _Batch:
     """Some rows as the model sees them, and what another pattern makes of its predictions."""
 
-    def __init__(self, replay: LayerReplay, tokens: Int[Tensor, "row pos"]):
+    def __init__(
+        self,
+        replay: LayerReplay,
+        tokens: Int[Tensor, "row pos"],
+    ):
         self.replay = replay
         self.tokens = tokens
         logits, record = replay.record(tokens)

@@ -186,7 +186,12 @@ class SparseFeatureMap(nn.Module):
         is_listed = (self.indices[rows] == pairs).all(dim=1)  # [pair]
         return rows.where(is_listed, -1)
 
-    def _rebuilt(self, indices: Tensor, weights: Tensor, statistics: Tensor) -> "SparseFeatureMap":
+    def _rebuilt(
+        self,
+        indices: Tensor,
+        weights: Tensor,
+        statistics: Tensor,
+    ) -> "SparseFeatureMap":
         return type(self)(indices, weights, *self.sizes, statistics)
 
     def select(self, rows: Tensor) -> "SparseFeatureMap":
@@ -281,7 +286,11 @@ class SparseFeatureMap(nn.Module):
             scores = scores + constant_scores(decoders, spec, n_pos).to(scores.dtype)
         return scores
 
-    def count_active(self, features: Features, spec: AttentionSpec) -> int:
+    def count_active(
+        self,
+        features: Features,
+        spec: AttentionSpec,
+    ) -> int:
         """Number of (sequence, query, allowed key, listed pair) at which both features fire."""
         # with unit decoders, activations and weights the score of a cell is its number of pairs
         unit_spec = AttentionSpec(
@@ -307,7 +316,10 @@ class SparseFeatureMap(nn.Module):
         return int(counts.double().sum())
 
 
-def as_pairs(pairs: Pairs, device: torch.device | str = "cpu") -> Int[Tensor, "pair 3"]:
+def as_pairs(
+    pairs: Pairs,
+    device: torch.device | str = "cpu",
+) -> Int[Tensor, "pair 3"]:
     """Pairs as an int64 tensor [pair, 3].
 
     Raises:
@@ -335,7 +347,11 @@ def _as_list(numbers: Numbers) -> list[int]:
     return [operator.index(numbers)]
 
 
-def _check_shapes(pairs: Tensor, weights: Tensor, statistics: Tensor) -> None:
+def _check_shapes(
+    pairs: Tensor,
+    weights: Tensor,
+    statistics: Tensor,
+) -> None:
     n_pairs = len(pairs)
     statistics_shape = (n_pairs, len(STATISTICS))
     if weights.shape != (n_pairs,) or statistics.shape != statistics_shape:

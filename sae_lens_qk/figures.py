@@ -229,23 +229,42 @@ def _new_figure(
         raise ModuleNotFoundError(
             "Figures need matplotlib: pip install sae-lens-qk[figures]"
         ) from error
-    return Figure(figsize=(width, height), layout=layout, dpi=200)
+    return Figure(
+        figsize=(width, height),
+        layout=layout,
+        dpi=200,
+    )
 
 
-def _style(ax: Any, x_label: str, y_label: str) -> None:
+def _style(
+    ax: Any,
+    x_label: str,
+    y_label: str,
+) -> None:
     ax.set_xlabel(x_label, fontsize=FONT_SIZE)
     ax.set_ylabel(y_label, fontsize=FONT_SIZE)
-    ax.tick_params(which="both", labelsize=FONT_SIZE - 1, width=0.5)
+    ax.tick_params(
+        which="both",
+        labelsize=FONT_SIZE - 1,
+        width=0.5,
+    )
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_linewidth(0.5)
 
 
-def _colour_bar(ax: Any, extend: str) -> None:
+def _colour_bar(
+    ax: Any,
+    extend: str,
+) -> None:
     """Of a panel, in its blank corner."""
     corner = ax.inset_axes((0.72, 0.5, 0.04, 0.45))
     image = ax.images[0]
     bar = ax.figure.colorbar(image, cax=corner, extend=extend)
-    bar.ax.tick_params(labelsize=FONT_SIZE - 1, width=0.5, length=2)
+    bar.ax.tick_params(
+        labelsize=FONT_SIZE - 1,
+        width=0.5,
+        length=2,
+    )
     bar.outline.set_visible(False)
 
 

@@ -71,7 +71,13 @@ class InputCache:
         rows = np.asarray(self.inputs[index], dtype=np.float32)
         return torch.from_numpy(rows)
 
-    def batches(self, n_rows: int, *, seed: int, start_step: int = 0) -> "CachedBatches":
+    def batches(
+        self,
+        n_rows: int,
+        *,
+        seed: int,
+        start_step: int = 0,
+    ) -> "CachedBatches":
         """Endless batches of `n_rows` whole rows, reshuffled every epoch.
 
         Args:
@@ -87,7 +93,14 @@ class CachedBatches(Iterator[Float[Tensor, "tokens d_model"]]):
     Batch t depends only on (seed, t), so resuming is a number.
     """
 
-    def __init__(self, cache: InputCache, n_rows: int, *, seed: int, start_step: int = 0):
+    def __init__(
+        self,
+        cache: InputCache,
+        n_rows: int,
+        *,
+        seed: int,
+        start_step: int = 0,
+    ):
         if n_rows > cache.n_rows:
             raise ValueError(
                 f"A batch of {n_rows} rows was asked of a cache that holds {cache.n_rows}: "
@@ -138,7 +151,11 @@ class RowBatches:
             yield torch.from_numpy(tokens), self.inputs(rows)
 
 
-def cache_batches(cache: InputCache, n_rows: int | None = None, batch_size: int = 8) -> RowBatches:
+def cache_batches(
+    cache: InputCache,
+    n_rows: int | None = None,
+    batch_size: int = 8,
+) -> RowBatches:
     """The first n rows of a cache of layer inputs; default: all.
 
     Raises:
@@ -231,7 +248,11 @@ def fill_cache(
     return InputCache(folder)
 
 
-def _check_identity(folder: Path, cached: dict[str, Any], expected: dict[str, Any]) -> None:
+def _check_identity(
+    folder: Path,
+    cached: dict[str, Any],
+    expected: dict[str, Any],
+) -> None:
     all_names = cached | expected
     names = [name for name in all_names if cached.get(name) != expected.get(name)]
     if names:
@@ -242,7 +263,10 @@ def _check_identity(folder: Path, cached: dict[str, Any], expected: dict[str, An
         )
 
 
-def _next_rows(store: ActivationsStore, n_rows: int) -> list[Tensor]:
+def _next_rows(
+    store: ActivationsStore,
+    n_rows: int,
+) -> list[Tensor]:
     """The next rows of tokens, fewer at the end of the dataset."""
     rows: list[Tensor] = []
     try:

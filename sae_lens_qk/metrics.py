@@ -143,7 +143,10 @@ def explained_sums(
     return stacked.sum(dim=(1, 3, 4))
 
 
-def _centred(values: Tensor, weights: Tensor) -> Tensor:
+def _centred(
+    values: Tensor,
+    weights: Tensor,
+) -> Tensor:
     """Minus the weighted mean over keys, the last axis."""
     mean = (weights * values).sum(dim=-1, keepdim=True)
     return values - mean

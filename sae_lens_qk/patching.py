@@ -75,7 +75,10 @@ class Patchable:
         layer = proven_layer(self.cfg, model)
         score_fn = self._score_function(source, ablate_pairs, scale_pairs, keep_pairs)
 
-        def pattern(x: Tensor, scores: Tensor) -> Tensor:
+        def pattern(
+            x: Tensor,
+            scores: Tensor,
+        ) -> Tensor:
             return self.spec.pattern(score_fn(x, scores))
 
         return layer.pattern_hooks(pattern, heads)
@@ -125,7 +128,10 @@ class Patchable:
             unit_weights = torch.ones(len(pairs))  # whole terms: these pairs need not be in the map
             return self._pair_score_function(SparseFeatureMap(pairs, unit_weights, *sizes))
 
-        def edited_scores(x: Tensor, scores: Tensor) -> Tensor:
+        def edited_scores(
+            x: Tensor,
+            scores: Tensor,
+        ) -> Tensor:
             features = self.features(x)
             base = scores if source == "model" else self.scores(features, "transcoders")
             if not has_edits:
@@ -156,7 +162,10 @@ class Patchable:
     def _pair_score_function(self, pairs: SparseFeatureMap) -> ScoreFn:
         """Scores of a list of pairs and of constant x constant."""
 
-        def pair_scores(x: Tensor, scores: Tensor) -> Tensor:
+        def pair_scores(
+            x: Tensor,
+            scores: Tensor,
+        ) -> Tensor:
             features = self.features(x)
             return pairs.scores(features, self.decoders, self.spec)
 
@@ -192,7 +201,10 @@ def _edits(
     return pairs, torch.cat([zeros, scale_factors])
 
 
-def _rows_of(feature_map: SparseFeatureMap, pairs: Int[Tensor, "pair 3"]) -> Int[Tensor, " pair"]:
+def _rows_of(
+    feature_map: SparseFeatureMap,
+    pairs: Int[Tensor, "pair 3"],
+) -> Int[Tensor, " pair"]:
     """Rows of the pairs in the map.
 
     Raises:

@@ -124,7 +124,12 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
         if self.autocast:
             raise ValueError("autocast must be False: scores and KL are computed in float32.")
 
-    def _check_step(self, prefix: str, batch_size: int, training_tokens: int) -> None:
+    def _check_step(
+        self,
+        prefix: str,
+        batch_size: int,
+        training_tokens: int,
+    ) -> None:
         """One of the two steps: whole rows per batch, at least one batch."""
         if batch_size < 1 or batch_size % self.context_size:
             raise ValueError(
@@ -242,7 +247,11 @@ class BilinearQKRunnerConfig(LanguageModelSAERunnerConfig[TranscodersTrainingCon
         )
 
 
-def _check_keys(values: dict[str, Any], config_class: type, prefix: str) -> None:
+def _check_keys(
+    values: dict[str, Any],
+    config_class: type,
+    prefix: str,
+) -> None:
     config_fields = fields(config_class)
     valid_names = [config_field.name for config_field in config_fields if config_field.init]
     unknown = sorted(set(values) - set(valid_names))

@@ -70,7 +70,10 @@ def from_stored_form(
         state_dict[f"feature_map.{name}"] = tensor
 
 
-def _check_shapes(state_dict: dict[str, Any], expected: Mapping[str, Tensor]) -> None:
+def _check_shapes(
+    state_dict: dict[str, Any],
+    expected: Mapping[str, Tensor],
+) -> None:
     for name in sorted({*expected, *state_dict}):
         expected_shape = tuple(expected[name].shape) if name in expected else None
         shape = tuple(state_dict[name].shape) if name in state_dict else None

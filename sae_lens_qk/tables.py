@@ -27,12 +27,18 @@ _CELL = "width:13px;height:13px;padding:0;border:1px solid rgba(128,128,128,.25)
 # Numbers
 
 
-def fixed(value: float | None, digits: int = 4) -> str:
+def fixed(
+    value: float | None,
+    digits: int = 4,
+) -> str:
     """So many decimals; a dash for None and NaN."""
     return NONE if _is_missing(value) else f"{value:.{digits}f}"
 
 
-def percent(value: float | None, digits: int = 1) -> str:
+def percent(
+    value: float | None,
+    digits: int = 1,
+) -> str:
     """A share in percent; a dash for None and NaN."""
     return NONE if _is_missing(value) else f"{value:.{digits}%}"
 
@@ -55,7 +61,10 @@ def interval(
     return f"{middle} ({low}, {high})"
 
 
-def significant(value: float, digits: int = 4) -> float | int | None:
+def significant(
+    value: float,
+    digits: int = 4,
+) -> float | int | None:
     """So many significant digits, for JSON: integers without a point, None for infinity and NaN."""
     if not math.isfinite(value):
         return None
@@ -71,7 +80,10 @@ def _is_missing(value: float | None) -> bool:
 # Frames
 
 
-def named_features(frame: pd.DataFrame, cfg: BilinearQKConfig) -> pd.DataFrame:
+def named_features(
+    frame: pd.DataFrame,
+    cfg: BilinearQKConfig,
+) -> pd.DataFrame:
     """The frame with features as people read them: numbers, "constant", or a dash for none."""
     named = frame.copy()
     constants = {"query_feature": cfg.d_query, "key_feature": cfg.d_key}
@@ -81,7 +93,10 @@ def named_features(frame: pd.DataFrame, cfg: BilinearQKConfig) -> pd.DataFrame:
     return named
 
 
-def _feature_name(feature: Any, constant: int) -> str:
+def _feature_name(
+    feature: Any,
+    constant: int,
+) -> str:
     if pd.isna(feature):
         return NONE
     return "constant" if feature == constant else str(feature)
@@ -90,7 +105,10 @@ def _feature_name(feature: Any, constant: int) -> str:
 # Terminals
 
 
-def rich_table(frame: pd.DataFrame, title: str) -> Table:
+def rich_table(
+    frame: pd.DataFrame,
+    title: str,
+) -> Table:
     """A frame as a table: numbers to the right, floats with a sign and three decimals."""
     header = [str(column).replace("_", " ") for column in frame]
     text_columns = frame.select_dtypes(exclude=["number", "bool"])
@@ -163,8 +181,16 @@ def html_table(
     styled = frame.style.hide(axis="index")
     styled.set_caption(html.escape(caption))
     if bars:
-        styled.bar(subset=[bars], align=0, color=_BAR_COLOURS)
-    styled.format(precision=3, escape="html", na_rep=NONE)
+        styled.bar(
+            subset=[bars],
+            align=0,
+            color=_BAR_COLOURS,
+        )
+    styled.format(
+        precision=3,
+        escape="html",
+        na_rep=NONE,
+    )
     return styled.to_html()
 
 

@@ -15,7 +15,11 @@ _TOKEN_COLUMNS = ("tokens", "input_ids")
 """Columns that SAELens's store takes for token ids."""
 
 
-def load_text(path: str, text_column: str, streaming: bool = False) -> Dataset | IterableDataset:
+def load_text(
+    path: str,
+    text_column: str,
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
     """A dataset of one column: token ids, or texts in `text`.
 
     Args:

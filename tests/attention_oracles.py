@@ -1,9 +1,9 @@
 """The attention of a layer as plain loops over floats: written from the equations alone.
 
-    score    scale <R_i q[i,h], R_j k[j,g(h)]>
-    capped   cap tanh(score / cap)
-    biased   capped + slope[h] (j - i)
-    P[i,j]   exp(biased) / (sum over allowed keys + exp(sink[h])),  allowed: i - window < j <= i
+score    scale <R_i q[i,h], R_j k[j,g(h)]>
+capped   cap tanh(score / cap)
+biased   capped + slope[h] (j - i)
+P[i,j]   exp(biased) / (sum over allowed keys + exp(sink[h])),  allowed: i - window < j <= i
 """
 
 import cmath
@@ -15,7 +15,11 @@ from torch import Tensor
 from sae_lens_qk.attention import AttentionSpec
 
 
-def rotated(vector: list[float], position: int, inv_freq: tuple[float, ...]) -> list[float]:
+def rotated(
+    vector: list[float],
+    position: int,
+    inv_freq: tuple[float, ...],
+) -> list[float]:
     """Dimension f turns with dimension f + len(inv_freq), by position * inv_freq[f]."""
     turned = list(vector)
     n_freq = len(inv_freq)
@@ -27,7 +31,11 @@ def rotated(vector: list[float], position: int, inv_freq: tuple[float, ...]) -> 
     return turned
 
 
-def loop_scores(queries: Tensor, keys: Tensor, spec: AttentionSpec) -> Tensor:
+def loop_scores(
+    queries: Tensor,
+    keys: Tensor,
+    spec: AttentionSpec,
+) -> Tensor:
     """float64 [batch, head, pos_q, pos_k], of queries and keys by head."""
     n_rows, n_queries, n_heads, _ = queries.shape
     n_keys = keys.shape[1]
@@ -44,13 +52,23 @@ def loop_scores(queries: Tensor, keys: Tensor, spec: AttentionSpec) -> Tensor:
     return scores
 
 
-def loop_allowed(i: int, j: int, window: int | None) -> bool:
+def loop_allowed(
+    i: int,
+    j: int,
+    window: int | None,
+) -> bool:
     if j > i:
         return False
     return window is None or j > i - window
 
 
-def loop_logit(score: float, spec: AttentionSpec, head: int, i: int, j: int) -> float:
+def loop_logit(
+    score: float,
+    spec: AttentionSpec,
+    head: int,
+    i: int,
+    j: int,
+) -> float:
     """What enters the softmax at an allowed key."""
     logit = score
     if spec.softcap is not None:
@@ -60,7 +78,12 @@ def loop_logit(score: float, spec: AttentionSpec, head: int, i: int, j: int) -> 
     return logit
 
 
-def loop_row(scores: list[float], spec: AttentionSpec, head: int, i: int) -> list[float]:
+def loop_row(
+    scores: list[float],
+    spec: AttentionSpec,
+    head: int,
+    i: int,
+) -> list[float]:
     """Attention of query i to keys 0 to i, then to the sink (0 where there is none)."""
     weights = []
     for j in range(i + 1):
@@ -73,7 +96,10 @@ def loop_row(scores: list[float], spec: AttentionSpec, head: int, i: int) -> lis
     return [weight / total for weight in [*weights, sink]]
 
 
-def loop_pattern(scores: Tensor, spec: AttentionSpec) -> Tensor:
+def loop_pattern(
+    scores: Tensor,
+    spec: AttentionSpec,
+) -> Tensor:
     """float64 [batch, head, pos_q, pos_k + 1]: the pattern, and in the last column the sink."""
     n_rows, n_heads, n_pos, _ = scores.shape
     pattern = torch.zeros(n_rows, n_heads, n_pos, n_pos + 1, dtype=torch.float64)
@@ -86,7 +112,10 @@ def loop_pattern(scores: Tensor, spec: AttentionSpec) -> Tensor:
     return pattern
 
 
-def loop_kl(pattern: Tensor, other: Tensor) -> Tensor:
+def loop_kl(
+    pattern: Tensor,
+    other: Tensor,
+) -> Tensor:
     """sum of P ln(P / Q) over the keys and the sink of `loop_pattern`: [batch, head, pos_q]."""
     n_rows, n_heads, n_pos, _ = pattern.shape
     divergence = torch.zeros(n_rows, n_heads, n_pos, dtype=torch.float64)

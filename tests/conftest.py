@@ -120,7 +120,10 @@ def hub_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.fixture
-def waits(hub_waits: list[float], monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def waits(
+    hub_waits: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[float]:
     """Seconds between our own attempts, noted instead of slept; so are the client's."""
     ours: list[float] = []
     monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=ours.append))
@@ -156,7 +159,11 @@ def any_model(request: pytest.FixtureRequest) -> Iterator[Model]:
     yield from _shared(*request.param)
 
 
-@pytest.fixture(scope="session", params=_UNSUPPORTED, ids="-".join)
+@pytest.fixture(
+    scope="session",
+    params=_UNSUPPORTED,
+    ids="-".join,
+)
 def unsupported_model(request: pytest.FixtureRequest) -> Model:
     """Every model the package refuses; `request.node.callspec.id` of the test names the feature."""
     return tiny_unsupported(*request.param)
@@ -186,7 +193,10 @@ def tokens() -> Tensor:
     return tiny_tokens(3, 17)
 
 
-def _shared(kind: str, mode: str) -> Iterator[Model]:
+def _shared(
+    kind: str,
+    mode: str,
+) -> Iterator[Model]:
     model = tiny_model(kind, mode)
     logits, hook_names = _probe(model)
     yield model

@@ -41,11 +41,19 @@ def statuses(hub: LoopbackHub) -> list[int]:
     return [request.status for request in hub.requests]
 
 
-def tokens_sent(hub: LoopbackHub, method: str) -> set[str | None]:
+def tokens_sent(
+    hub: LoopbackHub,
+    method: str,
+) -> set[str | None]:
     return {request.token for request in hub.requests if request.method == method}
 
 
-def upload(api: HfApi, path: str, data: bytes, **options: Any) -> CommitInfo:
+def upload(
+    api: HfApi,
+    path: str,
+    data: bytes,
+    **options: Any,
+) -> CommitInfo:
     """One file to REPO."""
     options = {"repo_id": REPO, **options}
     return api.upload_file(path_or_fileobj=data, path_in_repo=path, **options)
@@ -63,7 +71,11 @@ def commit(
     return api.create_commit(repo_id, [operation], commit_message="m", **options)
 
 
-def download(cache: Path, path: str = "cfg.json", **options: Any) -> bytes:
+def download(
+    cache: Path,
+    path: str = "cfg.json",
+    **options: Any,
+) -> bytes:
     """What the client reads of a file of REPO."""
     return Path(hf_hub_download(REPO, path, cache_dir=cache, **options)).read_bytes()
 

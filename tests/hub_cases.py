@@ -38,7 +38,11 @@ Change = Callable[[Files], Files]
 Job = Callable[[], Any]
 
 
-def measured_dictionary(model: Model, seed: int = 0, **changes: Any) -> BilinearQKDictionary:
+def measured_dictionary(
+    model: Model,
+    seed: int = 0,
+    **changes: Any,
+) -> BilinearQKDictionary:
     """A random dictionary that knows its metrics and how it was trained."""
     d = tiny_dictionary(model, seed=seed, **changes)
     d.metrics = qk.evaluate(d, model, tiny_tokens(3, 17), baselines=())
@@ -122,7 +126,10 @@ def tree(folder: Path) -> dict[str, str | bytes]:
     return entries
 
 
-def same(one: BilinearQKDictionary, other: BilinearQKDictionary) -> bool:
+def same(
+    one: BilinearQKDictionary,
+    other: BilinearQKDictionary,
+) -> bool:
     """Whether every tensor has the same bits, and the config the same values."""
     tensors = one.state_dict()
     other_tensors = other.state_dict()
@@ -166,7 +173,10 @@ def in_forks(*jobs: Job) -> list[Any]:
     barrier = context.Barrier(len(jobs))
     results = [context.SimpleQueue() for _ in jobs]
 
-    def work(job: Job, result: Any) -> None:
+    def work(
+        job: Job,
+        result: Any,
+    ) -> None:
         barrier.wait(60)
         try:
             result.put((job(), None))
@@ -196,7 +206,10 @@ def without_privileges(job: Job) -> Job:
     return work
 
 
-def summary(d: BilinearQKDictionary, model: Model) -> dict[str, Any]:
+def summary(
+    d: BilinearQKDictionary,
+    model: Model,
+) -> dict[str, Any]:
     """Hashes of every tensor and of both patterns, metrics anew and those that came along."""
     x = torch.randn(2, 11, d.cfg.d_in, generator=torch.Generator().manual_seed(7))
     tensors = dict(d.state_dict())

@@ -38,5 +38,8 @@ def word_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
-def first_prompts(batch: IOIPrompts, n: int) -> IOIPrompts:
+def first_prompts(
+    batch: IOIPrompts,
+    n: int,
+) -> IOIPrompts:
     return IOIPrompts(*(tensor[:n] for tensor in batch))

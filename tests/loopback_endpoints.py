@@ -108,7 +108,11 @@ class Answer(NamedTuple):
     headers: Mapping[str, str]
 
 
-def _reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
+def _reply(
+    value: Any,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+) -> Answer:
     headers = {"Content-Type": "application/json", **(headers or {})}
     return Answer(status, json.dumps(value).encode(), headers)
 
@@ -332,7 +336,11 @@ def _commit(call: Call) -> Answer:
     return _reply(reply)
 
 
-def _parent(repo: Repo, call: Call, oid: str | None) -> Commit:
+def _parent(
+    repo: Repo,
+    call: Call,
+    oid: str | None,
+) -> Commit:
     """The tip of the branch, which has to be the parent that the client names, if it does.
 
     A pull request may start from any commit.
@@ -345,7 +353,12 @@ def _parent(repo: Repo, call: Call, oid: str | None) -> Commit:
     raise HubError(412, "A commit has happened since. Please refresh and try again.")
 
 
-def _apply(repo: Repo, files: dict[str, bytes], kind: str, value: Mapping[str, Any]) -> None:
+def _apply(
+    repo: Repo,
+    files: dict[str, bytes],
+    kind: str,
+    value: Mapping[str, Any],
+) -> None:
     path = value["path"]
     if kind == "file":
         files[path] = base64.b64decode(value["content"])
@@ -407,7 +420,10 @@ _ROUTES: list[tuple[str, str, _Endpoint]] = [
 """Methods, path, endpoint."""
 
 
-def route(method: str, path: str) -> tuple[_Endpoint, dict[str, str]]:
+def route(
+    method: str,
+    path: str,
+) -> tuple[_Endpoint, dict[str, str]]:
     """The endpoint of a request, and the unquoted parts of its path."""
     for methods, pattern, endpoint in _ROUTES:
         match = re.fullmatch(pattern, path)
@@ -416,12 +432,18 @@ def route(method: str, path: str) -> tuple[_Endpoint, dict[str, str]]:
     raise HubError(404, "Sorry, we can't find the page you are looking for.")
 
 
-def _is_lfs(path: str, size: int) -> bool:
+def _is_lfs(
+    path: str,
+    size: int,
+) -> bool:
     """Storage cannot take an empty object, so the client commits an empty file as a regular one."""
     return size > 0 and path.endswith(".safetensors")
 
 
-def _etag(path: str, data: bytes) -> str:
+def _etag(
+    path: str,
+    data: bytes,
+) -> str:
     return sha256(data).hexdigest() if _is_lfs(path, len(data)) else _git_oid(data)
 
 
@@ -429,7 +451,10 @@ def _git_oid(data: bytes) -> str:
     return sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def _file_entry(path: str, data: bytes) -> dict[str, Any]:
+def _file_entry(
+    path: str,
+    data: bytes,
+) -> dict[str, Any]:
     """`oid` is what git stores: of an LFS file that is the pointer."""
     entry: dict[str, Any] = {"type": "file", "path": path, "size": len(data)}
     if not _is_lfs(path, len(data)):

@@ -95,12 +95,24 @@ class LoopbackHub:
             self._faults: list[_Fault] = []
             self.requests: list[Request] = []
 
-    def add_user(self, token: str, name: str, *, orgs: Iterable[str] = ()) -> None:
+    def add_user(
+        self,
+        token: str,
+        name: str,
+        *,
+        orgs: Iterable[str] = (),
+    ) -> None:
         """A user who may write in the namespace `name` and in `orgs`."""
         with self._lock:
             self._users[token] = User(name, tuple(orgs))
 
-    def create_repo(self, repo_id: str, *, private: bool = False, gated: bool = False) -> str:
+    def create_repo(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        gated: bool = False,
+    ) -> str:
         """The first commit, which holds .gitattributes."""
         with self._lock:
             if repo_id in self.repos:
@@ -129,12 +141,20 @@ class LoopbackHub:
                 repo.objects[sha256(data).hexdigest()] = data
             return repo.append(revision, {**present, **files}, message, "system").oid
 
-    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+    def files(
+        self,
+        repo_id: str,
+        revision: str = "main",
+    ) -> dict[str, bytes]:
         """The content of every file."""
         with self._lock:
             return dict(self.repos[repo_id].at(revision).files)
 
-    def commits(self, repo_id: str, revision: str = "main") -> list[Commit]:
+    def commits(
+        self,
+        repo_id: str,
+        revision: str = "main",
+    ) -> list[Commit]:
         """Newest first."""
         with self._lock:
             return list(self.repos[repo_id].history(revision))
@@ -177,7 +197,11 @@ class LoopbackHub:
         with self._lock:
             self._faults.append(fault)
 
-    def _next_fault(self, method: str, path: str) -> "_Fault":
+    def _next_fault(
+        self,
+        method: str,
+        path: str,
+    ) -> "_Fault":
         with self._lock:
             for fault in self._faults:
                 if fault.takes(method, path):
@@ -188,7 +212,13 @@ class LoopbackHub:
         with self._lock:
             self.requests.append(request)
 
-    def _answer(self, method: str, path: str, headers: Message, body: bytes) -> "Answer":
+    def _answer(
+        self,
+        method: str,
+        path: str,
+        headers: Message,
+        body: bytes,
+    ) -> "Answer":
         target = urlsplit(path)
         query = {key: values[0] for key, values in parse_qs(target.query).items()}
         with self._lock:
@@ -220,7 +250,11 @@ class _Fault:
     truncate: int | None = None
     flip_byte: int | None = None
 
-    def takes(self, method: str, path: str) -> bool:
+    def takes(
+        self,
+        method: str,
+        path: str,
+    ) -> bool:
         """Whether it spoils this request, which is then counted."""
         matches = re.fullmatch(self.method, method) and re.search(self.pattern, path)
         if self.times == 0 or not matches:
@@ -248,7 +282,11 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, hub: LoopbackHub, port: int) -> None:
+    def __init__(
+        self,
+        hub: LoopbackHub,
+        port: int,
+    ) -> None:
         super().__init__(("127.0.0.1", port), _Handler, bind_and_activate=False)
         self.hub = hub
         self.connections: set[socket.socket] = set()
@@ -259,7 +297,11 @@ class _Server(ThreadingHTTPServer):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(
+        self,
+        request: Any,
+        client_address: Any,
+    ) -> None:
         if not isinstance(sys.exception(), OSError):  # a client that went away is none of ours
             super().handle_error(request, client_address)
 
@@ -303,7 +345,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
 
-    def send(self, answer: Answer, fault: _Fault) -> None:
+    def send(
+        self,
+        answer: Answer,
+        fault: _Fault,
+    ) -> None:
         body = fault.spoil(answer.body)
         self.send_response(answer.status)
         for name, value in answer.headers.items():

@@ -29,7 +29,11 @@ class Case(NamedTuple):
     decoders: Decoders
 
 
-def make_spec(rotary: str, n_kv_heads: int = 3, window: int | None = None) -> AttentionSpec:
+def make_spec(
+    rotary: str,
+    n_kv_heads: int = 3,
+    window: int | None = None,
+) -> AttentionSpec:
     return AttentionSpec(
         n_heads=N_HEADS,
         n_kv_heads=n_kv_heads,
@@ -56,7 +60,10 @@ def random_case(
         is_active = torch.rand(shape, generator=generator) < 1 / 3
         return (values * is_active).to(dtype)
 
-    def random_rows(d: int, heads: int) -> Tensor:
+    def random_rows(
+        d: int,
+        heads: int,
+    ) -> Tensor:
         shape = (d + 1, heads, spec.d_head)
         rows = torch.randn(shape, generator=generator, dtype=torch.float64)
         return (0.3 * rows).to(dtype)
@@ -88,7 +95,12 @@ def with_one(acts: Tensor) -> Tensor:
     return torch.nn.functional.pad(acts, (0, 1), value=1.0)
 
 
-def loop_kernel(pair, decoders: Decoders, spec: AttentionSpec, offset: int) -> float:
+def loop_kernel(
+    pair,
+    decoders: Decoders,
+    spec: AttentionSpec,
+    offset: int,
+) -> float:
     """M[a, b, h](offset)."""
     query_feature, key_feature, head = pair
     kv_head = head * spec.n_kv_heads // spec.n_heads
@@ -117,7 +129,11 @@ def loop_pair_scores(
     return scores
 
 
-def dense_kernel(decoders: Decoders, spec: AttentionSpec, n_pos: int) -> Tensor:
+def dense_kernel(
+    decoders: Decoders,
+    spec: AttentionSpec,
+    n_pos: int,
+) -> Tensor:
     """M of all pairs, float64 [d_query + 1, d_key + 1, head, offset], differentiable.
 
     Halves of the rotating dimensions are complex numbers here: <R_d q, k> = Re z_q conj(z_k) e^(i
@@ -138,7 +154,11 @@ def dense_kernel(decoders: Decoders, spec: AttentionSpec, n_pos: int) -> Tensor:
     return spec.scale * (turning + passing[..., None])
 
 
-def dense_scores(mask: Tensor, case: Case, spec: AttentionSpec) -> Tensor:
+def dense_scores(
+    mask: Tensor,
+    case: Case,
+    spec: AttentionSpec,
+) -> Tensor:
     """Scores of every entry of a dense mask, float64, differentiable; zero where not allowed."""
     query_acts = with_one(case.features.query).double()
     key_acts = with_one(case.features.key).double()

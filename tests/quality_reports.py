@@ -61,7 +61,10 @@ def planted_case(
     }
 
 
-def results_at_k(won: float, n: int = N_CASES) -> dict[str, Any]:
+def results_at_k(
+    won: float,
+    n: int = N_CASES,
+) -> dict[str, Any]:
     """Removals at one k: every control is beaten in this share of n cases."""
     controls = {}
     for name in CONTROLS:

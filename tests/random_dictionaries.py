@@ -5,7 +5,14 @@ from torch import Tensor
 
 import sae_lens_qk as qk
 
-SPEC = qk.AttentionSpec(6, 3, d_head=10, d_model=13, scale=0.4, rotary_inv_freq=(1.0, 0.3, 0.02))
+SPEC = qk.AttentionSpec(
+    6,
+    3,
+    d_head=10,
+    d_model=13,
+    scale=0.4,
+    rotary_inv_freq=(1.0, 0.3, 0.02),
+)
 D_QUERY = 307  # above 256, which bfloat16 cannot hold
 D_KEY = 311
 N_PAIRS = 1009
@@ -74,7 +81,11 @@ def random_x(spec: qk.AttentionSpec = SPEC) -> Tensor:
     return torch.randn(2, 11, spec.d_model, generator=torch.Generator().manual_seed(1))
 
 
-def is_in_step(d: qk.BilinearQKDictionary, dtype: torch.dtype, device: str = "cpu") -> bool:
+def is_in_step(
+    d: qk.BilinearQKDictionary,
+    dtype: torch.dtype,
+    device: str = "cpu",
+) -> bool:
     """Weights, modules and configs all name the same dtype and device."""
     tensors = d.state_dict().values()
     weights_agree = all(

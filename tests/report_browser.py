@@ -61,7 +61,11 @@ def url(d, prompts, attribution, llama_bridge, tmp_path_factory):
         tiny_statistics(d, llama_bridge),
         prompts,
         [attribution],
-        limits=ReportLimits(features=20, pairs=80, cells=300),
+        limits=ReportLimits(
+            features=20,
+            pairs=80,
+            cells=300,
+        ),
         words=words,
         title=f"Tiny {MARKUP}",
         inputs=qk.AttentionLayer(llama_bridge, LAYER).inputs,
@@ -102,7 +106,11 @@ def open_page(browser, url):
 
     def open_at(path="/", scheme="light", width=1280):
         viewport = {"width": width, "height": 800}
-        context = browser.new_context(viewport=viewport, color_scheme=scheme, offline=True)
+        context = browser.new_context(
+            viewport=viewport,
+            color_scheme=scheme,
+            offline=True,
+        )
         contexts.append(context)
         page = context.new_page()
         page.on("request", on_request)

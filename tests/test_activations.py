@@ -78,7 +78,10 @@ def collect(d, tokens, x, size=2, **changes) -> ActivationStatistics:
     return collect_activations(d, batches(tokens, x, size), **options)
 
 
-def assert_same(actual: ActivationStatistics, expected: ActivationStatistics) -> None:
+def assert_same(
+    actual: ActivationStatistics,
+    expected: ActivationStatistics,
+) -> None:
     """Bit for bit."""
     np.testing.assert_array_equal(actual.tokens, expected.tokens)
     assert actual.identity == expected.identity
@@ -123,7 +126,10 @@ def assert_contexts(contexts, expected) -> None:
 # Features
 
 
-def feature_values(acts: np.ndarray, feature: int) -> dict[Position, float]:
+def feature_values(
+    acts: np.ndarray,
+    feature: int,
+) -> dict[Position, float]:
     """Activations by (row, position) where the feature fires."""
     values = {}
     for row in range(N_ROWS):
@@ -430,9 +436,7 @@ def test_what_is_no_state_is_refused(statistics, tmp_path):
 
 
 @ONE_MODEL
-@pytest.mark.parametrize(
-    ("pos", "first", "end"), [(0, 0, 7), (5, 0, 12), (14, 2, 17), (16, 4, 17)]
-)
+@pytest.mark.parametrize(("pos", "first", "end"), [(0, 0, 7), (5, 0, 12), (14, 2, 17), (16, 4, 17)])
 def test_tokens_around_a_position(statistics, tokens, pos, first, end):
     window, index = statistics.window(3, pos)
     assert window.tolist() == tokens[3, first:end].tolist()

@@ -33,7 +33,11 @@ VARIANTS = [
 """Every combination of window, softcap, sinks and bias."""
 
 
-def make_spec(rotary: str = "none", n_kv_heads: int = 3, **changes) -> AttentionSpec:
+def make_spec(
+    rotary: str = "none",
+    n_kv_heads: int = 3,
+    **changes,
+) -> AttentionSpec:
     return AttentionSpec(
         n_heads=N_HEADS,
         n_kv_heads=n_kv_heads,
@@ -54,7 +58,10 @@ def random_queries_keys(spec, pos_q=POS_Q, pos_k=POS_K, dtype=torch.float64):
     return queries.to(dtype), keys.to(dtype)
 
 
-def random_scores(n_pos: int = POS_K, seed: int = 0) -> torch.Tensor:
+def random_scores(
+    n_pos: int = POS_K,
+    seed: int = 0,
+) -> torch.Tensor:
     """float64 [batch, head, pos_q, pos_k], a few units large."""
     generator = torch.Generator().manual_seed(seed)
     shape = (BATCH, N_HEADS, n_pos, n_pos)
@@ -272,7 +279,11 @@ def as_transformers(spec, n_pos=POS_K):
 def test_windows_and_softcap_are_those_of_gemma2():
     spec = make_spec(window=3, softcap=2.5)
     queries, keys, mask = as_transformers(spec)
-    module = SimpleNamespace(num_key_value_groups=spec.heads_per_kv, head_dim=10, training=False)
+    module = SimpleNamespace(
+        num_key_value_groups=spec.heads_per_kv,
+        head_dim=10,
+        training=False,
+    )
     q = queries.transpose(1, 2)
     k = keys.transpose(1, 2)
     _, pattern = gemma2_attention(module, q, k, k, mask, scaling=spec.scale, softcap=spec.softcap)
@@ -296,7 +307,13 @@ def test_sinks_are_those_of_gpt_oss():
 
 def test_patterns_of_three_tokens_by_hand():
     """Scores ln 1, ln 2, ln 5 give 1/8, 2/8, 5/8."""
-    spec = AttentionSpec(1, 1, d_head=2, d_model=5, scale=3.0)
+    spec = AttentionSpec(
+        1,
+        1,
+        d_head=2,
+        d_model=5,
+        scale=3.0,
+    )
     scores = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64).log().expand(1, 1, 3, 3)
     rows = [[1, 0, 0], [1 / 3, 2 / 3, 0], [1 / 8, 2 / 8, 5 / 8]]
     expected = torch.tensor(rows, dtype=torch.float64)
@@ -314,7 +331,14 @@ def test_patterns_of_three_tokens_by_hand():
 
 def test_rotations_of_three_tokens_by_hand():
     """90 degrees per position: scores are 3 sin((i - j) pi / 2)."""
-    spec = AttentionSpec(1, 1, d_head=2, d_model=5, scale=3.0, rotary_inv_freq=(math.pi / 2,))
+    spec = AttentionSpec(
+        1,
+        1,
+        d_head=2,
+        d_model=5,
+        scale=3.0,
+        rotary_inv_freq=(math.pi / 2,),
+    )
     queries = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(1, 3, 1, 2)
     keys = torch.tensor([0.0, 1.0], dtype=torch.float64).expand(1, 3, 1, 2)
     expected = torch.tensor([[0, -3, 0], [3, 0, -3], [0, 3, 0]], dtype=torch.float64)

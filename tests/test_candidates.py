@@ -74,7 +74,11 @@ def make_problem(kind: str) -> Problem:
     return Problem(tiny_dictionary(model, n_pairs=0), weights, x, scores)
 
 
-def exact_statistics(batch: FeatureBatch, decoders: Decoders, spec: qk.AttentionSpec) -> Exact:
+def exact_statistics(
+    batch: FeatureBatch,
+    decoders: Decoders,
+    spec: qk.AttentionSpec,
+) -> Exact:
     """Every pair at once: c[n, a, b, h, i, j] in float64."""
     pattern = batch.pattern.double()
     n_rows, _, n_pos, _ = pattern.shape
@@ -103,7 +107,10 @@ def exact_statistics(batch: FeatureBatch, decoders: Decoders, spec: qk.Attention
     )
 
 
-def assert_statistics(ranked: SparseFeatureMap, exact: Exact) -> None:
+def assert_statistics(
+    ranked: SparseFeatureMap,
+    exact: Exact,
+) -> None:
     entries = tuple(ranked.indices.T)
     importance, effect, co_occurrence = ranked.statistics.double().T
     expected = exact.importance[entries]
@@ -252,7 +259,13 @@ def random_features(
 
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 def test_keys_outside_the_window_do_not_count(window):
-    features = random_features(d_query=17, d_key=19, n_rows=5, n_pos=11, window=window)
+    features = random_features(
+        d_query=17,
+        d_key=19,
+        n_rows=5,
+        n_pos=11,
+        window=window,
+    )
     whole = FeatureBatch(*(torch.cat(tensors) for tensors in zip(*features.batches, strict=True)))
     exact = exact_statistics(whole, features.decoders, features.spec)
     if window == 1:  # one key leaves no choice
@@ -267,7 +280,11 @@ def test_keys_outside_the_window_do_not_count(window):
 @pytest.mark.parametrize("n", [101, 1009])
 def test_a_full_table_forgets_the_least_important(n, caplog):
     """More pairs fire together than the tables hold: the best stay, with their true numbers."""
-    features = random_features(d_query=97, d_key=101, n_rows=53)
+    features = random_features(
+        d_query=97,
+        d_key=101,
+        n_rows=53,
+    )
     exact = features.rank(300_000)
     assert len(exact) > 50 * n
     with caplog.at_level(logging.DEBUG, logger="sae_lens_qk"):

@@ -175,7 +175,10 @@ def test_the_table_shows_what_evaluate_returned(mapped):
         assert numbers(row["argmax agreement"]) == pytest.approx(agreement, abs=0.051)
 
 
-def line_numbers(model_card: ModelCard, start: str) -> list[float]:
+def line_numbers(
+    model_card: ModelCard,
+    start: str,
+) -> list[float]:
     """Numbers of the one line that starts so."""
     (line,) = [line for line in model_card.text.splitlines() if line.startswith(start)]
     return numbers(line)
@@ -204,7 +207,15 @@ def test_the_first_paragraph_says_what_it_is(mapped):
 
 
 def test_large_numbers_have_separators(mapped):
-    model_card = card(mapped, cfg=replace(mapped.cfg, d_query=2400, d_key=19_200, n_pairs=50_000))
+    model_card = card(
+        mapped,
+        cfg=replace(
+            mapped.cfg,
+            d_query=2400,
+            d_key=19_200,
+            n_pairs=50_000,
+        ),
+    )
     assert "2,400 query features" in model_card.text
     assert "19,200 key features, and the 50,000 feature pairs" in model_card.text
 
@@ -349,7 +360,10 @@ def folders(mapped, unmapped) -> dict[str, FolderSummary]:
     return summaries
 
 
-def repository(existing: str | None, folders: Mapping[str, FolderSummary]) -> ModelCard:
+def repository(
+    existing: str | None,
+    folders: Mapping[str, FolderSummary],
+) -> ModelCard:
     """The card, read again; writing it once more changes nothing, and there is one section."""
     text = repository_card(existing, "org/repo", folders)
     assert repository_card(text, "org/repo", folders) == text
@@ -378,7 +392,11 @@ def test_a_new_repository(folders, mapped, unmapped, hub):
     check_row(rows["[b/wide](b/wide/README.md)"], mapped, "feature_map")
 
 
-def check_row(row: dict[str, str], d: qk.BilinearQKDictionary, source: str) -> None:
+def check_row(
+    row: dict[str, str],
+    d: qk.BilinearQKDictionary,
+    source: str,
+) -> None:
     assert row["model"] == d.cfg.model_name
     assert row["layer"] == "1"
     assert numbers(row["features (query / key)"]) == [D_QUERY, D_KEY]

@@ -214,7 +214,11 @@ def test_other_numbers_of_features_are_refused(exact, directions, k, monkeypatch
 
 @pytest.mark.parametrize("k", [2, np.int64(2), np.array([2, 10_000]), (2, 10_000)])
 def test_larger_k_than_there_are_features_are_left_out(exact, directions, k):
-    table = exact.check(k=k, directions=directions, n_controls=2).table
+    table = exact.check(
+        k=k,
+        directions=directions,
+        n_controls=2,
+    ).table
     assert set(table["k"]) == {2}
 
 

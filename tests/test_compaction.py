@@ -30,7 +30,10 @@ LIVE_QUERY_NUMBERS = [a for a in range(D_QUERY) if a not in SILENT_QUERY]
 LIVE_KEY_NUMBERS = [b for b in range(D_KEY) if b not in SILENT_KEY]
 
 
-def all_but(d: int, features: list[int]) -> Tensor:
+def all_but(
+    d: int,
+    features: list[int],
+) -> Tensor:
     """Mask [d] of the features that stay."""
     mask = torch.ones(d, dtype=torch.bool)
     mask[features] = False
@@ -204,7 +207,13 @@ def test_bad_masks_are_refused(live_query, live_key, monkeypatch):
 
 # How large a dictionary of GPT-2 small is
 
-GPT2_SMALL = qk.AttentionSpec(12, 12, d_head=64, d_model=768, scale=0.125)
+GPT2_SMALL = qk.AttentionSpec(
+    12,
+    12,
+    d_head=64,
+    d_model=768,
+    scale=0.125,
+)
 N_FEATURES = 2400
 N_LIVE_QUERY = 270
 N_LIVE_KEY = 466
@@ -250,7 +259,11 @@ def gpt2_small() -> qk.BilinearQKDictionary:
     return d.compact(is_live_query, is_live_key).requires_grad_(False)
 
 
-def save_as(dtype: str, d: qk.BilinearQKDictionary, folder: Path) -> qk.BilinearQKDictionary:
+def save_as(
+    dtype: str,
+    d: qk.BilinearQKDictionary,
+    folder: Path,
+) -> qk.BilinearQKDictionary:
     """Save a copy in a dtype; returns the copy."""
     copy = d.compact(all_but(d.cfg.d_query, []), all_but(d.cfg.d_key, []))
     copy.to(getattr(torch, dtype)).save_model(folder)

@@ -49,7 +49,11 @@ def changed_config() -> qk.BilinearQKRunnerConfig:
             compact=True,
             polish=False,
         ),
-        logger=LoggingConfig(log_to_wandb=False, wandb_project="mine", run_name="run"),
+        logger=LoggingConfig(
+            log_to_wandb=False,
+            wandb_project="mine",
+            run_name="run",
+        ),
     )
 
 
@@ -193,12 +197,20 @@ def test_numbers_in_scientific_notation_are_numbers(text, tmp_path):
             "d_query and d_key must be positive|k must lie",
         ),
         (
-            lambda: qk.TranscodersTrainingConfig(d_in=4, d_query=8, k=9),
+            lambda: qk.TranscodersTrainingConfig(
+                d_in=4,
+                d_query=8,
+                k=9,
+            ),
             r"k must lie in .*, got 9",
         ),
         (lambda: qk.TranscodersTrainingConfig(d_in=4, k=0), "k must lie in"),
         (
-            lambda: qk.TranscodersTrainingConfig(d_in=4, k=2.5, activation="topk"),
+            lambda: qk.TranscodersTrainingConfig(
+                d_in=4,
+                k=2.5,
+                activation="topk",
+            ),
             "topk needs a whole number k, got 2.5",
         ),
         (
@@ -286,8 +298,19 @@ def test_stock_command_line_builds_our_configs(architecture):
 
 
 def test_step_2_keeps_its_settings_in_json():
-    mask = qk.MaskStepConfig(lr=0.5, fine_tune_lr=0.1, n_pairs=7, output_coefficient=2.0)
-    cfg = qk.MaskTrainingConfig(d_in=4, n_pairs=11, prune_steps=3, k_query=1.5, mask=mask)
+    mask = qk.MaskStepConfig(
+        lr=0.5,
+        fine_tune_lr=0.1,
+        n_pairs=7,
+        output_coefficient=2.0,
+    )
+    cfg = qk.MaskTrainingConfig(
+        d_in=4,
+        n_pairs=11,
+        prune_steps=3,
+        k_query=1.5,
+        mask=mask,
+    )
     values = json.loads(json.dumps(cfg.to_dict()))
     assert values["mask"]["n_pairs"] == 7
     assert values["metadata"]["training_architecture_details"]["mask"] == values["mask"]
@@ -309,7 +332,12 @@ def test_training_leaves_the_config_as_it_is(tmp_path, text_dataset):
         lr_warm_up_steps=0,
         checkpoint_path=str(tmp_path / "checkpoints"),
         output_path=str(tmp_path / "output"),
-        sae=qk.TranscodersTrainingConfig(d_in=1, d_query=29, d_key=31, k=4.0),
+        sae=qk.TranscodersTrainingConfig(
+            d_in=1,
+            d_query=29,
+            d_key=31,
+            k=4.0,
+        ),
         mask=qk.MaskStepConfig(
             training_tokens=batch * 3, n_pairs=50, n_candidates=90, ranking_tokens=batch
         ),
@@ -353,7 +381,11 @@ def test_mask_step_of_a_tuning_run_takes_the_learning_rate_of_the_transcoders():
 
 
 def test_original_sizes_are_those_before_compaction():
-    cfg = qk.BilinearQKConfig(d_in=4, d_query=29, d_key=31)
+    cfg = qk.BilinearQKConfig(
+        d_in=4,
+        d_query=29,
+        d_key=31,
+    )
     assert cfg.original_sizes == (29, 31)
     compacted = qk.BilinearQKConfig(
         d_in=4, d_query=29, d_key=31, d_query_before=37, d_key_before=41

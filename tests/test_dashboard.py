@@ -272,7 +272,14 @@ class TestPrompts:
                 assert weights[name][head] == pytest.approx(expected, abs=6e-5)
 
     def test_only_allowed_keys_have_cells(self):
-        spec = qk.AttentionSpec(1, 1, d_head=2, d_model=2, scale=1.0, window=2)
+        spec = qk.AttentionSpec(
+            1,
+            1,
+            d_head=2,
+            d_model=2,
+            scale=1.0,
+            window=2,
+        )
         pattern = torch.arange(16.0).reshape(1, 4, 4)
         columns = ["head", "query_pos", "key_pos", *TRIPLE, "contribution", "pattern_effect"]
         no_pairs = pd.DataFrame(columns=columns)

@@ -69,7 +69,15 @@ def test_metadata_say_where_the_dictionary_belongs():
 
 def test_d_sae_is_derived(dictionary):
     assert dictionary.cfg.d_sae == D_QUERY + D_KEY
-    assert qk.BilinearQKConfig(d_in=13, d_sae=5, d_query=7, d_key=11).d_sae == 18
+    assert (
+        qk.BilinearQKConfig(
+            d_in=13,
+            d_sae=5,
+            d_query=7,
+            d_key=11,
+        ).d_sae
+        == 18
+    )
 
 
 def test_features_are_those_of_the_two_halves(dictionary):
@@ -127,7 +135,11 @@ def test_patterns_sum_to_one(dictionary, source):
 
 def test_a_map_of_all_pairs_gives_the_transcoders_pattern(dictionary):
     x = random_x()
-    d = random_dictionary(d_query=29, d_key=31, n_pairs=0)
+    d = random_dictionary(
+        d_query=29,
+        d_key=31,
+        n_pairs=0,
+    )
     d.set_feature_map(qk.SparseFeatureMap.all_pairs(29, 31, 6))
     assert d.cfg.n_pairs == (30 * 32 - 1) * 6
     pattern = d.pattern(x, "transcoders")
@@ -151,7 +163,12 @@ def test_hooks_on_the_halves_act_on_both_sources(dictionary, side, source):
     assert torch.equal(dictionary.scores(x, source), before), "the hook stayed behind"
 
 
-def scores_with_silent_side(d, x: Tensor, side: str, source: str) -> Tensor:
+def scores_with_silent_side(
+    d,
+    x: Tensor,
+    side: str,
+    source: str,
+) -> Tensor:
     """Scores of which only the constant of a side is left."""
     if source == "feature_map":
         column = 0 if side == "query" else 1
@@ -266,7 +283,10 @@ def test_what_has_no_meaning_here_is_refused(dictionary, call, message):
         assert torch.equal(tensor, before[name])
 
 
-def sae_model(mode: str, kind: str = "gpt2"):
+def sae_model(
+    mode: str,
+    kind: str = "gpt2",
+):
     """The model in SAELens's own classes, to which SAEs can be attached."""
     if mode == "bridge":
         model = SAETransformerBridge.boot_transformers(
@@ -375,13 +395,24 @@ def test_bad_configs_are_refused(changes, message):
 
 def test_a_dictionary_needs_its_attention():
     with pytest.raises(ValueError, match=r"cfg\.attention is empty"):
-        qk.BilinearQKDictionary(qk.BilinearQKConfig(d_in=13, d_query=7, d_key=11))
+        qk.BilinearQKDictionary(
+            qk.BilinearQKConfig(
+                d_in=13,
+                d_query=7,
+                d_key=11,
+            )
+        )
 
 
 # Pairs
 
 
-def score_at_0(d, query_feature: int, key_feature: int, head: int) -> float:
+def score_at_0(
+    d,
+    query_feature: int,
+    key_feature: int,
+    head: int,
+) -> float:
     """scale <W_dec_q[a, h], W_dec_k[b, g(h)]>, of slices of the flat decoder rows."""
     q = d.query.b_dec if query_feature == D_QUERY else d.query.W_dec[query_feature]
     k = d.key.b_dec if key_feature == D_KEY else d.key.W_dec[key_feature]
@@ -424,7 +455,14 @@ OFFSETS = (0, 1, 5, 40)
 
 @pytest.mark.parametrize("rotary", [(), (1.0, 0.3, 0.02)], ids=["none", "partial"])
 def test_pair_kernel_equals_the_loop(rotary):
-    spec = qk.AttentionSpec(6, 3, d_head=10, d_model=13, scale=0.4, rotary_inv_freq=rotary)
+    spec = qk.AttentionSpec(
+        6,
+        3,
+        d_head=10,
+        d_model=13,
+        scale=0.4,
+        rotary_inv_freq=rotary,
+    )
     d = random_dictionary(spec=spec)
     pairs = [(7, 5, 4), (D_QUERY, 5, 4), (7, D_KEY, 1), (D_QUERY, D_KEY, 5), (300, 310, 0)]
     kernel = d.pair_kernel(pairs, OFFSETS)
@@ -445,7 +483,10 @@ def test_pair_kernel_is_what_a_unit_of_both_activations_adds(dictionary):
     i, j = 9, 2
     row = 1
 
-    def scores(query_more: float, key_more: float) -> Tensor:
+    def scores(
+        query_more: float,
+        key_more: float,
+    ) -> Tensor:
         def add_to_query(acts, hook):
             acts[row, i, query_feature] += query_more
             return acts

@@ -56,7 +56,11 @@ def evaluations(folder, gpt2_folder) -> dict[str, Evaluation]:
     return results
 
 
-def table_rows(text: str, heading: str, number: int = 0) -> list[list[str]]:
+def table_rows(
+    text: str,
+    heading: str,
+    number: int = 0,
+) -> list[list[str]]:
     """Cells of the body of a table in a section."""
     section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     blocks = section.strip().split("\n\n")
@@ -75,7 +79,11 @@ def numbers(*cells: str) -> list[float]:
     return [float(part) for part in text.split()]
 
 
-def rounded(*values: float, digits: int = 4, factor: float = 1) -> list:
+def rounded(
+    *values: float,
+    digits: int = 4,
+    factor: float = 1,
+) -> list:
     return [pytest.approx(factor * value, abs=0.51 * 10**-digits) for value in values]
 
 

@@ -92,7 +92,10 @@ def patterns(dictionary, model, rows, x) -> dict[str, Tensor]:
 def losses(model, rows, patterns) -> dict[str, tuple[float, float]]:
     """Cross-entropy, and KL(clean || patched) of the logits: one run per source and row."""
 
-    def log_probs(pattern: Tensor, row: int) -> Tensor:
+    def log_probs(
+        pattern: Tensor,
+        row: int,
+    ) -> Tensor:
         hooks = [(PATTERN, lambda value, hook: pattern[row : row + 1].float())]
         logits, _ = observe(model, rows[row : row + 1], hooks)
         return logits.double().log_softmax(dim=-1)[0]
@@ -112,12 +115,18 @@ def losses(model, rows, patterns) -> dict[str, tuple[float, float]]:
     return losses
 
 
-def kl_of_row(true: list[float], other: list[float]) -> float:
+def kl_of_row(
+    true: list[float],
+    other: list[float],
+) -> float:
     """sum over keys of P log(P / P')."""
     return sum(p * math.log(p / o) for p, o in zip(true, other, strict=True))
 
 
-def kl_per_head(true: Tensor, other: Tensor) -> list[float]:
+def kl_per_head(
+    true: Tensor,
+    other: Tensor,
+) -> list[float]:
     """Mean over rows and the queries after the first, in plain loops."""
     n_rows, n_heads, n_pos, _ = true.shape
     means = []
@@ -205,7 +214,11 @@ def test_the_uniform_pattern_of_other_attention(variant, expected):
 # Scores
 
 
-def explained_by_hand(s: Tensor, f: Tensor, P: Tensor) -> list[list[float]]:
+def explained_by_hand(
+    s: Tensor,
+    f: Tensor,
+    P: Tensor,
+) -> list[list[float]]:
     """Per head: 1 - sum P (s~ - f~)^2 / sum P s~^2, the same unweighted, and sum f^2 / sum s^2."""
     n_rows, n_heads, n_pos, _ = s.shape
     weighted, unweighted, norm_share = [], [], []
@@ -260,7 +273,14 @@ def test_score_explained(dictionary, model, rows, result, patterns, source):
 
 def test_sums_over_allowed_keys_alone():
     """Of a window of two keys, with every other score absurd."""
-    spec = AttentionSpec(1, 1, d_head=2, d_model=3, scale=1.0, window=2)
+    spec = AttentionSpec(
+        1,
+        1,
+        d_head=2,
+        d_model=3,
+        scale=1.0,
+        window=2,
+    )
     scores = torch.full((1, 1, 3, 3), 1e6)
     scores[0, 0, [0, 1, 1, 2, 2], [0, 0, 1, 1, 2]] = torch.tensor([1.0, 2.0, 4.0, 3.0, 1.0])
     pattern = torch.zeros(1, 1, 3, 3)

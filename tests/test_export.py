@@ -302,7 +302,11 @@ def test_folders_hold_config_and_weights_alone(half, dtype, tmp_path):
         assert torch.equal(tensor, weights[name])
 
 
-def check_half(folder: Path, weights: dict[str, Tensor], expected: dict[str, Any]) -> None:
+def check_half(
+    folder: Path,
+    weights: dict[str, Tensor],
+    expected: dict[str, Any],
+) -> None:
     """The folder of a side holds that side's weights, and this config among other fields."""
     cfg = json.loads((folder / "cfg.json").read_text())
     for name, value in expected.items():

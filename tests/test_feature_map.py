@@ -40,7 +40,10 @@ TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def transcoder_scores(case: Case, spec: AttentionSpec) -> Tensor:
+def transcoder_scores(
+    case: Case,
+    spec: AttentionSpec,
+) -> Tensor:
     """The other code path: decode, then attend; zero where not allowed."""
     query_acts = with_one(case.features.query)
     key_acts = with_one(case.features.key)

@@ -25,7 +25,10 @@ WORD_LABELS = ["<s>", "When", "$", "$$", "↵", "a very long…", "{x}^2"]
 N_POS = len(WORDS)
 
 
-def random_patterns(n_heads: int, n_pos: int = N_POS) -> tuple[Tensor, Tensor]:
+def random_patterns(
+    n_heads: int,
+    n_pos: int = N_POS,
+) -> tuple[Tensor, Tensor]:
     """Two of [head, pos_q, pos_k]."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(2, n_heads, n_pos, n_pos, generator=generator)

@@ -348,7 +348,11 @@ def fingerprint(kind: str) -> tuple[float, ...]:
     return AttentionLayer(tiny_model(kind), 1).qk_weights.fingerprint()
 
 
-def compare(kind: str, model, layer: int = 1) -> None:
+def compare(
+    kind: str,
+    model,
+    layer: int = 1,
+) -> None:
     check_fingerprint(fingerprint(kind), AttentionLayer(model, layer), "layer 1 of tiny")
 
 

@@ -69,7 +69,13 @@ def test_a_wrong_length_is_refused(repo, hub_cache):
 
 def test_a_download_cut_short_starts_anew(repo, hub_cache, hub_waits):
     """Files below the client's chunk of 10 MiB; larger ones are resumed."""
-    repo.fault("GET", "sae_weights", truncate=100, drop=True, times=2)
+    repo.fault(
+        "GET",
+        "sae_weights",
+        truncate=100,
+        drop=True,
+        times=2,
+    )
     assert download(hub_cache, "half/sae_weights.safetensors") == WEIGHTS
     assert statuses(repo) == [200, 0, 0, 200]
     assert hub_waits == [1, 1]
@@ -122,7 +128,13 @@ def test_a_failing_hub_is_not_noticed_where_the_cache_has_the_file(repo, hub_cac
     "error_code", ["RepoNotFound", "GatedRepo", "RevisionNotFound", "EntryNotFound"]
 )
 def test_injected_errors_carry_their_code_and_message(repo, hub_cache, error_code):
-    repo.fault("HEAD", "cfg.json", status=404, error_code=error_code, message="A reason")
+    repo.fault(
+        "HEAD",
+        "cfg.json",
+        status=404,
+        error_code=error_code,
+        message="A reason",
+    )
     with pytest.raises(HfHubHTTPError, match="A reason") as error:
         hf_hub_download(REPO, "cfg.json", cache_dir=hub_cache)
     assert error.value.response.headers["X-Error-Code"] == error_code

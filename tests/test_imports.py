@@ -46,7 +46,10 @@ def imports_of(module: str) -> list[Import]:
     """Every import statement, `from package import module` by the module's full name."""
     imports: list[Import] = []
 
-    def visit(node: ast.AST, is_in_function: bool) -> None:
+    def visit(
+        node: ast.AST,
+        is_in_function: bool,
+    ) -> None:
         targets: list[str] = []
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
@@ -63,7 +66,10 @@ def imports_of(module: str) -> list[Import]:
     return imports
 
 
-def _full_name(module: str, name: str) -> str:
+def _full_name(
+    module: str,
+    name: str,
+) -> str:
     """`sae_lens_qk.training.kernels` for `from sae_lens_qk.training import kernels`."""
     path = ROOT.joinpath(*module.split("."), name)
     is_module = path.with_suffix(".py").is_file()

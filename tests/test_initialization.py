@@ -14,7 +14,11 @@ D_MODEL = 12
 D_HEAD = 6
 
 
-def make_spec(n_heads: int, n_kv_heads: int, inv_freq: tuple[float, ...] = ()) -> qk.AttentionSpec:
+def make_spec(
+    n_heads: int,
+    n_kv_heads: int,
+    inv_freq: tuple[float, ...] = (),
+) -> qk.AttentionSpec:
     return qk.AttentionSpec(n_heads, n_kv_heads, D_HEAD, D_MODEL, D_HEAD**-0.5, inv_freq)
 
 

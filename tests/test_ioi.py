@@ -158,7 +158,13 @@ def test_own_words():
     for words in (NAMES, PLACES, OBJECTS):
         assert len(set(words)) == len(words)
     for template in TEMPLATES:
-        text = template.format(first="A1", second="B1", subject="C1", place="p1", object="o1")
+        text = template.format(
+            first="A1",
+            second="B1",
+            subject="C1",
+            place="p1",
+            object="o1",
+        )
         assert text.endswith(" to")
         assert all(text.count(f" {name}") == 1 for name in ("A1", "B1", "C1"))
         assert not set(NAMES) & set(text.replace(",", "").replace(".", "").split())
@@ -297,7 +303,10 @@ def test_pairs_are_means_of_terms(d, model, batches, pairs):
         assert row["weight"] == pytest.approx(weights.get(pair, 0.0))
 
 
-def fires(acts: np.ndarray, feature: int) -> bool:
+def fires(
+    acts: np.ndarray,
+    feature: int,
+) -> bool:
     """The constant, after the last feature, always does."""
     return feature == len(acts) or acts[feature] > 0
 

@@ -62,7 +62,12 @@ def pairs(d, model, batches):
     return name_pairs(d, model, batches, [0, HEAD])
 
 
-def measures_in_full(model, batch: IOIPrompts, hooks, head: int) -> np.ndarray:
+def measures_in_full(
+    model,
+    batch: IOIPrompts,
+    hooks,
+    head: int,
+) -> np.ndarray:
     """`MEASURES` in a full pass [prompt, measure]."""
     name = AttentionLayer(model, LAYER).names.pattern
     logits, values = observe(model, batch.tokens, hooks, (name,))
@@ -305,7 +310,11 @@ def test_an_exact_dictionary_predicts_twins(model, batches):
     assert set(summary["source"]) == {"model", "transcoders"}
     twins = summary[summary["prompts"] != "clean"]
     assert twins["pearson"].to_numpy() == pytest.approx(1.0, abs=1e-4)
-    changes = twins.pivot(index=["head", "prompts"], columns="source", values="change")
+    changes = twins.pivot(
+        index=["head", "prompts"],
+        columns="source",
+        values="change",
+    )
     assert changes["transcoders"].to_numpy() == pytest.approx(changes["model"].to_numpy(), abs=1e-4)
     assert changes["model"].abs().max() > 0.01
 

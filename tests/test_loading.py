@@ -52,7 +52,10 @@ def versions(llama_bridge) -> Versions:
 
 
 @pytest.fixture
-def repo(hub: LoopbackHub, versions: Versions) -> LoopbackHub:
+def repo(
+    hub: LoopbackHub,
+    versions: Versions,
+) -> LoopbackHub:
     """The Hub with the old version in FOLDER."""
     hub.create_repo(REPO)
     publish(hub, versions.old_files)
@@ -60,7 +63,10 @@ def repo(hub: LoopbackHub, versions: Versions) -> LoopbackHub:
 
 
 @pytest.fixture
-def load_it(repo: LoopbackHub, hub_cache: Path) -> Callable[..., BilinearQKDictionary]:
+def load_it(
+    repo: LoopbackHub,
+    hub_cache: Path,
+) -> Callable[..., BilinearQKDictionary]:
     """`from_pretrained` of what `repo` holds."""
     return partial(load, REPO, FOLDER, cache_dir=hub_cache)
 

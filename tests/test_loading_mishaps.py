@@ -46,7 +46,10 @@ def versions(llama_bridge) -> Versions:
 
 
 @pytest.fixture
-def repo(hub: LoopbackHub, versions: Versions) -> LoopbackHub:
+def repo(
+    hub: LoopbackHub,
+    versions: Versions,
+) -> LoopbackHub:
     """The Hub with the old version in FOLDER."""
     hub.create_repo(REPO)
     publish(hub, versions.old_files)
@@ -54,7 +57,10 @@ def repo(hub: LoopbackHub, versions: Versions) -> LoopbackHub:
 
 
 @pytest.fixture
-def load_it(repo: LoopbackHub, hub_cache: Path) -> Callable[..., BilinearQKDictionary]:
+def load_it(
+    repo: LoopbackHub,
+    hub_cache: Path,
+) -> Callable[..., BilinearQKDictionary]:
     """`from_pretrained` of what `repo` holds."""
     return partial(load, REPO, FOLDER, cache_dir=hub_cache)
 
@@ -76,11 +82,17 @@ class Payload:
         return Path.touch, (Path("payload-has-run"),)
 
 
-def file_change(name: str, data: bytes) -> Change:
+def file_change(
+    name: str,
+    data: bytes,
+) -> Change:
     return lambda files: with_sums({**files, name: data})
 
 
-def tensor_change(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+def tensor_change(
+    name: str,
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> Change:
     def changed(files: Files) -> Files:
         tensors = safetensors.torch.load(files[WEIGHTS])
         tensors[name] = change(tensors[name]).contiguous()
@@ -122,7 +134,11 @@ class Mishap:
     """Ask for the newest commit by its name: a branch would be served from the cache."""
 
 
-def refusal(error: type[Exception], message: str, **options: Any) -> Mishap:
+def refusal(
+    error: type[Exception],
+    message: str,
+    **options: Any,
+) -> Mishap:
     """`from_pretrained` with these options."""
     return Mishap(error, message, options=options)
 
@@ -140,7 +156,10 @@ def fault(
     return Mishap(error, message, fault=spoilt_requests, newest=newest)
 
 
-def damage(message: str, change: Change) -> Mishap:
+def damage(
+    message: str,
+    change: Change,
+) -> Mishap:
     """The published files are changed."""
     return Mishap(ValueError, message, change)
 
@@ -284,7 +303,13 @@ def test_a_mishap_leaves_the_cache_as_it_was(
     assert not any("passwd" in line for line in served(hub))
     assert not list(tmp_path.glob("payload*"))
     if cached == "older":
-        d = load(REPO, FOLDER, revision=older_commit, token="hf_owner", cache_dir=hub_cache)
+        d = load(
+            REPO,
+            FOLDER,
+            revision=older_commit,
+            token="hf_owner",
+            cache_dir=hub_cache,
+        )
         assert same(d, versions.old)
         assert served(hub) == []
 

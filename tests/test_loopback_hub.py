@@ -450,7 +450,13 @@ def test_model_info(repo):
 def test_what_is_missing(repo, hub_cache, repo_id, filename, revision, error, token):
     api = HfApi(token=token)
     with pytest.raises(error) as raised:
-        hf_hub_download(repo_id, filename, revision=revision, cache_dir=hub_cache, token=token)
+        hf_hub_download(
+            repo_id,
+            filename,
+            revision=revision,
+            cache_dir=hub_cache,
+            token=token,
+        )
     is_unknown = error is RepositoryNotFoundError and not token
     assert raised.value.response.status_code == (401 if is_unknown else 404)
     notes = list(hub_cache.glob("*/.no_exist/*/nowhere.json"))
@@ -462,7 +468,12 @@ def test_what_is_missing(repo, hub_cache, repo_id, filename, revision, error, to
             call(repo_id, revision=revision)
     if token:
         with pytest.raises(error):
-            commit("x", api=api, repo_id=repo_id, revision=revision)
+            commit(
+                "x",
+                api=api,
+                repo_id=repo_id,
+                revision=revision,
+            )
 
 
 def test_times_and_order_of_faults(repo):

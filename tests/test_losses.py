@@ -26,7 +26,10 @@ def make_spec(window: int | None = None) -> AttentionSpec:
     )
 
 
-def random_scores(seed: int, dtype: torch.dtype) -> Tensor:
+def random_scores(
+    seed: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """Not contiguous."""
     generator = torch.Generator().manual_seed(seed)
     scores = 1.5 * torch.randn(SHAPE, generator=generator, dtype=torch.float64)
@@ -42,7 +45,11 @@ def kl_and_gradient(kl_function, scores: Tensor) -> tuple[Tensor, Tensor]:
     return kl.detach(), leaf.grad
 
 
-def assert_exact(true: TruePattern, scores: Tensor, tolerance: float) -> Tensor:
+def assert_exact(
+    true: TruePattern,
+    scores: Tensor,
+    tolerance: float,
+) -> Tensor:
     """Divergence and gradient equal autograd of the spec's equation in float64.
 
     Returns:

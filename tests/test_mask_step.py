@@ -80,7 +80,10 @@ def mask_runner(step_1, tmp_path, text_dataset):
     return make
 
 
-def mean_l0(d: qk.BilinearQKDictionary, x: Tensor) -> list[float]:
+def mean_l0(
+    d: qk.BilinearQKDictionary,
+    x: Tensor,
+) -> list[float]:
     return [float((acts > 0).sum(dim=-1).float().mean()) for acts in d.features(x)]
 
 
@@ -88,7 +91,10 @@ def saved_weights(folder: Path) -> Tensor:
     return load_file(folder / "output" / "sae_weights.safetensors")["feature_map.weights"]
 
 
-def assert_measured(d: qk.BilinearQKDictionary, runner: qk.BilinearQKTrainingRunner) -> None:
+def assert_measured(
+    d: qk.BilinearQKDictionary,
+    runner: qk.BilinearQKTrainingRunner,
+) -> None:
     """Its statistics are those of the finished dictionary, on the ranking tokens."""
     x = training_rows(runner, N_RANKING_ROWS)
     exact = rank_pairs(d, runner.layer.qk_weights, [x], 10_000)

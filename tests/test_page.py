@@ -33,7 +33,11 @@ from sae_lens_qk.statistics.activations import ActivationStatistics
 TEMPLATES = Path(page_module.__file__).parent / "templates"
 TITLE = "A <b>title</b> & more"
 SECTIONS = ("features", "overview", "pairs", "prompts", "texts")
-FEW = ReportLimits(features=3, pairs=3, explanations=3)
+FEW = ReportLimits(
+    features=3,
+    pairs=3,
+    explanations=3,
+)
 
 
 @pytest.fixture(scope="module")

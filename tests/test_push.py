@@ -44,19 +44,30 @@ def other(originals) -> BilinearQKDictionary:
 
 
 @pytest.fixture
-def pushed(hub: LoopbackHub, dictionary: BilinearQKDictionary) -> LoopbackHub:
+def pushed(
+    hub: LoopbackHub,
+    dictionary: BilinearQKDictionary,
+) -> LoopbackHub:
     """The Hub with the dictionary in FOLDER, and an empty log."""
     push(dictionary)
     hub.requests.clear()
     return hub
 
 
-def push(d: BilinearQKDictionary, folder: str = FOLDER, **options: Any) -> CommitInfo:
+def push(
+    d: BilinearQKDictionary,
+    folder: str = FOLDER,
+    **options: Any,
+) -> CommitInfo:
     options.setdefault("token", OWNER)
     return d.push_to_hub(REPO, folder, **options)
 
 
-def load(cache: Path, folder: str = FOLDER, **options: Any) -> BilinearQKDictionary:
+def load(
+    cache: Path,
+    folder: str = FOLDER,
+    **options: Any,
+) -> BilinearQKDictionary:
     options.setdefault("token", OWNER)
     return BilinearQKDictionary.from_pretrained(
         REPO,
@@ -68,7 +79,10 @@ def load(cache: Path, folder: str = FOLDER, **options: Any) -> BilinearQKDiction
     )
 
 
-def published(hub: LoopbackHub, revision: str = "main") -> set[str]:
+def published(
+    hub: LoopbackHub,
+    revision: str = "main",
+) -> set[str]:
     """All but what the Hub itself puts into a repository."""
     return hub.files(REPO, revision).keys() - {".gitattributes"}
 
@@ -86,7 +100,10 @@ def tokens_sent(hub: LoopbackHub) -> set[str | None]:
     return {request.token for request in hub.requests if request.method != "PUT"}
 
 
-def read_card(hub: LoopbackHub, path: str = "README.md") -> ModelCard:
+def read_card(
+    hub: LoopbackHub,
+    path: str = "README.md",
+) -> ModelCard:
     return ModelCard(hub.files(REPO)[path].decode())
 
 
@@ -216,7 +233,10 @@ def test_a_readme_somebody_else_wrote_keeps_text_and_header(hub, dictionary, oth
     assert hub.commits(REPO) == before
 
 
-def check_header(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+def check_header(
+    ours: dict[str, Any],
+    theirs: dict[str, Any],
+) -> None:
     """Tags and datasets grow, everything else stays."""
     for name, value in theirs.items():
         if name in ("tags", "datasets"):
@@ -288,7 +308,12 @@ def test_branch(pushed, other, dictionary, hub_cache):
 @pytest.mark.parametrize("token", [OWNER, "hf_stranger"])
 def test_pull_request(pushed, other, dictionary, hub_cache, token):
     main = pushed.commits(REPO)
-    info = push(other, token=token, create_pr=True, commit_message="Better")
+    info = push(
+        other,
+        token=token,
+        create_pr=True,
+        commit_message="Better",
+    )
     assert info.pr_revision == "refs/pr/1"
     assert pushed.commits(REPO) == main
     newest = pushed.commits(REPO, "refs/pr/1")[0]
@@ -351,7 +376,10 @@ def test_the_lines_for_a_registry(pushed, dictionary, hub_cache, tmp_path, monke
 def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Event, int], None]:
     """Let something happen just before each of the first `times` commits of the client."""
 
-    def arrange(event: Event, times: int) -> None:
+    def arrange(
+        event: Event,
+        times: int,
+    ) -> None:
         events = iter([event] * times)
         original = HfApi.create_commit
 
@@ -455,7 +483,11 @@ def refusal(
     return Mishap(error, expected, call, fault)
 
 
-def bad_token(token: str | bool, message: str, **options: Any) -> Mishap:
+def bad_token(
+    token: str | bool,
+    message: str,
+    **options: Any,
+) -> Mishap:
     return Mishap(PermissionError, message, options={"token": token, **options})
 
 

@@ -63,7 +63,10 @@ def flat_options(config: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def random_model(recipe: str, layer: int) -> TransformerBridge:
+def random_model(
+    recipe: str,
+    layer: int,
+) -> TransformerBridge:
     """The recipe's model at its real widths, cut above the layer.
 
     No layer reads a later one; with one more than it needs the bridge stops there instead of
@@ -286,14 +289,21 @@ def check_dictionary(
         assert saved[name] == value or name in CHANGED
 
 
-def check_losses(recorder: Recorder, sae_class: type, names: set[str]) -> None:
+def check_losses(
+    recorder: Recorder,
+    sae_class: type,
+    names: set[str],
+) -> None:
     assert len(recorder.losses[sae_class]) == STEPS
     for losses in recorder.losses[sae_class]:
         assert names <= set(losses)
         assert torch.tensor(list(losses.values())).isfinite().all()
 
 
-def check_updates(start: dict[str, Tensor], end: dict[str, Tensor]) -> None:
+def check_updates(
+    start: dict[str, Tensor],
+    end: dict[str, Tensor],
+) -> None:
     for name in ("query.W_enc", "query.W_dec", "key.W_enc", "key.W_dec"):
         assert start[name].shape == end[name].shape
         assert not torch.equal(start[name], end[name]), name

@@ -254,7 +254,11 @@ class TestControls:
         rows=torch.zeros(5, 1),
     )
 
-    def controls(self, top: list[int], seed: int = 0):
+    def controls(
+        self,
+        top: list[int],
+        seed: int = 0,
+    ):
         mask = torch.zeros(5, dtype=torch.bool)
         mask[top] = True
         return control_removals(self.site, mask, torch.Generator().manual_seed(seed))

@@ -85,7 +85,12 @@ def test_a_loaded_dictionary_computes_the_same_bits(dictionary, folder, loader):
 @pytest.mark.parametrize("half", ["transcoder", "jumprelu_transcoder"])
 @pytest.mark.parametrize("n_pairs", [0, 101])
 def test_both_kinds_of_halves_with_and_without_a_map(half, n_pairs, tmp_path):
-    d = random_dictionary(half, d_query=29, d_key=31, n_pairs=n_pairs)
+    d = random_dictionary(
+        half,
+        d_query=29,
+        d_key=31,
+        n_pairs=n_pairs,
+    )
     d.save_model(tmp_path)
     loaded = qk.BilinearQKDictionary.load_from_disk(tmp_path)
     assert loaded.has_feature_map == d.has_feature_map == (n_pairs > 0)
@@ -137,7 +142,11 @@ def test_a_dictionary_saved_in_a_dtype_comes_back_in_it(dictionary, tmp_path, dt
 
 def test_a_map_without_statistics_is_saved_without_them(tmp_path):
     """As files of earlier versions are."""
-    d = random_dictionary(d_query=29, d_key=31, n_pairs=101)
+    d = random_dictionary(
+        d_query=29,
+        d_key=31,
+        n_pairs=101,
+    )
     indices = d.feature_map.indices
     weights = d.feature_map.weights
     d.set_feature_map(qk.SparseFeatureMap(indices, weights, 29, 31, 6))
@@ -176,7 +185,11 @@ def edit_tensor(name: str, change):
     return damage
 
 
-def set_value(name: str, position: tuple[int, ...], value: float):
+def set_value(
+    name: str,
+    position: tuple[int, ...],
+    value: float,
+):
     """Damage to one number of a stored tensor."""
 
     def change(tensor: Tensor) -> Tensor:

@@ -44,7 +44,13 @@ class Result(NamedTuple):
     gradients: dict[str, Tensor]
 
 
-def differentiate(make_scores, pairs: SparseFeatureMap, case: Case, names, device: str) -> Result:
+def differentiate(
+    make_scores,
+    pairs: SparseFeatureMap,
+    case: Case,
+    names,
+    device: str,
+) -> Result:
     """Scores and the named gradients of a loss that is not linear in them.
 
     Args:
@@ -79,17 +85,27 @@ def sparse(
     """Of the package; engine None: its own choice."""
     compiled = None if engine is None else engine == "compiled"
 
-    def make_scores(weights: Tensor, case: Case) -> Tensor:
+    def make_scores(
+        weights: Tensor,
+        case: Case,
+    ) -> Tensor:
         scorer = PairScorer(pairs.indices.to(device), case.decoders, spec, compiled)
         return scorer(weights, *case.features)
 
     return differentiate(make_scores, pairs, case, names, device)
 
 
-def dense(spec: AttentionSpec, pairs: SparseFeatureMap, case: Case) -> Result:
+def dense(
+    spec: AttentionSpec,
+    pairs: SparseFeatureMap,
+    case: Case,
+) -> Result:
     """Of the reference; gradients of activations at active entries only, as documented."""
 
-    def make_scores(weights: Tensor, case: Case) -> Tensor:
+    def make_scores(
+        weights: Tensor,
+        case: Case,
+    ) -> Tensor:
         mask = torch.zeros(D_QUERY + 1, D_KEY + 1, N_HEADS, dtype=torch.float64)
         mask = mask.index_put(tuple(pairs.indices.T), weights)
         return dense_scores(mask, case, spec)
@@ -105,14 +121,22 @@ def dense(spec: AttentionSpec, pairs: SparseFeatureMap, case: Case) -> Result:
     return result
 
 
-def assert_same(result: Result, expected: Result, tolerance: float = 1e-11) -> None:
+def assert_same(
+    result: Result,
+    expected: Result,
+    tolerance: float = 1e-11,
+) -> None:
     """Scores and gradients, each within a tolerance relative to its largest value."""
     assert_relatively_near(result.scores, expected.scores, tolerance)
     for name, gradient in result.gradients.items():
         assert_relatively_near(gradient, expected.gradients[name], tolerance)
 
 
-def assert_relatively_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+def assert_relatively_near(
+    actual: Tensor,
+    expected: Tensor,
+    tolerance: float,
+) -> None:
     largest = float(expected.abs().max())
     assert largest > 0.1
     assert_near(actual.double().cpu(), expected.double(), tolerance * largest)
@@ -213,7 +237,11 @@ def test_scores_and_gradients_on_a_gpu(rotary, dtype, window):
 # Silent features, NaN, few pairs, many batches
 
 
-def silenced(case: Case, features: Tensor, row: int) -> Case:
+def silenced(
+    case: Case,
+    features: Tensor,
+    row: int,
+) -> Case:
     """Some features of both sides never fire; in one sequence nothing but the constant does."""
     sides = []
     for acts in case.features:

@@ -76,7 +76,14 @@ def test_the_dictionary_carries_the_attention(dictionary, model, tokens):
 
 def test_terms_add_up_to_the_models_score(dictionary, model, tokens):
     prompt = tokens[:1, :40]
-    a = qk.attribute(dictionary, model, prompt, head=2, query_pos=-1, key_pos=-2)
+    a = qk.attribute(
+        dictionary,
+        model,
+        prompt,
+        head=2,
+        query_pos=-1,
+        key_pos=-2,
+    )
     record = AttentionLayer(model, LAYER).record(prompt)
     score = float(record.scores[0, 2, -1, -2])
     assert float(a.to_frame()["contribution"].sum()) == pytest.approx(score, abs=1e-4)

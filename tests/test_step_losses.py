@@ -64,7 +64,11 @@ def row_probabilities(
     return [exponential / total for exponential in exponentials], sink / total
 
 
-def kl_by_hand(true_scores: Tensor, scores: Tensor, spec: qk.AttentionSpec) -> Tensor:
+def kl_by_hand(
+    true_scores: Tensor,
+    scores: Tensor,
+    spec: qk.AttentionSpec,
+) -> Tensor:
     """KL of each row in nats, sink included, float64 [batch, head, pos_q]."""
     kl = torch.zeros(true_scores.shape[:3], dtype=torch.float64)
     for row, head, i in torch.cartesian_prod(*map(torch.arange, kl.shape)).tolist():

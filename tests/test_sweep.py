@@ -29,7 +29,11 @@ def folder(gpt2_folder, text_dataset, tmp_path_factory) -> Path:
         train_batch_size_tokens=STEP,
         training_tokens=3 * STEP,
         lr_warm_up_steps=0,
-        sae=dict(d_query=29, d_key=31, k=4.0),
+        sae=dict(
+            d_query=29,
+            d_key=31,
+            k=4.0,
+        ),
         mask=dict(training_tokens=STEP),
     )
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -77,7 +81,11 @@ def test_every_combination_is_trained_once_and_measured_as_saved(folder):
     assert row["name"] in render(results)
 
 
-def log_pattern(spec, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+def log_pattern(
+    spec,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+) -> torch.Tensor:
     """Causal softmax without rotary embeddings, as GPT-2 has it."""
     n_pos = queries.shape[1]
     scores = torch.einsum("bihd,bjhd->bhij", queries, keys) * spec.scale

@@ -74,7 +74,11 @@ def test_significant_digits(value, expected):
 
 
 def test_features_have_names():
-    cfg = qk.BilinearQKConfig(d_in=3, d_query=5, d_key=7)
+    cfg = qk.BilinearQKConfig(
+        d_in=3,
+        d_query=5,
+        d_key=7,
+    )
     columns = {"query_feature": [4, 5, None], "key_feature": [7, 6, 0], "score": [1.0, 2.0, 3.0]}
     frame = pd.DataFrame(columns).astype({"query_feature": "Int64"})
     named = named_features(frame, cfg)

@@ -207,7 +207,12 @@ SPECS = {
 def test_effects_are_derivatives_of_the_log_pattern(variant):
     spec = two_head_spec(**SPECS[variant])
     scores, term = some_scores(2)
-    row = AttentionRow(spec, head=1, query_pos=4, scores=scores)
+    row = AttentionRow(
+        spec,
+        head=1,
+        query_pos=4,
+        scores=scores,
+    )
     strength = torch.zeros((), dtype=torch.float64, requires_grad=True)
     pattern = row.row_pattern(scores + strength * term)
     pattern[3].log().backward()
@@ -222,7 +227,12 @@ def test_attention_drops_are_those_of_the_row_without_the_term(variant):
     matrix = torch.zeros(1, 2, 5, 5, dtype=torch.float64)
     matrix[0, 1, 4] = scores
     before = spec.pattern(matrix)[0, 1, 4, 3]
-    row = AttentionRow(spec, head=1, query_pos=4, scores=scores)
+    row = AttentionRow(
+        spec,
+        head=1,
+        query_pos=4,
+        scores=scores,
+    )
     drops = row.attention_drop(torch.stack(terms), 3)
     for term, drop in zip(terms, drops, strict=True):
         matrix[0, 1, 4] = scores - term
@@ -234,7 +244,12 @@ def test_change_of_three_keys_by_hand():
     uniform = torch.zeros(3, dtype=torch.float64)
     scores = uniform.clone()
     scores[1] = math.log(2)  # P = 1/4, 1/2, 1/4
-    row = AttentionRow(two_head_spec(), head=0, query_pos=2, scores=scores)
+    row = AttentionRow(
+        two_head_spec(),
+        head=0,
+        query_pos=2,
+        scores=scores,
+    )
     edited = torch.stack([uniform, scores + 7])
     change = row.change(edited, key_pos=1)
     # 1/4, 1/2, 1/4 becomes 1/3 each; adding 7 to all changes nothing

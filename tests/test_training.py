@@ -341,7 +341,10 @@ def test_cache_of_other_inputs_is_refused(tmp_path, text_dataset):
 
 
 def test_inputs_computed_in_bfloat16_are_a_cache_of_their_own(tmp_path, text_dataset):
-    def runner(name: str, autocast: bool) -> qk.BilinearQKTrainingRunner:
+    def runner(
+        name: str,
+        autocast: bool,
+    ) -> qk.BilinearQKTrainingRunner:
         changes = {"input_cache_path": str(tmp_path / name), "autocast_lm": autocast}
         return tiny_runner(tmp_path, text_dataset, **changes, **NO_FILES)
 

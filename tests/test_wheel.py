@@ -73,7 +73,10 @@ def folder_content(folder: Path) -> dict[str, str]:
     return sums
 
 
-def below(content: dict[str, str], folder: str) -> dict[str, str]:
+def below(
+    content: dict[str, str],
+    folder: str,
+) -> dict[str, str]:
     """What lies in a folder, by its name there."""
     return {
         name.removeprefix(folder): data for name, data in content.items() if name.startswith(folder)
@@ -83,7 +86,11 @@ def below(content: dict[str, str], folder: str) -> dict[str, str]:
 class Installed:
     """The wheel in a folder of its own, found before the checkout; no Hub, nothing cached."""
 
-    def __init__(self, wheel: Path, folder: Path):
+    def __init__(
+        self,
+        wheel: Path,
+        folder: Path,
+    ):
         self.site = folder / "site"
         self.hf_home = folder / "hf-home"
         self.elsewhere = folder / "elsewhere"

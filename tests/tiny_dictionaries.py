@@ -86,7 +86,10 @@ def pair_weights(d: BilinearQKDictionary) -> dict[Triple, float]:
     return dict(zip(triples, weights, strict=True))
 
 
-def exact_dictionary(model: Model, layer: int = LAYER) -> BilinearQKDictionary:
+def exact_dictionary(
+    model: Model,
+    layer: int = LAYER,
+) -> BilinearQKDictionary:
     """Transcoders that reproduce the true queries and keys.
 
     Their features are the positive and the negative part of each coordinate of x.
@@ -137,7 +140,10 @@ def pair_term(
     return term
 
 
-def _activation(acts: np.ndarray, feature: int) -> np.ndarray:
+def _activation(
+    acts: np.ndarray,
+    feature: int,
+) -> np.ndarray:
     """[batch, pos]; the constant feature has activation 1."""
     d_features = acts.shape[2]
     if feature == d_features:
@@ -188,7 +194,11 @@ def observe(
     return run_recording(model, tokens, names, hooks)
 
 
-def inputs_and_scores(model: Model, tokens: Tensor, layer: int = LAYER) -> tuple[Tensor, Tensor]:
+def inputs_and_scores(
+    model: Model,
+    tokens: Tensor,
+    layer: int = LAYER,
+) -> tuple[Tensor, Tensor]:
     """The tensor that W_Q and W_K multiply, and the model's own (masked) scores, at its hooks."""
     attention = AttentionLayer(model, layer)
     names = attention.names

@@ -104,7 +104,10 @@ def tiny_model(
     return model.requires_grad_(False).eval()
 
 
-def tiny_hf_model(kind: str, seed: int = 0) -> PreTrainedModel:
+def tiny_hf_model(
+    kind: str,
+    seed: int = 0,
+) -> PreTrainedModel:
     """The Hugging Face model with the weights of `tiny_model(kind, ..., seed)`, eager attention."""
     return _randomised(_config(kind), seed)
 
@@ -128,7 +131,11 @@ def tiny_unsupported(
     return model.requires_grad_(False).eval()
 
 
-def save_tiny_model(kind: str, folder: Path | str, seed: int = 0) -> Path:
+def save_tiny_model(
+    kind: str,
+    folder: Path | str,
+    seed: int = 0,
+) -> Path:
     """Write config.json, safetensors and tokenizer of a tiny model, as `load_model` reads them.
 
     The folder's path must not contain "llama" or "gemma": HookedTransformer takes these names for
@@ -160,13 +167,20 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_tokens(batch: int, pos: int, seed: int = 0) -> Tensor:
+def tiny_tokens(
+    batch: int,
+    pos: int,
+    seed: int = 0,
+) -> Tensor:
     """Random character tokens [batch, pos], no special tokens among them."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(len(_SPECIAL_TOKENS), D_VOCAB, (batch, pos), generator=generator)
 
 
-def tiny_text_dataset(n_docs: int, seed: int = 0) -> Dataset:
+def tiny_text_dataset(
+    n_docs: int,
+    seed: int = 0,
+) -> Dataset:
     """Documents of 200 to 300 characters (= tokens) of made-up words, in a column "text"."""
     rng = random.Random(seed)
     syllables = [consonant + vowel for consonant in string.ascii_lowercase for vowel in "aeiou"]
@@ -238,7 +252,10 @@ def _unsupported_config(name: str) -> PreTrainedConfig:
 
 
 @torch.no_grad()
-def _randomised(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+def _randomised(
+    config: PreTrainedConfig,
+    seed: int,
+) -> PreTrainedModel:
     """A model whose matrices keep the scale of their input, with gains near 1 and biases near 0."""
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(
@@ -270,7 +287,10 @@ def _bridge(hf_model: PreTrainedModel) -> TransformerBridge:
     )
 
 
-def _hooked(hf_model: PreTrainedModel, processed: bool) -> HookedTransformer:
+def _hooked(
+    hf_model: PreTrainedModel,
+    processed: bool,
+) -> HookedTransformer:
     """HookedTransformer as `from_pretrained` makes it, or `from_pretrained_no_processing`."""
     with tempfile.TemporaryDirectory(prefix="tiny-") as folder:
         hf_model.config.save_pretrained(folder)
@@ -291,7 +311,10 @@ def _hooked(hf_model: PreTrainedModel, processed: bool) -> HookedTransformer:
     return model
 
 
-def _unsupported_hooked(name: str, seed: int) -> HookedTransformer:
+def _unsupported_hooked(
+    name: str,
+    seed: int,
+) -> HookedTransformer:
     rotary = {"positional_embedding_type": "rotary", "rotary_dim": 6}
     features: dict[str, dict[str, Any]] = {
         "qk_norm": {**rotary, "use_qk_norm": True},

@@ -71,7 +71,11 @@ def step_input(x: Tensor, **coefficients: float) -> TrainStepInput:
     return TrainStepInput(x, coefficients, None, 0, is_logging_step=False)
 
 
-def stop_at_step(run: Callable[[], Any], step: int, sae_class: type) -> None:
+def stop_at_step(
+    run: Callable[[], Any],
+    step: int,
+    sae_class: type,
+) -> None:
     """Run with inputs that are NaN at one step: training stops there."""
     forward = sae_class.training_forward_pass
 
@@ -85,13 +89,20 @@ def stop_at_step(run: Callable[[], Any], step: int, sae_class: type) -> None:
         run()
 
 
-def training_rows(runner: qk.BilinearQKTrainingRunner, n_rows: int = 160) -> Tensor:
+def training_rows(
+    runner: qk.BilinearQKTrainingRunner,
+    n_rows: int = 160,
+) -> Tensor:
     """[row, pos, d_model], the first rows of the data."""
     return torch.cat(list(runner.first_rows(n_rows)))
 
 
 @torch.no_grad()
-def mean_kl(d: qk.BilinearQKDictionary, runner: qk.BilinearQKTrainingRunner, source: str) -> float:
+def mean_kl(
+    d: qk.BilinearQKDictionary,
+    runner: qk.BilinearQKTrainingRunner,
+    source: str,
+) -> float:
     """Divergence of the true pattern on the training rows, nats per query."""
     x = training_rows(runner)
     weights = runner.layer.qk_weights
@@ -99,7 +110,10 @@ def mean_kl(d: qk.BilinearQKDictionary, runner: qk.BilinearQKTrainingRunner, sou
     return float(d.spec.kl(true, d.pattern(x, source).log()).mean())
 
 
-def assert_same_weights(actual: qk.BilinearQKDictionary, expected: qk.BilinearQKDictionary):
+def assert_same_weights(
+    actual: qk.BilinearQKDictionary,
+    expected: qk.BilinearQKDictionary,
+):
     expected_state = expected.state_dict()
     for name, tensor in actual.state_dict().items():
         assert torch.equal(tensor, expected_state[name]), name

@@ -14,7 +14,10 @@ from sae_lens_qk.tables import fixed
 SIZES = (2400, 1600, 1200, 800, 400)
 
 
-def strongest(d: qk.BilinearQKDictionary, n: int) -> list[Tensor]:
+def strongest(
+    d: qk.BilinearQKDictionary,
+    n: int,
+) -> list[Tensor]:
     """Masks of the n features per side with the largest masked importance.
 
     That of a feature is the sum of m^2 * importance over its pairs.

@@ -105,7 +105,10 @@ def make_report(
     }
 
 
-def firing(fired: np.ndarray, n_tokens: int) -> dict[str, Any]:
+def firing(
+    fired: np.ndarray,
+    n_tokens: int,
+) -> dict[str, Any]:
     """How often the features of one side fire.
 
     Args:
@@ -126,7 +129,10 @@ def firing(fired: np.ndarray, n_tokens: int) -> dict[str, Any]:
     }
 
 
-def differences(ours: RowTables, other: RowTables) -> dict[str, Any]:
+def differences(
+    ours: RowTables,
+    other: RowTables,
+) -> dict[str, Any]:
     """Metrics of the other dictionary minus ours, by source that both have, then metric."""
     metrics: dict[str, Any] = {}
     for source in ("transcoders", "feature_map"):
@@ -137,7 +143,11 @@ def differences(ours: RowTables, other: RowTables) -> dict[str, Any]:
     return metrics
 
 
-def paired(ours: np.ndarray, other: np.ndarray, seed: int = 0) -> Interval:
+def paired(
+    ours: np.ndarray,
+    other: np.ndarray,
+    seed: int = 0,
+) -> Interval:
     """Mean of other - ours with its 95 % bootstrap interval over rows, the same rows of both.
 
     Args:
@@ -147,7 +157,10 @@ def paired(ours: np.ndarray, other: np.ndarray, seed: int = 0) -> Interval:
     return bootstrap_interval(row_differences, seed=seed)
 
 
-def write(report: dict[str, Any], folder: Path) -> None:
+def write(
+    report: dict[str, Any],
+    folder: Path,
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{report['dictionary']}-{report['split']}"
     (folder / f"{stem}.json").write_text(json.dumps(report, allow_nan=False) + "\n")

@@ -222,7 +222,11 @@ def frontier_figure(evaluations: dict[str, Metrics]) -> "Figure":
         "ce_recovered": "loss recovered",
         "logit_kl_recovered": "logit KL recovered",
     }
-    figure = Figure(figsize=(PAGE, 2.6), layout="constrained", dpi=200)
+    figure = Figure(
+        figsize=(PAGE, 2.6),
+        layout="constrained",
+        dpi=200,
+    )
     axes = figure.subplots(1, len(panels))
     for ax, (metric, title) in zip(axes, panels.items(), strict=True):
         for n, source in enumerate(SOURCES):
@@ -238,7 +242,12 @@ def frontier_figure(evaluations: dict[str, Metrics]) -> "Figure":
             ax.yaxis.set_major_formatter("{x:.0%}")
     figure.supxlabel("features that fire on a token (L0), mean of both sides", fontsize=FONT_SIZE)
     handles, labels = axes[0].get_legend_handles_labels()
-    style = dict(loc="outside upper center", ncols=2, fontsize=FONT_SIZE, frameon=False)
+    style = dict(
+        loc="outside upper center",
+        ncols=2,
+        fontsize=FONT_SIZE,
+        frameon=False,
+    )
     figure.legend(handles, labels, **style)
     return figure
 
@@ -265,7 +274,13 @@ def _frontier_curve(
         errors[1].append(ends["high"] - ends["value"])
     if not l0:
         return
-    style = dict(color=colour, marker=marker, markersize=4, linewidth=1, elinewidth=0.8)
+    style = dict(
+        color=colour,
+        marker=marker,
+        markersize=4,
+        linewidth=1,
+        elinewidth=0.8,
+    )
     ax.errorbar(l0, values, yerr=errors, label=SOURCES[source], **style)
 
 

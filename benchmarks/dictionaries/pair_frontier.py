@@ -49,7 +49,12 @@ class Arguments:
     output: str = field(default="", help="Markdown file for the table; printed in any case.")
 
 
-def row(name: str, dictionary: qk.BilinearQKDictionary, model: Model, tokens: Tensor) -> list[str]:
+def row(
+    name: str,
+    dictionary: qk.BilinearQKDictionary,
+    model: Model,
+    tokens: Tensor,
+) -> list[str]:
     """One line of the table: the feature map, and the transcoders it belongs to."""
     evaluation = qk.evaluate(dictionary, model, tokens, baselines=(), progress=True)
     mapped = evaluation.sources["feature_map"]
@@ -76,7 +81,10 @@ def main() -> None:
     model = qk.load_model(base)
     layer = AttentionLayer(model, base.cfg.layer)
 
-    def text_rows(path: str, n_tokens: int) -> Tensor:
+    def text_rows(
+        path: str,
+        n_tokens: int,
+    ) -> Tensor:
         n_rows = n_tokens // args.context_size
         return qk.token_rows(model, path, "text", n_rows, args.context_size)
 

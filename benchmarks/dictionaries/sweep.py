@@ -96,7 +96,10 @@ def train_and_measure(
     }
 
 
-def combinations(vary: list[str], always: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def combinations(
+    vary: list[str],
+    always: list[str],
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and changes of every combination, the first of `vary` slowest."""
     fixed = {}
     for setting in always:
@@ -130,7 +133,11 @@ def changed_config(
 
 
 @torch.no_grad()
-def pattern_metrics(d: qk.BilinearQKDictionary, weights: QKWeights, x: Tensor) -> dict[str, float]:
+def pattern_metrics(
+    d: qk.BilinearQKDictionary,
+    weights: QKWeights,
+    x: Tensor,
+) -> dict[str, float]:
     """Pattern KL of the saved form, as `evaluate` defines it, and L0."""
     kls = []
     l0_query = []

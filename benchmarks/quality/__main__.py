@@ -41,7 +41,10 @@ def main() -> int:
     return int(bool(report["failed"]))
 
 
-def write(report: dict[str, Any], folder: Path) -> None:
+def write(
+    report: dict[str, Any],
+    folder: Path,
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "quality.json").write_text(json.dumps(report) + "\n")
     (folder / "quality.md").write_text(render(report))

@@ -96,7 +96,11 @@ class LayerCases(NamedTuple):
         for row, row_cases in groupby(numbered, key=lambda numbered_case: numbered_case[1].row):
             yield row, list(row_cases)
 
-    def subset(self, n: int, seed: int) -> list[int]:
+    def subset(
+        self,
+        n: int,
+        seed: int,
+    ) -> list[int]:
         """Numbers of n cases, drawn once for all dictionaries."""
         order = torch.randperm(len(self.cases), generator=torch.Generator().manual_seed(seed))
         return sorted(order[:n].tolist())
@@ -175,12 +179,18 @@ def sample_cases(
     return [Case(*case) for case in sorted(cases)]
 
 
-def _spread(rows: Tensor, n: int) -> Tensor:
+def _spread(
+    rows: Tensor,
+    n: int,
+) -> Tensor:
     """n rows at equal distances."""
     return rows[torch.linspace(0, len(rows) - 1, min(n, len(rows))).long()]
 
 
-def _inputs(layers: list[AttentionLayer], tokens: Tensor) -> dict[int, Tensor]:
+def _inputs(
+    layers: list[AttentionLayer],
+    tokens: Tensor,
+) -> dict[int, Tensor]:
     """The tensor that W_Q and W_K multiply in each layer, from one pass."""
     model = layers[0].model
     names = [layer.names.input for layer in layers]

@@ -27,13 +27,21 @@ EditedRows = dict[Removal, Tensor]
 """Pattern rows by k and condition; condition `predicted` for that of the top features."""
 
 
-def run(layers: list[LayerCases], sizes: Sizes, seed: int = 0) -> dict[str, Any]:
+def run(
+    layers: list[LayerCases],
+    sizes: Sizes,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Every metric by layer and dictionary, as plain JSON values."""
     return {str(cases.layer.index): _run_layer(cases, sizes, seed) for cases in layers}
 
 
 @torch.no_grad()
-def _run_layer(cases: LayerCases, sizes: Sizes, seed: int) -> dict[str, Any]:
+def _run_layer(
+    cases: LayerCases,
+    sizes: Sizes,
+    seed: int,
+) -> dict[str, Any]:
     twins = Twins.make(cases, sizes, seed)
     followed_cases = cases.subset(sizes.logit_cases, seed)
     results: dict[str, Any] = {}

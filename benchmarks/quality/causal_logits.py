@@ -34,7 +34,10 @@ def next_token_kl(
     cache = DynamicCache()
     model.run_with_hooks(tokens[None, :-1], past_key_values=cache, **options)
 
-    def log_probs(n: int, hooks: Hooks) -> Float[Tensor, "n vocab"]:
+    def log_probs(
+        n: int,
+        hooks: Hooks,
+    ) -> Float[Tensor, "n vocab"]:
         repeated: Any = copy.deepcopy(cache)  # a call extends its cache
         repeated.batch_repeat_interleave(n)
         last = tokens[None, -1:].expand(n, 1)
@@ -42,7 +45,10 @@ def next_token_kl(
         return logits[:, -1].double().log_softmax(dim=-1)
 
     def overwrite(rows: Tensor) -> Hooks:
-        def replace_row(pattern: Tensor, hook: Any) -> Tensor:
+        def replace_row(
+            pattern: Tensor,
+            hook: Any,
+        ) -> Tensor:
             patched = pattern.clone()
             patched[:, head, -1] = rows
             return patched
@@ -71,7 +77,10 @@ def logit_metrics(
     """
     text_rows = np.array(texts)
 
-    def values(k: int, condition: str) -> np.ndarray:
+    def values(
+        k: int,
+        condition: str,
+    ) -> np.ndarray:
         return np.array([case_kls.get(Removal(k, condition), np.nan) for case_kls in kls])
 
     results: dict[str, Any] = {}

@@ -39,7 +39,11 @@ class Outcomes:
         texts: the row of text of each case, over which intervals resample.
     """
 
-    def __init__(self, ks: tuple[int, ...], texts: list[int]):
+    def __init__(
+        self,
+        ks: tuple[int, ...],
+        texts: list[int],
+    ):
         self.ks = ks
         self.texts = np.array(texts)
         shape = (len(texts), len(ks), len(CONDITIONS))
@@ -65,13 +69,22 @@ class Outcomes:
             self.sizes[entry] = float(sizes[n])
             self.counts[entry] = float(counts[n])
 
-    def summary(self, n_bootstrap: int, seed: int) -> dict[str, Any]:
+    def summary(
+        self,
+        n_bootstrap: int,
+        seed: int,
+    ) -> dict[str, Any]:
         return {
             "by_k": {str(k): self._summary_at(n, n_bootstrap, seed) for n, k in enumerate(self.ks)},
             "tv_area": {name: self._area(CONDITIONS.index(name)) for name in CONTROLS},
         }
 
-    def _summary_at(self, n: int, n_bootstrap: int, seed: int) -> dict[str, Any]:
+    def _summary_at(
+        self,
+        n: int,
+        n_bootstrap: int,
+        seed: int,
+    ) -> dict[str, Any]:
         """All conditions at the n-th k."""
         top = self.actual[:, n, 0]  # [case, metric]
         predicted_top = self.predicted[:, n, 0]
@@ -91,7 +104,13 @@ class Outcomes:
             "prediction": prediction,
         }
 
-    def _control(self, n: int, condition: int, n_bootstrap: int, seed: int) -> dict[str, Any]:
+    def _control(
+        self,
+        n: int,
+        condition: int,
+        n_bootstrap: int,
+        seed: int,
+    ) -> dict[str, Any]:
         """A control at the n-th k, with the top features on the same cases."""
         exists = np.isfinite(self.actual[:, n, condition, 0])
         top = self.actual[exists, n, 0]
@@ -154,7 +173,10 @@ def correlations(
     }
 
 
-def _log_mean(values: list[float], ks: list[int]) -> float | None:
+def _log_mean(
+    values: list[float],
+    ks: list[int],
+) -> float | None:
     """Mean over log k, by the trapezoidal rule."""
     if len(ks) < 2:
         return None

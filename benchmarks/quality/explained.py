@@ -67,7 +67,10 @@ def run(layers: list[LayerCases]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _run_dictionary(d: BilinearQKDictionary, cases: LayerCases) -> dict[str, Any]:
+def _run_dictionary(
+    d: BilinearQKDictionary,
+    cases: LayerCases,
+) -> dict[str, Any]:
     rates = firing_rates(d, cases.fit_x.split(1))
     varies = Varies(rates.query <= ALWAYS_ON, rates.key <= ALWAYS_ON)
     n_always_on = {side: int((~mask).sum()) for side, mask in varies._asdict().items()}
@@ -132,10 +135,17 @@ def _set_scores(
     return map_scores
 
 
-def _all_pairs_scores(d: BilinearQKDictionary, varies: Varies, x: Tensor) -> SetScores:
+def _all_pairs_scores(
+    d: BilinearQKDictionary,
+    varies: Varies,
+    x: Tensor,
+) -> SetScores:
     features = d.features(x)
 
-    def scores(query_mask: Tensor, key_mask: Tensor) -> Tensor:
+    def scores(
+        query_mask: Tensor,
+        key_mask: Tensor,
+    ) -> Tensor:
         queries = (features.query * query_mask) @ d.query.W_dec
         keys = (features.key * key_mask) @ d.key.W_dec
         return d.spec.scores(d.spec.split_queries(queries), d.spec.split_keys(keys))

@@ -56,7 +56,12 @@ class Explainer(NamedTuple):
     ranked: SparseFeatureMap
 
     @classmethod
-    def fit(cls, d: BilinearQKDictionary, cases: LayerCases, sizes: Sizes) -> "Explainer":
+    def fit(
+        cls,
+        d: BilinearQKDictionary,
+        cases: LayerCases,
+        sizes: Sizes,
+    ) -> "Explainer":
         rows = cases.fit_x[: sizes.ranking_rows].split(1)
         ranked = rank_pairs(d, cases.weights, rows, sizes.n_candidates)
         return cls(d, Directions.fit(d, list(cases.fit_x)), ranked)
@@ -75,7 +80,13 @@ class Explainer(NamedTuple):
                 errors[side] += float(residual.double().square().sum())
         return {side: 1 - error / total for side, error in errors.items()}
 
-    def explain(self, case: Case, features: Features, row: ScoreRow, seed: int) -> ExplainedCase:
+    def explain(
+        self,
+        case: Case,
+        features: Features,
+        row: ScoreRow,
+        seed: int,
+    ) -> ExplainedCase:
         """Every ranking of a case.
 
         Args:
@@ -118,13 +129,22 @@ class Explainer(NamedTuple):
             rankings["effect_kept"] = Ranking(pairs[:, 0], pairs[:, 1], map_terms)
         return ExplainedCase(row, case, {"query": a, "key": b}, rankings)
 
-    def _importance(self, a: Tensor, b: Tensor, head: int) -> Tensor:
+    def _importance(
+        self,
+        a: Tensor,
+        b: Tensor,
+        head: int,
+    ) -> Tensor:
         """[a, b], 0 for pairs that are not among the candidates."""
         rows = self.ranked.find(torch.cartesian_prod(a, b, a.new_tensor([head])))
         importance = self.ranked.statistics[rows.clamp(min=0), 0] * (rows >= 0)
         return importance.view(len(a), len(b))
 
-    def components(self, explained: ExplainedCase, features: Features) -> dict[Side, Tensor]:
+    def components(
+        self,
+        explained: ExplainedCase,
+        features: Features,
+    ) -> dict[Side, Tensor]:
         """What each usable active feature adds to x at the query and at the key, by side."""
         query_acts = features.query[0, explained.case.query_pos]
         key_acts = features.key[0, explained.case.key_pos]

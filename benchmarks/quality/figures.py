@@ -49,7 +49,10 @@ _LOOK = {
 }
 
 
-def write(report: Report, folder: Path) -> list[Path]:
+def write(
+    report: Report,
+    folder: Path,
+) -> list[Path]:
     """Every figure there are numbers for, as quality-*.png."""
     paths = []
     with mpl.rc_context(cast(Any, _LOOK)):
@@ -78,7 +81,11 @@ def _figures(report: Report) -> Iterator[tuple[str, Figure]]:
             yield f"causal-{ranking}", causal(layers, ranking)
 
 
-def curves(cases: Any, column: str, words: str) -> Figure:
+def curves(
+    cases: Any,
+    column: str,
+    words: str,
+) -> Figure:
     """A metric against the number of pairs kept, one panel per setting."""
     settings = list(cases["setting"].unique())
     n_columns = min(2, len(settings))
@@ -90,7 +97,12 @@ def curves(cases: Any, column: str, words: str) -> Figure:
         points = _points(setting_cases)
         for method, method_points in points.groupby("method", sort=False):
             _line(ax, str(method), method_points.groupby("ratio")[column])
-        ax.axvline(1, color=_LIGHT, linewidth=0.8, zorder=0)
+        ax.axvline(
+            1,
+            color=_LIGHT,
+            linewidth=0.8,
+            zorder=0,
+        )
         if column == "pattern_kl":
             _mark_uniform(ax, setting_cases["uniform_kl"].mean())
         else:
@@ -105,10 +117,24 @@ def curves(cases: Any, column: str, words: str) -> Figure:
     return figure
 
 
-def _mark_uniform(ax: Axes, uniform_kl: float) -> None:
-    ax.axhline(uniform_kl, color=_LIGHT, linewidth=0.8, linestyle=":", zorder=0)
+def _mark_uniform(
+    ax: Axes,
+    uniform_kl: float,
+) -> None:
+    ax.axhline(
+        uniform_kl,
+        color=_LIGHT,
+        linewidth=0.8,
+        linestyle=":",
+        zorder=0,
+    )
     position: Any = ("axes fraction", "data")
-    style = dict(ha="right", va="bottom", fontsize=8, color="#777777")
+    style = dict(
+        ha="right",
+        va="bottom",
+        fontsize=8,
+        color="#777777",
+    )
     ax.annotate("uniform pattern", (1, uniform_kl), xycoords=position, **style)
     ax.set_ylim(bottom=0)
 
@@ -149,10 +175,19 @@ def noise_figure(cases: Any) -> Figure:
     return figure
 
 
-def causal(layers: dict[str, Any], ranking: str) -> Figure:
+def causal(
+    layers: dict[str, Any],
+    ranking: str,
+) -> Figure:
     """TV against k, layers by sides; see the text of the report."""
     figure = Figure(figsize=(9, 0.9 + 2.8 * len(layers)), layout="constrained")
-    axes = figure.subplots(len(layers), 2, sharex=True, sharey="col", squeeze=False)
+    axes = figure.subplots(
+        len(layers),
+        2,
+        sharex=True,
+        sharey="col",
+        squeeze=False,
+    )
     for row, (layer, results) in zip(axes, layers.items(), strict=True):
         for ax, side in zip(row, ("query", "key"), strict=True):
             _causal_panel(ax, results["rankings"][ranking][side]["by_k"], results["n_cases"])
@@ -166,10 +201,19 @@ def causal(layers: dict[str, Any], ranking: str) -> Figure:
     return figure
 
 
-def _causal_panel(ax: Axes, results: dict[str, Any], n_cases: int) -> None:
+def _causal_panel(
+    ax: Axes,
+    results: dict[str, Any],
+    n_cases: int,
+) -> None:
     """Top features on all their cases, and top features and controls on the same ones."""
     all_cases = {int(k): result["top"]["tv"] for k, result in results.items() if result["n"]}
-    style = dict(color=BLACK, linestyle=":", linewidth=1.2, label="top k, all cases")
+    style = dict(
+        color=BLACK,
+        linestyle=":",
+        linewidth=1.2,
+        label="top k, all cases",
+    )
     ax.plot(list(all_cases), list(all_cases.values()), **style)
     for name, (colour, line, marker, words) in CAUSAL_STYLES.items():
         control = "matched" if name == "top" else name
@@ -178,27 +222,54 @@ def _causal_panel(ax: Axes, results: dict[str, Any], n_cases: int) -> None:
         for k, result in results.items():
             if has_control(result, control, n_cases):
                 points[int(k)] = result["controls"][control][part]["tv"]
-        style = dict(color=colour, linestyle=line, marker=marker, label=words)
+        style = dict(
+            color=colour,
+            linestyle=line,
+            marker=marker,
+            label=words,
+        )
         ax.plot(list(points), list(points.values()), **style)
     log_ticks(ax, sorted(map(int, results)))
 
 
-def _line(ax: Axes, method: str, values: Any) -> None:
+def _line(
+    ax: Axes,
+    method: str,
+    values: Any,
+) -> None:
     """Mean over seeds, and the band from the smallest to the largest."""
     colour, line, marker = STYLES.get(method, ("#666666", ":", "o"))
     summary = values.agg(["mean", "min", "max"]).dropna()
     front = 3 if method == OURS else 2
     width = 2.2 if method == OURS or method in SQUARED_ERROR else 1.4
-    band = dict(color=colour, alpha=0.13, linewidth=0, zorder=front - 1)
+    band = dict(
+        color=colour,
+        alpha=0.13,
+        linewidth=0,
+        zorder=front - 1,
+    )
     ax.fill_between(summary.index, summary["min"], summary["max"], **band)
-    style = dict(color=colour, linestyle=line, marker=marker, linewidth=width, zorder=front)
+    style = dict(
+        color=colour,
+        linestyle=line,
+        marker=marker,
+        linewidth=width,
+        zorder=front,
+    )
     ax.plot(summary.index, summary["mean"], label=label(method), **style)
 
 
-def _legend(figure: Figure, axes: Any) -> None:
+def _legend(
+    figure: Figure,
+    axes: Any,
+) -> None:
     handles = {}
     for ax in axes.flat:
         for handle, text in zip(*ax.get_legend_handles_labels(), strict=True):
             handles[text] = handle
-    style = dict(loc="outside upper center", ncols=min(5, len(handles)), fontsize=9)
+    style = dict(
+        loc="outside upper center",
+        ncols=min(5, len(handles)),
+        fontsize=9,
+    )
     figure.legend(list(handles.values()), list(handles), **style)

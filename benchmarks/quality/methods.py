@@ -84,7 +84,12 @@ class Budget:
 class Sequences(Iterator[Tensor]):
     """Endless batches of fresh sequences of a planted layer, for SAETrainer."""
 
-    def __init__(self, circuit: Circuit, budget: Budget, seed: int):
+    def __init__(
+        self,
+        circuit: Circuit,
+        budget: Budget,
+        seed: int,
+    ):
         self.circuit = circuit
         self.budget = budget
         self.seed = 1_000_000 * (1 + seed)
@@ -111,7 +116,11 @@ Method = Callable[[Circuit, Budget, int], Iterator[tuple[str, MethodResult]]]
 # Methods
 
 
-def on_pattern(circuit: Circuit, budget: Budget, seed: int) -> Iterator[tuple[str, MethodResult]]:
+def on_pattern(
+    circuit: Circuit,
+    budget: Budget,
+    seed: int,
+) -> Iterator[tuple[str, MethodResult]]:
     """Transcoders trained on the pattern, and four ways to choose their pairs."""
     dictionary = transcoders(circuit, budget, seed)
     yield "ours", staged(dictionary, circuit, budget, seed)
@@ -120,7 +129,11 @@ def on_pattern(circuit: Circuit, budget: Budget, seed: int) -> Iterator[tuple[st
     yield "decoder product", MethodResult(rank_by_decoders(dictionary, circuit, budget))
 
 
-def diagonal(circuit: Circuit, budget: Budget, seed: int) -> Iterator[tuple[str, MethodResult]]:
+def diagonal(
+    circuit: Circuit,
+    budget: Budget,
+    seed: int,
+) -> Iterator[tuple[str, MethodResult]]:
     """Query feature f meets key feature f alone, in every head.
 
     Trained on the pattern for as many steps as the others.
@@ -146,7 +159,11 @@ def diagonal(circuit: Circuit, budget: Budget, seed: int) -> Iterator[tuple[str,
     yield "diagonal", MethodResult(ranked)
 
 
-def authors(circuit: Circuit, budget: Budget, seed: int) -> Iterator[tuple[str, MethodResult]]:
+def authors(
+    circuit: Circuit,
+    budget: Budget,
+    seed: int,
+) -> Iterator[tuple[str, MethodResult]]:
     """Wynroe and Sharkey 2024: a sparsity penalty, then a mask over every pair.
 
     The penalty is swept until L0 is ours within 10 %.
@@ -173,11 +190,19 @@ def authors(circuit: Circuit, budget: Budget, seed: int) -> Iterator[tuple[str, 
     yield "authors", MethodResult(ranked, notes=notes)
 
 
-def residual_sae(circuit: Circuit, budget: Budget, seed: int) -> Iterator[tuple[str, MethodResult]]:
+def residual_sae(
+    circuit: Circuit,
+    budget: Budget,
+    seed: int,
+) -> Iterator[tuple[str, MethodResult]]:
     """SAELens's BatchTopK SAE on the residual stream; its decoder goes through W_Q and W_K."""
     data = Sequences(circuit, budget, seed)
     torch.manual_seed(seed)
-    cfg = BatchTopKTrainingSAEConfig(d_in=circuit.spec.d_model, d_sae=budget.d, k=budget.k)
+    cfg = BatchTopKTrainingSAEConfig(
+        d_in=circuit.spec.d_model,
+        d_sae=budget.d,
+        k=budget.k,
+    )
     sae = BatchTopKTrainingSAE(cfg)
     fit(sae, data, budget, budget.steps, budget.lr)
     dictionary = through_weights(sae, circuit.weights, circuit.spec)
@@ -231,7 +256,13 @@ def transcoders(
     return sae.to_dictionary().requires_grad_(False)
 
 
-def fit(sae: Any, data: Sequences, budget: Budget, steps: int, lr: float) -> None:
+def fit(
+    sae: Any,
+    data: Sequences,
+    budget: Budget,
+    steps: int,
+    lr: float,
+) -> None:
     tokens = budget.n_rows * budget.n_pos
     cfg = qk.BilinearQKRunnerConfig(
         context_size=budget.n_pos,

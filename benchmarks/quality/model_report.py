@@ -112,7 +112,10 @@ def _explanations(dictionaries: Metrics) -> Iterator[tuple[str, str]]:
                 yield name, ranking
 
 
-def _main_tables(dictionaries: Metrics, side: str) -> list[str]:
+def _main_tables(
+    dictionaries: Metrics,
+    side: str,
+) -> list[str]:
     change_rows = []
     win_rows = []
     for name, ranking in _explanations(dictionaries):
@@ -150,7 +153,10 @@ def _change_cells(result: Metrics) -> list[str]:
     ]
 
 
-def _win_cells(result: Metrics, n_cases: int) -> list[str]:
+def _win_cells(
+    result: Metrics,
+    n_cases: int,
+) -> list[str]:
     cells = []
     for criterion in CRITERIA:
         for name in ALL_CONTROLS:
@@ -190,7 +196,11 @@ def _area_cells(areas: Metrics) -> list[str]:
     return cells
 
 
-def _wins(metrics: Metrics, criterion: str, n_cases: int) -> str:
+def _wins(
+    metrics: Metrics,
+    criterion: str,
+    n_cases: int,
+) -> str:
     cells = []
     for k in _COMPARED_KS:
         result = metrics["by_k"].get(k)
@@ -285,7 +295,10 @@ def explained(report: Report) -> list[str]:
     return [*lines, "", f"Features that are always on: {'; '.join(always_on)}.", "", *_COMPARISON]
 
 
-def _explained_rows(name: str, results: Metrics) -> Iterator[list[str]]:
+def _explained_rows(
+    name: str,
+    results: Metrics,
+) -> Iterator[list[str]]:
     for source in SOURCES:
         if source not in results:
             continue
@@ -306,7 +319,10 @@ def _explained_rows(name: str, results: Metrics) -> Iterator[list[str]]:
             ]
 
 
-def _quartiles(values: dict[str, float] | None, cell: Callable[[Any], str]) -> str:
+def _quartiles(
+    values: dict[str, float] | None,
+    cell: Callable[[Any], str],
+) -> str:
     """The median with the quartiles."""
     if values is None:
         return NONE

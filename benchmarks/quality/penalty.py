@@ -22,7 +22,10 @@ class PenaltySweep(NamedTuple):
     n_trials: int
 
 
-def sweep_penalty(train: Train, first: float) -> PenaltySweep:
+def sweep_penalty(
+    train: Train,
+    first: float,
+) -> PenaltySweep:
     """At least 3 strengths of a penalty, at most 6, until L0 is within 10 % of the wanted one.
 
     Args:

@@ -134,7 +134,10 @@ class _Head(NamedTuple):
     readable: Float[Tensor, "d_head d_head"]
 
 
-def plant(setting: Setting, seed: int) -> Circuit:
+def plant(
+    setting: Setting,
+    seed: int,
+) -> Circuit:
     """A circuit drawn from the setting.
 
     Raises:
@@ -145,7 +148,10 @@ def plant(setting: Setting, seed: int) -> Circuit:
         return _plant(setting, seed)
 
 
-def _plant(s: Setting, seed: int) -> Circuit:
+def _plant(
+    s: Setting,
+    seed: int,
+) -> Circuit:
     if s.n_directions > s.room or 2 * s.n_packed > s.pairs_per_head:
         raise ValueError(
             f"A head of {s.d_head} dimensions holds {s.room} pairs, and at most half are packed; "
@@ -185,7 +191,11 @@ def _plant(s: Setting, seed: int) -> Circuit:
     )
 
 
-def _plant_head(s: Setting, readers: Float[Tensor, "feature d_signal"], topics: Tensor) -> _Head:
+def _plant_head(
+    s: Setting,
+    readers: Float[Tensor, "feature d_signal"],
+    topics: Tensor,
+) -> _Head:
     W_Q = torch.zeros(s.d_signal, s.d_head)
     W_K = torch.zeros(s.d_signal, s.d_head)
     directions = _directions(s)
@@ -248,7 +258,10 @@ def _directions(s: Setting) -> Float[Tensor, "direction d_head"]:
     return torch.eye(s.d_head)[: s.d_head // 2].flip(0)
 
 
-def _draw_pairs(s: Setting, topics: Tensor) -> list[tuple[int, int]]:
+def _draw_pairs(
+    s: Setting,
+    topics: Tensor,
+) -> list[tuple[int, int]]:
     """Pairs of one head: `n_packed` of topic 0, then free ones, then `n_packed` of topic 1.
 
     No feature stands twice on a side.
@@ -268,7 +281,10 @@ def _draw_pairs(s: Setting, topics: Tensor) -> list[tuple[int, int]]:
     return list(zip(query_features, key_features, strict=True))
 
 
-def _activations(s: Setting, seed: int) -> ActivationGenerator:
+def _activations(
+    s: Setting,
+    seed: int,
+) -> ActivationGenerator:
     correlation: LowRankCorrelationMatrix | None = None
     if s.correlation_scale:
         correlation = generate_random_low_rank_correlation_matrix(
@@ -277,7 +293,12 @@ def _activations(s: Setting, seed: int) -> ActivationGenerator:
     return ActivationGenerator(s.n_features, s.density, 0.2, correlation_matrix=correlation)
 
 
-def sample(circuit: Circuit, n_rows: int, n_pos: int, seed: int) -> Sample:
+def sample(
+    circuit: Circuit,
+    n_rows: int,
+    n_pos: int,
+    seed: int,
+) -> Sample:
     """Sequences; the same seed gives the same ones."""
     s = circuit.setting
     with torch.random.fork_rng():

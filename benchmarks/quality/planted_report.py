@@ -45,7 +45,10 @@ _CURVES = [
 ]
 
 
-def _setting(setting: str, cases: Any) -> list[str]:
+def _setting(
+    setting: str,
+    cases: Any,
+) -> list[str]:
     margins = precision_margins(cases)
     rows = []
     for method, method_cases in cases.groupby("method", sort=False):

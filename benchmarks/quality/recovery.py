@@ -17,7 +17,13 @@ from sae_lens_qk.config import BilinearQKConfig
 from sae_lens_qk.dictionary import BilinearQKDictionary
 
 _EASY = Setting()
-_HARD = Setting(n_features=98, d_signal=50, density=0.05, correlation_scale=0.15, n_packed=4)
+_HARD = Setting(
+    n_features=98,
+    d_signal=50,
+    density=0.05,
+    correlation_scale=0.15,
+    n_packed=4,
+)
 SETTINGS: dict[str, Setting] = {
     "easy": _EASY,
     "easy, rotary": replace(_EASY, rotary=True, d_head=32),
@@ -59,7 +65,10 @@ class Case(NamedTuple):
     noise: float
 
 
-def cases(sizes: Sizes, seeds: list[int]) -> list[Case]:
+def cases(
+    sizes: Sizes,
+    seeds: list[int],
+) -> list[Case]:
     """All trainings of both sections, one setting after the other."""
     planted = [
         Case("planted", setting, method, seed, SETTINGS[setting].noise)
@@ -76,7 +85,10 @@ def cases(sizes: Sizes, seeds: list[int]) -> list[Case]:
     return planted + variance
 
 
-def run_case(case: Case, sizes: Sizes) -> list[dict[str, Any]]:
+def run_case(
+    case: Case,
+    sizes: Sizes,
+) -> list[dict[str, Any]]:
     """Train, and score every method that the training serves."""
     budget = _shrunk(_BUDGETS[case.setting], sizes.shrink)
     circuit = plant(replace(SETTINGS[case.setting], noise=case.noise), case.seed)
@@ -86,7 +98,11 @@ def run_case(case: Case, sizes: Sizes) -> list[dict[str, Any]]:
     uniform_kl = true.mean_kl(torch.zeros_like(true.log_pattern))
     start = time.perf_counter()
 
-    def row(name: str, scores: PlantedScores, notes: str = "") -> dict[str, Any]:
+    def row(
+        name: str,
+        scores: PlantedScores,
+        notes: str = "",
+    ) -> dict[str, Any]:
         return {
             **case._asdict(),
             "method": name,
@@ -109,7 +125,10 @@ def run_case(case: Case, sizes: Sizes) -> list[dict[str, Any]]:
     return rows
 
 
-def _shrunk(budget: Budget, factor: int) -> Budget:
+def _shrunk(
+    budget: Budget,
+    factor: int,
+) -> Budget:
     return replace(
         budget,
         steps=budget.steps // factor,
@@ -147,7 +166,10 @@ def contrastive_covariances(
     return score_labelled(labelled.decoders, ranked.pairs, circuit, curve)
 
 
-def _contrast(labels: Tensor, vectors: Tensor) -> Tensor:
+def _contrast(
+    labels: Tensor,
+    vectors: Tensor,
+) -> Tensor:
     """mean(vector | on) - mean(vector | off) [feature, d], of vectors [row, pos, head, d_head]."""
     vectors = vectors.flatten(2).flatten(0, 1).double()
     n_on = labels.sum(dim=0)[:, None]

@@ -68,7 +68,11 @@ class PlantedPattern(NamedTuple):
     spec: AttentionSpec
 
     @classmethod
-    def compute(cls, circuit: Circuit, x: Float[Tensor, "row pos d_model"]) -> "PlantedPattern":
+    def compute(
+        cls,
+        circuit: Circuit,
+        x: Float[Tensor, "row pos d_model"],
+    ) -> "PlantedPattern":
         weights = circuit.weights
         scores = circuit.spec.scores(weights.queries(x), weights.keys(x))
         return cls(circuit.spec.log_pattern(scores), circuit.spec)
@@ -159,7 +163,11 @@ class Hits(NamedTuple):
         )
 
 
-def find_hits(decoders: Decoders, pairs: Int[Tensor, "pair 3"], circuit: Circuit) -> Hits:
+def find_hits(
+    decoders: Decoders,
+    pairs: Int[Tensor, "pair 3"],
+    circuit: Circuit,
+) -> Hits:
     """Match the features of both sides to the planted ones, then the pairs."""
     query_vectors, key_vectors = circuit.vectors()
     query_numbers = circuit.pairs[:, 0].unique().tolist()
@@ -176,7 +184,11 @@ def find_hits(decoders: Decoders, pairs: Int[Tensor, "pair 3"], circuit: Circuit
     return Hits(query, key, np.asarray(hits, dtype=float))
 
 
-def _curve_point(hits: np.ndarray, n: int, circuit: Circuit) -> CurvePoint:
+def _curve_point(
+    hits: np.ndarray,
+    n: int,
+    circuit: Circuit,
+) -> CurvePoint:
     n_right = float(hits[:n].sum())
     n_ranked = min(n, len(hits))
     n_planted = len(circuit.pairs)
@@ -189,7 +201,11 @@ def _curve_point(hits: np.ndarray, n: int, circuit: Circuit) -> CurvePoint:
     )
 
 
-def _map_scores(ranked: RankedPairs, n: int, x: Tensor) -> Tensor:
+def _map_scores(
+    ranked: RankedPairs,
+    n: int,
+    x: Tensor,
+) -> Tensor:
     d = ranked.dictionary
     sizes = (d.cfg.d_query, d.cfg.d_key, d.spec.n_heads)
     feature_map = SparseFeatureMap(ranked.pairs[:n], ranked.weights[:n], *sizes)

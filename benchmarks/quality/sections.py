@@ -35,7 +35,11 @@ class Task(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-def collect(sections: list[str], smoke: bool, seeds: list[int]) -> Report:
+def collect(
+    sections: list[str],
+    smoke: bool,
+    seeds: list[int],
+) -> Report:
     """Results of these sections; a task that fails stops no other and is listed under `failed`.
 
     Returns:
@@ -112,7 +116,10 @@ def _add_planted(report: Report) -> None:
     report["sizes"]["planted"] = sizes._asdict()
 
 
-def _add_model(report: Report, sections: list[str]) -> None:
+def _add_model(
+    report: Report,
+    sections: list[str],
+) -> None:
     from benchmarks.quality import cases, trained
 
     tasks = []
@@ -127,7 +134,11 @@ def _add_model(report: Report, sections: list[str]) -> None:
     report["text"] = "corpus" if cases.CORPUS in os.environ else "sample"
 
 
-def run_layer(layer: int, sections: list[str], smoke: bool) -> dict[str, Any]:
+def run_layer(
+    layer: int,
+    sections: list[str],
+    smoke: bool,
+) -> dict[str, Any]:
     """These sections on one layer; they share its inputs."""
     import sae_lens_qk as qk
     from benchmarks.quality import cases, causal, explained, trained
@@ -144,7 +155,11 @@ def run_layer(layer: int, sections: list[str], smoke: bool) -> dict[str, Any]:
     return results
 
 
-def run_tasks(tasks: list[Task], report: Report, fresh: bool = False) -> Iterator[tuple[str, Any]]:
+def run_tasks(
+    tasks: list[Task],
+    report: Report,
+    fresh: bool = False,
+) -> Iterator[tuple[str, Any]]:
     """Results by label as they come, with a line each on stderr.
 
     Args:
@@ -183,7 +198,10 @@ def _one_thread() -> None:
     warnings.filterwarnings("ignore")
 
 
-def _timed(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, float]:
+def _timed(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> tuple[Any, float]:
     start = time.perf_counter()
     result = function(*arguments)
     return result, time.perf_counter() - start

@@ -82,7 +82,10 @@ def section(report: Report) -> list[str]:
     return [*lines, *_wins_table(report)]
 
 
-def planted_frame(report: Report, section: str) -> Any:
+def planted_frame(
+    report: Report,
+    section: str,
+) -> Any:
     """The cases of a section that went through, and two columns.
 
     `recovery`, the mean of both sides, and `kl_share`, the transcoders' KL over that of the uniform
@@ -119,7 +122,13 @@ def easy(report: Report) -> list[Verdict]:
     return verdicts or [Verdict(f"feature recovery and F1 at least {F1}", "easy", NONE, None)]
 
 
-def _at_least(words: str, setting: str, result: str, values: Any, least: float) -> Verdict:
+def _at_least(
+    words: str,
+    setting: str,
+    result: str,
+    values: Any,
+    least: float,
+) -> Verdict:
     met = bool(values.mean() >= least) if len(values) else None
     remark = "not in every seed" if met and values.min() < least else ""
     return Verdict(f"{words} at least {least}", setting, result, met, remark)
@@ -209,20 +218,29 @@ def falls(means: Any) -> bool:
     return bool((shares.iloc[0] - shares.iloc[-1]).min() > FLAT)
 
 
-def _settings(cases: Any, start: str) -> list[str]:
+def _settings(
+    cases: Any,
+    start: str,
+) -> list[str]:
     if cases.empty:
         return []
     return [name for name in cases["setting"].unique() if name.startswith(start)]
 
 
-def _change(values: Any, form: str = ".3f") -> str:
+def _change(
+    values: Any,
+    form: str = ".3f",
+) -> str:
     return f"{values.iloc[0]:{form}} → {values.iloc[-1]:{form}}"
 
 
 # The real model
 
 
-def _judged(report: Report, section: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _judged(
+    report: Report,
+    section: str,
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Dictionary, layer and results of each dictionary that is judged."""
     for name in JUDGED:
         for layer, dictionaries in report.get(section, {}).items():
@@ -268,7 +286,11 @@ def wins_frame(report: Report) -> Any:
     return pd.DataFrame(rows)
 
 
-def _wins(results: dict[str, Any], criterion: str, n_cases: int) -> dict[str, Any]:
+def _wins(
+    results: dict[str, Any],
+    criterion: str,
+    n_cases: int,
+) -> dict[str, Any]:
     valid_ks = []
     reached_ks = []
     for k, result in results.items():
@@ -283,7 +305,11 @@ def _wins(results: dict[str, Any], criterion: str, n_cases: int) -> dict[str, An
     return {"valid_ks": valid_ks, "reached_ks": reached_ks, "met": met}
 
 
-def has_control(result: dict[str, Any], control: str, n_cases: int) -> bool:
+def has_control(
+    result: dict[str, Any],
+    control: str,
+    n_cases: int,
+) -> bool:
     """Enough of the cases have this control at this k for its metrics to count."""
     n = result["controls"].get(control, {"n": 0})["n"]
     return n > 0 and n >= COUNTS_FROM * n_cases

@@ -45,7 +45,10 @@ _FIRST_STRENGTH = 1.2e-2
 _RATE_ROWS = 64
 
 
-def load(layer: int, steps: int = STEPS) -> dict[str, qk.BilinearQKDictionary]:
+def load(
+    layer: int,
+    steps: int = STEPS,
+) -> dict[str, qk.BilinearQKDictionary]:
     """The dictionaries of a layer by method, missing ones trained; and the shipped one if any."""
     dictionaries = {}
     if layer in SHIPPED:
@@ -61,19 +64,30 @@ def load(layer: int, steps: int = STEPS) -> dict[str, qk.BilinearQKDictionary]:
     return dictionaries
 
 
-def dictionary_folder(layer: int, method: str, steps: int = STEPS) -> Path:
+def dictionary_folder(
+    layer: int,
+    method: str,
+    steps: int = STEPS,
+) -> Path:
     """Where a dictionary lies: told apart by the number of steps, and by the text."""
     text = "corpus" if CORPUS in os.environ else "sample"
     name = f"L{layer}-{method.replace(' ', '-')}"
     return cache_folder() / "benchmarks" / f"{text}-{steps}-steps" / name
 
 
-def save(dictionary: qk.BilinearQKDictionary, folder: Path) -> None:
+def save(
+    dictionary: qk.BilinearQKDictionary,
+    folder: Path,
+) -> None:
     dictionary.runner_cfg = None
     dictionary.to(torch.float16).save_model(folder)
 
 
-def config(layer: int, steps: int, **sae: Any) -> qk.BilinearQKRunnerConfig:
+def config(
+    layer: int,
+    steps: int,
+    **sae: Any,
+) -> qk.BilinearQKRunnerConfig:
     """The run that all methods share; there is no step 2: every pair takes part.
 
     Args:
@@ -96,14 +110,24 @@ def config(layer: int, steps: int, **sae: Any) -> qk.BilinearQKRunnerConfig:
     )
 
 
-def runner(model: Model, layer: int, steps: int, **sae: Any) -> qk.BilinearQKTrainingRunner:
+def runner(
+    model: Model,
+    layer: int,
+    steps: int,
+    **sae: Any,
+) -> qk.BilinearQKTrainingRunner:
     """See `config`; on the corpus, or on the sample where there is none."""
     dataset = None if CORPUS in os.environ else qk.text_sample()
     cfg = config(layer, steps, **sae)
     return qk.BilinearQKTrainingRunner(cfg, override_dataset=dataset, override_model=model)
 
 
-def train(model: Model, layer: int, method: str, steps: int = STEPS) -> qk.BilinearQKDictionary:
+def train(
+    model: Model,
+    layer: int,
+    method: str,
+    steps: int = STEPS,
+) -> qk.BilinearQKDictionary:
     """Train one dictionary from the cached inputs of the layer (filled on the first run)."""
     if method == "ours":
         return runner(model, layer, steps).run()
@@ -114,7 +138,11 @@ def train(model: Model, layer: int, method: str, steps: int = STEPS) -> qk.Bilin
     return _train_residual_sae(model, layer, steps)
 
 
-def _train_authors(model: Model, layer: int, steps: int) -> qk.BilinearQKDictionary:
+def _train_authors(
+    model: Model,
+    layer: int,
+    steps: int,
+) -> qk.BilinearQKDictionary:
     def train_at(strength: float) -> tuple[qk.BilinearQKDictionary, float]:
         run = runner(model, layer, steps, **AUTHORS_RECIPE, sparsity_coefficient=strength)
         dictionary = run.run()
@@ -127,11 +155,21 @@ def _train_authors(model: Model, layer: int, steps: int) -> qk.BilinearQKDiction
     return sweep_penalty(train_at, _FIRST_STRENGTH).dictionary
 
 
-def _train_residual_sae(model: Model, layer: int, steps: int) -> qk.BilinearQKDictionary:
+def _train_residual_sae(
+    model: Model,
+    layer: int,
+    steps: int,
+) -> qk.BilinearQKDictionary:
     run = runner(model, layer, steps)
     cfg = run.cfg
     torch.manual_seed(cfg.seed)
-    sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=cfg.sae.d_in, d_sae=D, k=K))
+    sae = BatchTopKTrainingSAE(
+        BatchTopKTrainingSAEConfig(
+            d_in=cfg.sae.d_in,
+            d_sae=D,
+            k=K,
+        )
+    )
     data = run.fill_input_cache().batches(cfg.rows_per_batch, seed=cfg.seed)
     SAETrainer(cfg.to_sae_trainer_config(), sae, data).fit()  # type: ignore[arg-type]
     dictionary = through_weights(sae, run.layer.qk_weights, run.layer.spec)
@@ -144,7 +182,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layer", type=int, choices=LAYERS, required=True)
+    parser.add_argument(
+        "--layer",
+        type=int,
+        choices=LAYERS,
+        required=True,
+    )
     parser.add_argument("--method", choices=METHODS[23], required=True)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO)

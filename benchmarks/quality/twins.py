@@ -23,7 +23,12 @@ class Twins(NamedTuple):
     """[twin, d_model]"""
 
     @classmethod
-    def make(cls, cases: LayerCases, sizes: Sizes, seed: int) -> "Twins":
+    def make(
+        cls,
+        cases: LayerCases,
+        sizes: Sizes,
+        seed: int,
+    ) -> "Twins":
         numbers = cases.subset(sizes.twins, seed + 1)
         generator = torch.Generator().manual_seed(seed + 1)
         inputs = []
@@ -40,7 +45,11 @@ class Twins(NamedTuple):
             inputs.append(x[0, -1])
         return cls(numbers, torch.stack(inputs))
 
-    def summary(self, d: BilinearQKDictionary, cases: LayerCases) -> dict[str, Any]:
+    def summary(
+        self,
+        d: BilinearQKDictionary,
+        cases: LayerCases,
+    ) -> dict[str, Any]:
         """Drop of the centred score when x_j becomes the twin's: predicted against measured.
 
         Predicted is the drop of all terms of a source.
@@ -81,7 +90,11 @@ def map_sources(d: BilinearQKDictionary) -> dict[str, SparseFeatureMap | None]:
     return sources
 
 
-def in_score_check(d: BilinearQKDictionary, cases: LayerCases, sizes: Sizes) -> float:
+def in_score_check(
+    d: BilinearQKDictionary,
+    cases: LayerCases,
+    sizes: Sizes,
+) -> float:
     """Code check, no evidence: largest error of the score drop predicted for the top pairs' terms.
 
     Against the same pairs subtracted inside the scores of the whole sequence by
@@ -110,7 +123,10 @@ def in_score_check(d: BilinearQKDictionary, cases: LayerCases, sizes: Sizes) -> 
     return max(errors, default=0.0)
 
 
-def _score_row(cases: LayerCases, case: Case) -> tuple[Tensor, ScoreRow]:
+def _score_row(
+    cases: LayerCases,
+    case: Case,
+) -> tuple[Tensor, ScoreRow]:
     """The layer's input up to the query [pos, d_model], and the case's row of scores."""
     x = cases.x[case.row, : case.query_pos + 1]
     return x, ScoreRow(cases.weights, cases.spec, x, case.head)

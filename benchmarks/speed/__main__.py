@@ -58,13 +58,19 @@ def all_cases(sizes: Sizes) -> dict[str, Any]:
     return {**synthetic_cases.cases(sizes), **model_cases.cases(sizes)}
 
 
-def measure_here(names: list[str], sizes: Sizes) -> dict[str, Any]:
+def measure_here(
+    names: list[str],
+    sizes: Sizes,
+) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     cases = all_cases(sizes)
     return {name: cases[name]() for name in names}
 
 
-def collect(names: list[str], smoke: bool) -> dict[str, Any]:
+def collect(
+    names: list[str],
+    smoke: bool,
+) -> dict[str, Any]:
     """Results by case; one that fails does not stop the others."""
     environment = dict(os.environ)
     groups = [[name] for name in names]
@@ -94,19 +100,28 @@ def collect(names: list[str], smoke: bool) -> dict[str, Any]:
     return results
 
 
-def write(report: dict[str, Any], folder: Path) -> None:
+def write(
+    report: dict[str, Any],
+    folder: Path,
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cpu.md").write_text(render(report))
     (folder / "cpu.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {folder / 'cpu.md'} and {folder / 'cpu.json'}")
 
 
-def matching_cases(names: list[str], patterns: list[str] | None) -> list[str]:
+def matching_cases(
+    names: list[str],
+    patterns: list[str] | None,
+) -> list[str]:
     """The cases that the patterns name: a case, or a group such as step2 or growth.plain."""
     if not patterns:
         return names
 
-    def matches(name: str, pattern: str) -> bool:
+    def matches(
+        name: str,
+        pattern: str,
+    ) -> bool:
         return name == pattern or name.startswith(f"{pattern}.")
 
     for pattern in patterns:

@@ -24,7 +24,11 @@ from sae_lens_qk.inputs import InputCache, RowBatches, cache_batches
 CONTEXT = 256
 
 
-def measure(d: qk.BilinearQKDictionary, batches: RowBatches, n_top: int = 10) -> dict[str, Any]:
+def measure(
+    d: qk.BilinearQKDictionary,
+    batches: RowBatches,
+    n_top: int = 10,
+) -> dict[str, Any]:
     """One run of each, after a batch that makes the compiler work."""
     qk.collect_activations(d, list(islice(batches, 1)), n_top, progress=False)
     encoding_seconds = _encoding_seconds(d, batches)
@@ -44,7 +48,10 @@ def measure(d: qk.BilinearQKDictionary, batches: RowBatches, n_top: int = 10) ->
 
 
 @torch.no_grad()
-def _encoding_seconds(d: qk.BilinearQKDictionary, batches: RowBatches) -> float:
+def _encoding_seconds(
+    d: qk.BilinearQKDictionary,
+    batches: RowBatches,
+) -> float:
     start = time.perf_counter()
     for _, x in batches:
         for row in x:
@@ -52,7 +59,10 @@ def _encoding_seconds(d: qk.BilinearQKDictionary, batches: RowBatches) -> float:
     return time.perf_counter() - start
 
 
-def _text_batches(d: qk.BilinearQKDictionary, n_rows: int) -> RowBatches:
+def _text_batches(
+    d: qk.BilinearQKDictionary,
+    n_rows: int,
+) -> RowBatches:
     """Inputs are computed before the clock runs."""
     model = qk.load_model(d)
     layer = AttentionLayer(model, d.cfg.layer)

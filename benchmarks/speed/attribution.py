@@ -40,12 +40,19 @@ class Errors(NamedTuple):
     score: float
 
 
-def small_dictionary(model: Model, layer: int) -> qk.BilinearQKDictionary:
+def small_dictionary(
+    model: Model,
+    layer: int,
+) -> qk.BilinearQKDictionary:
     """A few steps on the text that comes with the package."""
     with tempfile.TemporaryDirectory() as folder:
         cfg = qk.BilinearQKRunnerConfig(
             layer=layer,
-            sae=qk.TranscodersTrainingConfig(d_in=1, d_query=512, d_key=512),
+            sae=qk.TranscodersTrainingConfig(
+                d_in=1,
+                d_query=512,
+                d_key=512,
+            ),
             training_tokens=10 * 2048,
             mask=qk.MaskStepConfig(
                 training_tokens=5 * 2048, n_pairs=5_000, n_candidates=20_000, ranking_tokens=2048
@@ -61,7 +68,11 @@ def small_dictionary(model: Model, layer: int) -> qk.BilinearQKDictionary:
 
 
 @torch.no_grad()
-def measure(d: qk.BilinearQKDictionary, model: Model, prompts: torch.Tensor) -> Errors:
+def measure(
+    d: qk.BilinearQKDictionary,
+    model: Model,
+    prompts: torch.Tensor,
+) -> Errors:
     worst = Errors(0.0, 0.0, 0.0, 0.0)
     for tokens in tqdm(prompts, desc=f"layer {d.cfg.layer}"):
         prompt = qk.RecordedPrompt.record(d, model, tokens)
@@ -72,7 +83,11 @@ def measure(d: qk.BilinearQKDictionary, model: Model, prompts: torch.Tensor) -> 
     return worst
 
 
-def _row_errors(prompt: qk.RecordedPrompt, head: int, query_pos: int) -> Errors:
+def _row_errors(
+    prompt: qk.RecordedPrompt,
+    head: int,
+    query_pos: int,
+) -> Errors:
     """Errors of both sums in one row of scores."""
     own = prompt.scores[head, query_pos, : query_pos + 1]
     terms = prompt.terms(head, query_pos)
@@ -88,7 +103,10 @@ def _row_errors(prompt: qk.RecordedPrompt, head: int, query_pos: int) -> Errors:
     )
 
 
-def drop_error(prompt: qk.RecordedPrompt, head: int) -> float:
+def drop_error(
+    prompt: qk.RecordedPrompt,
+    head: int,
+) -> float:
     """Ablated by hooks in the model, against the attribution's terms."""
     d = prompt.dictionary
     query_pos = len(prompt.tokens) - 1
@@ -112,7 +130,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, nargs="+", default=[0, 10, 23])
+    parser.add_argument(
+        "--layers",
+        type=int,
+        nargs="+",
+        default=[0, 10, 23],
+    )
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--length", type=int, default=32)
     args = parser.parse_args()

@@ -41,7 +41,11 @@ class Case(NamedTuple):
         true = self.true._replace(
             pattern=self.true.pattern[:n], log_pattern=self.true.log_pattern[:n]
         )
-        return self._replace(query_acts=self.query_acts[:n], key_acts=self.key_acts[:n], true=true)
+        return self._replace(
+            query_acts=self.query_acts[:n],
+            key_acts=self.key_acts[:n],
+            true=true,
+        )
 
 
 class WideCase(NamedTuple):
@@ -53,7 +57,11 @@ class WideCase(NamedTuple):
     key_numbers: Tensor
 
 
-def make_spec(n_heads: int, d_head: int, n_frequencies: int = 0) -> AttentionSpec:
+def make_spec(
+    n_heads: int,
+    d_head: int,
+    n_frequencies: int = 0,
+) -> AttentionSpec:
     """An attention layer; n_frequencies rotate 2 * n_frequencies dimensions of a head, 0 none."""
     frequencies = [10_000 ** (-f / n_frequencies) for f in range(n_frequencies)]
     return AttentionSpec(
@@ -101,7 +109,11 @@ def make_case(
     return Case(query_acts, key_acts, Decoders(W_query, W_key), spec, true)
 
 
-def add_dead_features(case: Case, d: int, seed: int = 1) -> WideCase:
+def add_dead_features(
+    case: Case,
+    d: int,
+    seed: int = 1,
+) -> WideCase:
     """The case as part of d features per side, of which the others never fire."""
     generator = torch.Generator().manual_seed(seed)
     query_acts, W_query, query_numbers = _among(case.query_acts, case.decoders.query, d, generator)
@@ -123,7 +135,12 @@ def _among(
     return wide_acts, dead_rows.index_copy(0, numbers, W), numbers
 
 
-def _topics(n_rows: int, n_pos: int, n_topics: int, generator: torch.Generator) -> Tensor:
+def _topics(
+    n_rows: int,
+    n_pos: int,
+    n_topics: int,
+    generator: torch.Generator,
+) -> Tensor:
     """Topic of each position [row, pos]: it stays, and changes every 64 tokens or so."""
     topics = torch.randint(n_topics, (n_rows, n_pos), generator=generator)
     changes = torch.rand(n_rows, n_pos, generator=generator) < 1 / _TOPIC_LENGTH
@@ -164,7 +181,12 @@ def _acts(
     return acts
 
 
-def _decoder(d: int, spec: AttentionSpec, l0: int, generator: torch.Generator) -> Tensor:
+def _decoder(
+    d: int,
+    spec: AttentionSpec,
+    l0: int,
+    generator: torch.Generator,
+) -> Tensor:
     """Random rows [d + 1, head, d_head] such that scores have variance 2 or so, whatever l0 is."""
     rows = torch.randn(d + 1, spec.n_heads, spec.d_head, generator=generator)
     return rows * (_SCORE_VARIANCE**0.5 / l0) ** 0.5

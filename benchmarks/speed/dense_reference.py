@@ -43,7 +43,11 @@ class DenseProblem(NamedTuple):
         return (self.pattern * log_ratio).sum(dim=-1).mean()
 
 
-def full_map(W_dec_q: Tensor, W_dec_k: Tensor, scale: float) -> Tensor:
+def full_map(
+    W_dec_q: Tensor,
+    W_dec_k: Tensor,
+    scale: float,
+) -> Tensor:
     """M [d_query, d_key, head] from decoders [d, head, d_head]; no rotary embeddings."""
     return scale * torch.einsum("ahd,bhd->abh", W_dec_q, W_dec_k)
 
@@ -58,7 +62,11 @@ def penalty(mask: Tensor) -> Tensor:
     return (mask + 1e-7).sqrt().sum()
 
 
-def make_step(problem: DenseProblem, strength: float, lr: float) -> Callable[[], float]:
+def make_step(
+    problem: DenseProblem,
+    strength: float,
+    lr: float,
+) -> Callable[[], float]:
     """A training step of the whole mask, from 1 on; call it for the next step and its loss.
 
     Args:

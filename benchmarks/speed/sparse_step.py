@@ -24,7 +24,11 @@ class Ranking(NamedTuple):
     seconds: float
 
 
-def rank(case: Case, n_candidates: int, n_rows: int | None = None) -> Ranking:
+def rank(
+    case: Case,
+    n_candidates: int,
+    n_rows: int | None = None,
+) -> Ranking:
     """The most important pairs on n rows.
 
     By default on as few rows as hold that many pairs (1, 2, 4, ... rows).
@@ -49,7 +53,11 @@ def _single_rows(case: Case) -> Iterator[FeatureBatch]:
         )
 
 
-def losses(scorer: PairScorer, mask: Tensor, case: Case) -> tuple[Tensor, Tensor]:
+def losses(
+    scorer: PairScorer,
+    mask: Tensor,
+    case: Case,
+) -> tuple[Tensor, Tensor]:
     """Mean KL, and lambda times the penalty."""
     constant = constant_scores(case.decoders, case.spec, case.n_pos)
     scores = scorer(mask, case.query_acts, case.key_acts) + constant
@@ -57,7 +65,10 @@ def losses(scorer: PairScorer, mask: Tensor, case: Case) -> tuple[Tensor, Tensor
     return case.true.kl(scores).mean(), STRENGTH * penalty
 
 
-def make_step(case: Case, candidates: SparseFeatureMap) -> Callable[[], float]:
+def make_step(
+    case: Case,
+    candidates: SparseFeatureMap,
+) -> Callable[[], float]:
     """A training step of the mask over the candidates, from 1 on.
 
     Call it for the next step and its loss.
@@ -79,7 +90,10 @@ def make_step(case: Case, candidates: SparseFeatureMap) -> Callable[[], float]:
     return step
 
 
-def active_pairs(case: Case, candidates: SparseFeatureMap) -> float:
+def active_pairs(
+    case: Case,
+    candidates: SparseFeatureMap,
+) -> float:
     """Mean number of listed pairs whose features both fire.
 
     The mean runs over heads and (query, allowed key) positions.

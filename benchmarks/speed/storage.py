@@ -74,7 +74,11 @@ def read_tensors(path: Path) -> list[Tensor]:
     return [tensor.clone() for tensor in load_file(path).values()]
 
 
-def table_row(form: str, folder: Path, load: Callable[[], Any]) -> dict[str, Any]:
+def table_row(
+    form: str,
+    folder: Path,
+    load: Callable[[], Any],
+) -> dict[str, Any]:
     """Size of a folder in MB, and the median of five loads."""
     n_bytes = sum(path.stat().st_size for path in folder.iterdir())
     seconds = statistics.median(step_times(load, 5))

@@ -56,14 +56,20 @@ def cases(sizes: Sizes) -> dict[str, Callable[[], Result]]:
     return measurements
 
 
-def dense_step(kind: str, sizes: Sizes) -> Result:
+def dense_step(
+    kind: str,
+    sizes: Sizes,
+) -> Result:
     warm_up(make_spec(sizes.n_heads, sizes.d_head), dense=True)
     _, wide_case = step2_case(kind, sizes)
     step = dense_reference.make_step(dense_problem(wide_case.case), STRENGTH, LR)
     return {**measure(step, sizes.dense_steps), "entries": full_size(wide_case.case)}
 
 
-def sparse_step(kind: str, sizes: Sizes) -> Result:
+def sparse_step(
+    kind: str,
+    sizes: Sizes,
+) -> Result:
     case, wide_case = step2_case(kind, sizes)
     warm_up(case.spec)
     ranking = step2_candidates(kind, case, sizes)
@@ -77,7 +83,10 @@ def sparse_step(kind: str, sizes: Sizes) -> Result:
     }
 
 
-def agreement(kind: str, sizes: Sizes) -> Result:
+def agreement(
+    kind: str,
+    sizes: Sizes,
+) -> Result:
     """Relative errors of loss and gradients on the same pairs with the same random weights.
 
     The dense mask is zero at all other entries.
@@ -110,7 +119,11 @@ def agreement(kind: str, sizes: Sizes) -> Result:
     }
 
 
-def wide(d: int, rotary: bool, sizes: Sizes) -> Result:
+def wide(
+    d: int,
+    rotary: bool,
+    sizes: Sizes,
+) -> Result:
     """Step 2 on many features; the dense map is only counted."""
     case = synthetic(sizes, "clustered", rotary, d)
     warm_up(case.spec)
@@ -126,7 +139,11 @@ def wide(d: int, rotary: bool, sizes: Sizes) -> Result:
     }
 
 
-def growth(axis: str, rotary: bool, sizes: Sizes) -> Result:
+def growth(
+    axis: str,
+    rotary: bool,
+    sizes: Sizes,
+) -> Result:
     """Step 2 while one of L0, context, pairs grows; the tokens per step stay the same."""
     rows = []
     for value in dict(sizes.growing)[axis]:
@@ -158,7 +175,10 @@ def synthetic(
     return make_case(kind, spec, (d, d), sizes.n_tokens // n_pos, n_pos, l0 or sizes.l0)
 
 
-def step2_case(kind: str, sizes: Sizes) -> tuple[Case, WideCase]:
+def step2_case(
+    kind: str,
+    sizes: Sizes,
+) -> tuple[Case, WideCase]:
     """What the package computes on, and what the dense reference does.
 
     For `live` the dense reference has the same function among dead features.
@@ -173,18 +193,32 @@ def step2_case(kind: str, sizes: Sizes) -> tuple[Case, WideCase]:
     return case, add_dead_features(case, sizes.d)
 
 
-def step2_candidates(kind: str, case: Case, sizes: Sizes) -> Ranking:
+def step2_candidates(
+    kind: str,
+    case: Case,
+    sizes: Sizes,
+) -> Ranking:
     if kind == "live":
         return Ranking(SparseFeatureMap.all_pairs(*sizes.live, sizes.n_heads), 0, 0.0)
     return rank(case, sizes.n_candidates, n_rows=len(case.query_acts))
 
 
-def warm_up(spec: AttentionSpec, dense: bool = False) -> None:
+def warm_up(
+    spec: AttentionSpec,
+    dense: bool = False,
+) -> None:
     """Compile, and let the libraries make their threads.
 
     Runs on a tiny problem of the same types and heads.
     """
-    case = make_case("random", spec, (31, 37), n_rows=2, n_pos=13, l0=3)
+    case = make_case(
+        "random",
+        spec,
+        (31, 37),
+        n_rows=2,
+        n_pos=13,
+        l0=3,
+    )
     if dense:
         step = dense_reference.make_step(dense_problem(case), STRENGTH, LR)
     else:
@@ -208,12 +242,19 @@ def dense_problem(case: Case) -> DenseProblem:
     )
 
 
-def gradients(mask: Tensor, kl: Tensor, penalty: Tensor) -> Gradients:
+def gradients(
+    mask: Tensor,
+    kl: Tensor,
+    penalty: Tensor,
+) -> Gradients:
     (kl_gradient,) = torch.autograd.grad(kl, mask)
     (penalty_gradient,) = torch.autograd.grad(penalty, mask)
     return Gradients((kl + penalty).detach(), kl_gradient, kl_gradient + penalty_gradient)
 
 
-def _relative_error(actual: Tensor, expected: Tensor) -> float:
+def _relative_error(
+    actual: Tensor,
+    expected: Tensor,
+) -> float:
     error = actual.double() - expected.double()
     return float(error.norm() / expected.double().norm())

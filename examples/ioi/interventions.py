@@ -33,7 +33,12 @@ class Replay:
         scores: the model's own [prompt, head, pos_q, pos_k].
     """
 
-    def __init__(self, model: Model, layer: int, batch: IOIPrompts):
+    def __init__(
+        self,
+        model: Model,
+        layer: int,
+        batch: IOIPrompts,
+    ):
         self.batch = batch
         self.layer = AttentionLayer(model, layer)
         self._replay = LayerReplay(self.layer)
@@ -41,11 +46,18 @@ class Replay:
         self.x = record.x
         self.scores = record.scores
 
-    def measures(self, head: int, hooks: Hooks) -> Float[Tensor, "prompt measure"]:
+    def measures(
+        self,
+        head: int,
+        hooks: Hooks,
+    ) -> Float[Tensor, "prompt measure"]:
         """`MEASURES` under hooks."""
         rows: list[Tensor] = []  # [prompt, key]
 
-        def keep_row(pattern: Tensor, hook: Any) -> None:
+        def keep_row(
+            pattern: Tensor,
+            hook: Any,
+        ) -> None:
             rows.append(pattern[:, head, -1])
 
         recorder = (self.layer.names.pattern, keep_row)
@@ -245,7 +257,10 @@ def _row_hooks(
     numbers = list(rows)
     edited_rows = torch.stack(list(rows.values()))
 
-    def pattern_fn(x: Tensor, scores: Tensor) -> Tensor:
+    def pattern_fn(
+        x: Tensor,
+        scores: Tensor,
+    ) -> Tensor:
         pattern = layer.spec.pattern(scores)
         pattern[numbers, head, -1] = edited_rows.to(pattern)
         return pattern

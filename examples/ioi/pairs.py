@@ -127,7 +127,10 @@ def name_pairs(
     )
 
 
-def _map_weights(dictionary: qk.BilinearQKDictionary, pairs: pd.DataFrame) -> np.ndarray:
+def _map_weights(
+    dictionary: qk.BilinearQKDictionary,
+    pairs: pd.DataFrame,
+) -> np.ndarray:
     """The map's weight of each pair, 0 where it is not kept."""
     rows = dictionary.feature_map.find(pairs[_PAIR].to_numpy()).cpu().numpy()
     weights = dictionary.feature_map.weights.float().cpu().numpy()

@@ -45,7 +45,10 @@ LOOK = {
 _BAR = 0.27  # from one bar of a group to the next
 
 
-def pictures(result: IOIResult, features: dict[Side, list[int]]) -> Iterator[tuple[str, Figure]]:
+def pictures(
+    result: IOIResult,
+    features: dict[Side, list[int]],
+) -> Iterator[tuple[str, Figure]]:
     yield "heads", heads_picture(result)
     yield "pairs", ablation_picture(result)
     yield "removals", removal_picture(result)
@@ -57,11 +60,26 @@ def heads_picture(result: IOIResult) -> Figure:
     """Direct effect of every head; attention of the heads that matter."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     effect_ax, attention_ax = figure.subplots(1, 2, width_ratios=(3, 4))
-    effects = result.scan.heads.pivot(index="layer", columns="head", values="direct_effect")
+    effects = result.scan.heads.pivot(
+        index="layer",
+        columns="head",
+        values="direct_effect",
+    )
     limit = effects.abs().to_numpy().max()
-    image = effect_ax.imshow(effects, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+    image = effect_ax.imshow(
+        effects,
+        cmap="RdBu",
+        vmin=-limit,
+        vmax=limit,
+        aspect="auto",
+    )
     title = "direct effect on logit(IO) - logit(S)"
-    effect_ax.set(xlabel="head", ylabel="layer", title=title, xticks=effects.columns)
+    effect_ax.set(
+        xlabel="head",
+        ylabel="layer",
+        title=title,
+        xticks=effects.columns,
+    )
     figure.colorbar(image, ax=effect_ax)
     heads = result.scan.heads.set_index(["layer", "head"]).loc[HEADS]
     for n, (name, colour) in enumerate(NAME_COLOURS.items()):
@@ -80,7 +98,13 @@ def heads_picture(result: IOIResult) -> Figure:
 def ablation_picture(result: IOIResult) -> Figure:
     """Attention to the name and logit difference, by the number of pairs removed or kept."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
-    axes = figure.subplots(2, len(result.targets), squeeze=False, sharex=True, sharey="row")
+    axes = figure.subplots(
+        2,
+        len(result.targets),
+        squeeze=False,
+        sharex=True,
+        sharey="row",
+    )
     for column, (head, name) in zip(axes.T, result.targets.items(), strict=True):
         rows = result.ablations[result.ablations["head"] == head]
         _ablation_panel(column[0], rows, f"attention_{name}")
@@ -93,13 +117,22 @@ def ablation_picture(result: IOIResult) -> Figure:
     return figure
 
 
-def _ablation_panel(ax: Axes, rows: pd.DataFrame, measure: str) -> None:
+def _ablation_panel(
+    ax: Axes,
+    rows: pd.DataFrame,
+    measure: str,
+) -> None:
     for condition, (colour, marker, label) in ABLATIONS.items():
         points = rows[rows["condition"] == condition]
         _curve(ax, points["k"], points[measure], colour, marker, label)
     levels = rows.set_index("condition")[measure]
     for condition, line in LEVELS.items():
-        style = dict(color="black", linestyle=line, linewidth=0.8, label=condition)
+        style = dict(
+            color="black",
+            linestyle=line,
+            linewidth=0.8,
+            label=condition,
+        )
         ax.axhline(levels[condition], **style)
     ks = sorted(set(rows["k"]) - {0})
     ax.set_xscale("log")
@@ -107,8 +140,22 @@ def _ablation_panel(ax: Axes, rows: pd.DataFrame, measure: str) -> None:
     ax.minorticks_off()
 
 
-def _curve(ax: Axes, x: Any, y: Any, colour: str, marker: str, label: str) -> None:
-    ax.plot(x, y, color=colour, marker=marker, markersize=3.5, label=label)
+def _curve(
+    ax: Axes,
+    x: Any,
+    y: Any,
+    colour: str,
+    marker: str,
+    label: str,
+) -> None:
+    ax.plot(
+        x,
+        y,
+        color=colour,
+        marker=marker,
+        markersize=3.5,
+        label=label,
+    )
 
 
 def removal_picture(result: IOIResult) -> Figure:
@@ -117,7 +164,13 @@ def removal_picture(result: IOIResult) -> Figure:
     Where half of the prompts have as many features.
     """
     figure = Figure(figsize=(8, 4.6), layout="constrained")
-    axes = figure.subplots(2, len(result.targets), squeeze=False, sharex=True, sharey=True)
+    axes = figure.subplots(
+        2,
+        len(result.targets),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+    )
     removals = result.removals[result.removals["ranking"] == "features"]
     groups = removals.groupby(["head", "side", "condition", "k"])["attention_drop"]
     drops = groups.mean()[groups.size() >= result.n_prompts / 2].reset_index()
@@ -161,7 +214,10 @@ def twin_picture(result: IOIResult) -> Figure:
     return figure
 
 
-def feature_picture(result: IOIResult, features: dict[Side, list[int]]) -> Figure:
+def feature_picture(
+    result: IOIResult,
+    features: dict[Side, list[int]],
+) -> Figure:
     """How often the features of the best pairs fire, by role, order of the names and twin."""
     active = result.features.set_index(["role", "prompts", "order", "feature"])["active"].to_dict()
     n_rows = max(map(len, features.values()))
@@ -177,7 +233,13 @@ def feature_picture(result: IOIResult, features: dict[Side, list[int]]) -> Figur
                 key = (role, kind, order)
                 columns.append([active.get((*key, feature), 0.0) for feature in features[side]])
         shares = np.array(columns).T  # [feature, column]
-        image = ax.imshow(shares, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+        image = ax.imshow(
+            shares,
+            cmap="Greys",
+            vmin=0,
+            vmax=1,
+            aspect="auto",
+        )
         ax.set_yticks(range(len(shares)), [str(feature) for feature in features[side]], fontsize=7)
         ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
         ax.set_title(f"{side} features")

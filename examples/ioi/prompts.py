@@ -166,7 +166,12 @@ def ioi_prompts(
     return batches
 
 
-def _single_tokens(tokenizer: Any, kind: str, words: Sequence[str], least: int) -> list[str]:
+def _single_tokens(
+    tokenizer: Any,
+    kind: str,
+    words: Sequence[str],
+    least: int,
+) -> list[str]:
     """The words that are one token after a space."""
     single = [word for word in dict.fromkeys(words) if len(_ids(tokenizer, f" {word}")) == 1]
     if len(single) < len(words):
@@ -179,7 +184,13 @@ def _single_tokens(tokenizer: Any, kind: str, words: Sequence[str], least: int) 
     return single
 
 
-def _row(tokenizer: Any, text: str, io: str, subject: str, third: str) -> _Row | None:
+def _row(
+    tokenizer: Any,
+    text: str,
+    io: str,
+    subject: str,
+    third: str,
+) -> _Row | None:
     """A prompt by token; None where IO does not stand once, S twice and the third name nowhere."""
     tokens = [tokenizer.bos_token_id, *_ids(tokenizer, text)]
     io_token, s_token, third_token = (
@@ -200,5 +211,8 @@ def _row(tokenizer: Any, text: str, io: str, subject: str, third: str) -> _Row |
     )
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def _ids(
+    tokenizer: Any,
+    text: str,
+) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

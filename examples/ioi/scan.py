@@ -56,7 +56,11 @@ class HeadScan(NamedTuple):
 
 
 @torch.no_grad()
-def scan_heads(model: Model, batches: Sequence[IOIPrompts], n_names: int = 32) -> HeadScan:
+def scan_heads(
+    model: Model,
+    batches: Sequence[IOIPrompts],
+    n_names: int = 32,
+) -> HeadScan:
     """Attention to the names, direct effect and copy score of every head; see the module.
 
     Args:
@@ -119,7 +123,10 @@ class _ResidualParts(NamedTuple):
         return self.embedding + self.heads.sum(dim=(1, 2)) + biases + self.mlps.sum(dim=1)
 
 
-def _scan_batch(model: Model, batch: IOIPrompts) -> _Scan:
+def _scan_batch(
+    model: Model,
+    batch: IOIPrompts,
+) -> _Scan:
     layers = [AttentionLayer(model, index) for index in range(n_layers(model))]
     names = [residual_names(layer) for layer in layers]
     recorded_names = [names[0].resid_pre]
@@ -148,7 +155,10 @@ def _scan_batch(model: Model, batch: IOIPrompts) -> _Scan:
     )
 
 
-def _residual_parts(layers: list[AttentionLayer], values: dict[str, Tensor]) -> _ResidualParts:
+def _residual_parts(
+    layers: list[AttentionLayer],
+    values: dict[str, Tensor],
+) -> _ResidualParts:
     """From what the hooks of all layers recorded."""
     head_outputs = []
     mlp_outputs = []
@@ -168,7 +178,10 @@ def _residual_parts(layers: list[AttentionLayer], values: dict[str, Tensor]) -> 
     )
 
 
-def _check_sum(parts: Float[Tensor, " prompt"], own: Float[Tensor, " prompt"]) -> None:
+def _check_sum(
+    parts: Float[Tensor, " prompt"],
+    own: Float[Tensor, " prompt"],
+) -> None:
     if not torch.allclose(parts, own, rtol=_TOLERANCE, atol=_TOLERANCE):
         raise HostMismatchError(
             f"Heads, MLPs and embedding give the logit differences {parts[:3].tolist()}, the model "

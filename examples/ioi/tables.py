@@ -39,7 +39,10 @@ def preferring_pairs(
     return table.nlargest(n, "preference").reset_index()
 
 
-def strongest_pairs(result: IOIResult, n: int) -> dict[int, pd.DataFrame]:
+def strongest_pairs(
+    result: IOIResult,
+    n: int,
+) -> dict[int, pd.DataFrame]:
     """The n kept pairs with the largest effects by head."""
     pairs = result.pairs[result.pairs["weight"] > 0]
     strongest = {}
@@ -124,7 +127,12 @@ def context_table(
     return pd.DataFrame(rows)
 
 
-def _context(contexts: ActivationStatistics, tokenizer: Any, row: int, pos: int) -> str:
+def _context(
+    contexts: ActivationStatistics,
+    tokenizer: Any,
+    row: int,
+    pos: int,
+) -> str:
     window, index = contexts.window(row, pos, before=8, after=2)
     words = []
     for token in window:

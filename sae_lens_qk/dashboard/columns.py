@@ -22,7 +22,11 @@ _PAIR_NUMBERS = (
 )
 
 
-def feature_columns(material: Material, side: Side, contexts: Contexts) -> dict[str, Any]:
+def feature_columns(
+    material: Material,
+    side: Side,
+    contexts: Contexts,
+) -> dict[str, Any]:
     """Columns over the features of a side.
 
     partners are [feature, head, weight, importance, mean], neighbours [feature, share].
@@ -46,7 +50,11 @@ def feature_columns(material: Material, side: Side, contexts: Contexts) -> dict[
     return columns
 
 
-def _pairs_by_feature(material: Material, side: Side, features: np.ndarray) -> list[np.ndarray]:
+def _pairs_by_feature(
+    material: Material,
+    side: Side,
+    features: np.ndarray,
+) -> list[np.ndarray]:
     """Rows of the map with each of the features, most important first."""
     importance = material.pairs["importance"].to_numpy()
     order = np.argsort(-importance, kind="stable")  # [pair]
@@ -58,7 +66,11 @@ def _pairs_by_feature(material: Material, side: Side, features: np.ndarray) -> l
     return [grouped[run] for run in runs]
 
 
-def _neighbours(material: Material, side: Side, feature: int) -> list[list[Any]]:
+def _neighbours(
+    material: Material,
+    side: Side,
+    feature: int,
+) -> list[list[Any]]:
     """[feature, share] of those of the same side that fire along."""
     statistics = material.statistics
     # of very wide dictionaries this is not counted
@@ -68,7 +80,10 @@ def _neighbours(material: Material, side: Side, feature: int) -> list[list[Any]]
     return records(frame[["feature", "share"]])
 
 
-def pair_columns(material: Material, contexts: Contexts) -> dict[str, Any]:
+def pair_columns(
+    material: Material,
+    contexts: Contexts,
+) -> dict[str, Any]:
     """Columns over the pairs.
 
     heads are [head, weight, importance, effect] of the same features. kernel is the typical score,
@@ -87,7 +102,10 @@ def pair_columns(material: Material, contexts: Contexts) -> dict[str, Any]:
     return columns | _kernels(material, pairs)
 
 
-def _same_features(material: Material, pairs: np.ndarray) -> list[list[list[Any]]]:
+def _same_features(
+    material: Material,
+    pairs: np.ndarray,
+) -> list[list[list[Any]]]:
     """The heads in which the map has the features of each pair."""
     table = material.pairs
     n_keys = material.d.cfg.d_key + 1  # with the constant
@@ -99,7 +117,10 @@ def _same_features(material: Material, pairs: np.ndarray) -> list[list[list[Any]
     return [records(heads.iloc[run]) for run in runs]
 
 
-def _kernels(material: Material, pairs: np.ndarray) -> dict[str, Any]:
+def _kernels(
+    material: Material,
+    pairs: np.ndarray,
+) -> dict[str, Any]:
     d = material.d
     if not d.spec.rotary_dim:
         return {"stretches": [], "kernel": None}
@@ -140,7 +161,10 @@ def kernel_stretches(n_pos: int) -> list[tuple[int, int]]:
     return stretches
 
 
-def _runs(sorted_values: np.ndarray, values: np.ndarray) -> list[slice]:
+def _runs(
+    sorted_values: np.ndarray,
+    values: np.ndarray,
+) -> list[slice]:
     """Where each of the values stands among the sorted ones."""
     starts = np.searchsorted(sorted_values, values, side="left")
     ends = np.searchsorted(sorted_values, values, side="right")

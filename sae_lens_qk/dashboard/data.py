@@ -94,7 +94,10 @@ def report_data(
     }
 
 
-def _check_statistics(d: BilinearQKDictionary, statistics: ActivationStatistics) -> None:
+def _check_statistics(
+    d: BilinearQKDictionary,
+    statistics: ActivationStatistics,
+) -> None:
     pairs = statistics.pairs[PAIR].to_numpy()  # [pair, 3]
     # contexts and means are looked up by row: the order has to be the same as well
     indices = d.feature_map.indices.cpu().numpy()

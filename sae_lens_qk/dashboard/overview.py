@@ -27,7 +27,10 @@ _DENSITY_BINS = np.arange(-6.0, 0.01, 0.25)
 """Powers of ten."""
 
 
-def overview_fields(material: Material, title: str) -> dict[str, Any]:
+def overview_fields(
+    material: Material,
+    title: str,
+) -> dict[str, Any]:
     """The first page as JSON, without its tables."""
     cfg = material.d.cfg
     spec = material.d.spec

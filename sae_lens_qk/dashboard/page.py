@@ -27,7 +27,10 @@ SCRIPTS = (
 _ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
 
-def write_page(path: str | Path, data: Mapping[str, Any]) -> Path:
+def write_page(
+    path: str | Path,
+    data: Mapping[str, Any],
+) -> Path:
     """Write the page that shows `report_data`; the folder of the path is created."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +63,10 @@ def render(data: Mapping[str, Any]) -> str:
     )
 
 
-def content_policy(script: str, style: str) -> str:
+def content_policy(
+    script: str,
+    style: str,
+) -> str:
     """A Content-Security-Policy: this script and this style run, and nothing is fetched."""
     return "; ".join(
         [

@@ -71,13 +71,19 @@ class Material(NamedTuple):
     limits: ReportLimits
 
 
-def feature_table(statistics: ActivationStatistics, side: Side) -> pd.DataFrame:
+def feature_table(
+    statistics: ActivationStatistics,
+    side: Side,
+) -> pd.DataFrame:
     """`statistics.features` of one side, in the order of the features."""
     features = statistics.features
     return features[features["side"] == side]
 
 
-def pair_table(d: BilinearQKDictionary, statistics: ActivationStatistics) -> pd.DataFrame:
+def pair_table(
+    d: BilinearQKDictionary,
+    statistics: ActivationStatistics,
+) -> pd.DataFrame:
     """One row per kept pair, in the map's order: `d.pair_frame()` and what the texts gave.
 
     importance is m^2 times the map's, what dropping the pair costs; of a map that was never
@@ -136,7 +142,11 @@ def choose_pages(
     return Pages(features["query"], features["key"], numbers)
 
 
-def _largest(values: np.ndarray, groups: np.ndarray, n_groups: int) -> np.ndarray:
+def _largest(
+    values: np.ndarray,
+    groups: np.ndarray,
+    n_groups: int,
+) -> np.ndarray:
     """The largest value of each group, 0 for those that have none; group -1 is the last."""
     largest = np.zeros(n_groups)
     np.maximum.at(largest, groups, values)

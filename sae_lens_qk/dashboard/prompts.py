@@ -39,7 +39,10 @@ class Explanation(Protocol):
     def to_dict(self, n: int) -> dict[str, Any]: ...
 
 
-def check_prompts(d: BilinearQKDictionary, prompts: Sequence[RecordedPrompt]) -> None:
+def check_prompts(
+    d: BilinearQKDictionary,
+    prompts: Sequence[RecordedPrompt],
+) -> None:
     """Refuse prompts that cannot be shown.
 
     Raises:
@@ -54,7 +57,10 @@ def check_prompts(d: BilinearQKDictionary, prompts: Sequence[RecordedPrompt]) ->
             )
 
 
-def strongest_cells(prompt: RecordedPrompt, limits: ReportLimits) -> pd.DataFrame:
+def strongest_cells(
+    prompt: RecordedPrompt,
+    limits: ReportLimits,
+) -> pd.DataFrame:
     """`prompt.strongest` of the attention weights that are largest in the model or as rebuilt."""
     pairs = prompt.strongest(limits.cell_pairs)
     rebuilt = prompt.rebuilt_pattern("feature_map")
@@ -101,7 +107,10 @@ def prompt_section(
     }
 
 
-def _weights(pattern: Tensor, allowed: Tensor) -> list[list[float]]:
+def _weights(
+    pattern: Tensor,
+    allowed: Tensor,
+) -> list[list[float]]:
     """Attention weights per head, of the allowed keys of each query in turn."""
     cells = pattern.double().cpu()[:, allowed]  # [head, cell]
     # float64, so that no digits come back after rounding
@@ -124,7 +133,10 @@ def _cell_name(position: Sequence[int]) -> str:
     return "/".join(str(number) for number in position)
 
 
-def _explanation_fields(explanation: Explanation, limits: ReportLimits) -> dict[str, Any]:
+def _explanation_fields(
+    explanation: Explanation,
+    limits: ReportLimits,
+) -> dict[str, Any]:
     fields = explanation.to_dict(n=limits.cell_pairs)
     for name in _ELSEWHERE:
         fields.pop(name, None)

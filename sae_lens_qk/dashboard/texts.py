@@ -31,19 +31,31 @@ _BATCH_ROWS = 8
 class Contexts:
     """Looks contexts up, and remembers which tokens the page needs for them."""
 
-    def __init__(self, statistics: ActivationStatistics, limits: ReportLimits):
+    def __init__(
+        self,
+        statistics: ActivationStatistics,
+        limits: ReportLimits,
+    ):
         self.statistics = statistics
         self.limits = limits
         self.needed = np.zeros(statistics.tokens.shape, dtype=bool)
 
-    def window(self, row: int, pos: int) -> slice:
+    def window(
+        self,
+        row: int,
+        pos: int,
+    ) -> slice:
         """Positions shown around one, and from now on needed."""
         first = max(0, pos - self.limits.before)
         positions = slice(first, pos + self.limits.after + 1)
         self.needed[row, positions] = True
         return positions
 
-    def feature(self, side: Side, feature: int) -> list[list[Any]]:
+    def feature(
+        self,
+        side: Side,
+        feature: int,
+    ) -> list[list[Any]]:
         """[row, position, value] of each context of a feature."""
         contexts = self.statistics.feature_contexts(side, feature)
         rows = []
@@ -62,7 +74,11 @@ class Contexts:
             rows.append([row, query_pos, key_pos, significant(value)])
         return rows
 
-    def label(self, side: Side, feature: int) -> list[int]:
+    def label(
+        self,
+        side: Side,
+        feature: int,
+    ) -> list[int]:
         """Distinct tokens on which a feature fires most."""
         tokens = self.statistics.tokens
         contexts = self.statistics.feature_contexts(side, feature)
@@ -102,7 +118,10 @@ class Contexts:
         return {"words": strings, "rows": rows, "labels": word_labels}
 
 
-def _runs(words: np.ndarray, is_needed: np.ndarray) -> list[list[Any]]:
+def _runs(
+    words: np.ndarray,
+    is_needed: np.ndarray,
+) -> list[list[Any]]:
     """The needed stretches of a row: [first position, [word, ...]].
 
     Args:

@@ -12,7 +12,10 @@ DIGITS = 4
 """Significant digits of what a page shows."""
 
 
-def numbers(values: Iterable[float], digits: int = DIGITS) -> list[float | int | None]:
+def numbers(
+    values: Iterable[float],
+    digits: int = DIGITS,
+) -> list[float | int | None]:
     """Every value with few digits."""
     return [significant(float(value), digits) for value in values]
 
@@ -27,7 +30,10 @@ def records(frame: pd.DataFrame) -> list[list[Any]]:
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def plain(value: Any, digits: int = DIGITS) -> Any:
+def plain(
+    value: Any,
+    digits: int = DIGITS,
+) -> Any:
     """The same with floats shortened, numpy's numbers as Python's and anything else as text."""
     match value:
         case dict():
@@ -45,7 +51,10 @@ def plain(value: Any, digits: int = DIGITS) -> Any:
     return str(value)
 
 
-def table_values(title: str, table: pd.DataFrame) -> dict[str, Any]:
+def table_values(
+    title: str,
+    table: pd.DataFrame,
+) -> dict[str, Any]:
     """A table to be shown as it is.
 
     An index that has a name, or is more than a count, becomes its first column.

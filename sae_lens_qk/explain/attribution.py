@@ -171,7 +171,11 @@ def attribute(
     return attributions
 
 
-def _numbers(name: str, values: Any, n: int) -> Tensor:
+def _numbers(
+    name: str,
+    values: Any,
+    n: int,
+) -> Tensor:
     """One number (no axis) or several; None: 0 to n - 1."""
     numbers = integers(name, range(n) if values is None else values)
     if numbers.ndim > 1:
@@ -180,7 +184,10 @@ def _numbers(name: str, values: Any, n: int) -> Tensor:
 
 
 @torch.no_grad()
-def overview(prompt: RecordedPrompt, query_pos: SupportsIndex = -1) -> pd.DataFrame:
+def overview(
+    prompt: RecordedPrompt,
+    query_pos: SupportsIndex = -1,
+) -> pd.DataFrame:
     """Where each head looks from one query.
 
     The first token is left out: heads rest on it when nothing matches.

@@ -87,7 +87,11 @@ class Check(NamedTuple):
     def __str__(self) -> str:
         head, i, j = self.position
         decimals = "{:.3f}".format
-        table = self.table.to_string(index=False, float_format=decimals, na_rep="-")
+        table = self.table.to_string(
+            index=False,
+            float_format=decimals,
+            na_rep="-",
+        )
         return (
             f"head {head}, {i} to {j}, attention {self.attention:.3f}: "
             f"the explanation {self.verdict}\n{table}"

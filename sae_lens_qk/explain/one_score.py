@@ -49,7 +49,11 @@ from sae_lens_qk.patching import Source
 from sae_lens_qk.tables import html_table, named_features, rich_table
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(
+    frozen=True,
+    eq=False,
+    repr=False,
+)
 class Attribution:
     """The terms of one score; made by `attribute`, explained in the module's docstring.
 

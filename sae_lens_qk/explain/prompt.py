@@ -43,7 +43,11 @@ class ScorePosition(NamedTuple):
     key_pos: int
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(
+    frozen=True,
+    eq=False,
+    repr=False,
+)
 class RecordedPrompt:
     """One sequence, run through a model up to a dictionary's layer; made by `record`.
 
@@ -98,12 +102,21 @@ class RecordedPrompt:
         )
 
     @classmethod
-    def of(cls, dictionary: BilinearQKDictionary, model: Model, tokens: Tokens) -> "RecordedPrompt":
+    def of(
+        cls,
+        dictionary: BilinearQKDictionary,
+        model: Model,
+        tokens: Tokens,
+    ) -> "RecordedPrompt":
         """Old name of `record`, which goes with the next release."""
         warn_renamed("Prompt.of", "RecordedPrompt.record")
         return cls.record(dictionary, model, tokens)
 
-    def require(self, dictionary: BilinearQKDictionary, model: Model | None = None) -> None:
+    def require(
+        self,
+        dictionary: BilinearQKDictionary,
+        model: Model | None = None,
+    ) -> None:
         """Refuse a prompt that was recorded with another dictionary, or another model if given.
 
         Raises:
@@ -209,18 +222,30 @@ class RecordedPrompt:
         errors = Errors(query_errors, self._errors.key[:, kv_head])
         return HeadTerms(self.dictionary, self.features, head, errors=errors)
 
-    def terms(self, head: int, query_pos: int) -> ScoreTerms:
+    def terms(
+        self,
+        head: int,
+        query_pos: int,
+    ) -> ScoreTerms:
         """All terms of one row of the model's scores, errors included; they add up to it."""
         return self.head_terms(head).row(query_pos)
 
-    def row(self, head: int, query_pos: int) -> AttentionRow:
+    def row(
+        self,
+        head: int,
+        query_pos: int,
+    ) -> AttentionRow:
         """One row of the model's own scores, with its own pattern."""
         keys = slice(query_pos + 1)
         scores = self.scores[head, query_pos, keys]
         pattern = self.pattern[head, query_pos, keys]
         return AttentionRow(self.dictionary.spec, head, query_pos, scores, pattern)
 
-    def score_row(self, head: int, query_pos: int) -> ScoreRow:
+    def score_row(
+        self,
+        head: int,
+        query_pos: int,
+    ) -> ScoreRow:
         """One row of scores, to be measured again after edits of x."""
         x = self.x[: query_pos + 1]
         return ScoreRow(self.weights, self.dictionary.spec, x, head)
@@ -249,12 +274,20 @@ class RecordedPrompt:
             )
         return ScorePosition(head, i, j)
 
-    def is_allowed(self, query_pos: SupportsIndex, key_pos: SupportsIndex) -> bool:
+    def is_allowed(
+        self,
+        query_pos: SupportsIndex,
+        key_pos: SupportsIndex,
+    ) -> bool:
         """Whether the query may attend to the key."""
         i = self._from_start("query_pos", query_pos)
         return self.dictionary.spec.allowed(i, self._from_start("key_pos", key_pos))
 
-    def _from_start(self, name: str, position: SupportsIndex) -> int:
+    def _from_start(
+        self,
+        name: str,
+        position: SupportsIndex,
+    ) -> int:
         n_pos = len(self.tokens)
         pos = operator.index(position)
         if not -n_pos <= pos < n_pos:
@@ -328,7 +361,10 @@ class RecordedPrompt:
                 yield self.row(head, query_pos), head_terms.row(query_pos)
 
 
-def integers(name: str, values: Any) -> Int[Tensor, "*shape"]:
+def integers(
+    name: str,
+    values: Any,
+) -> Int[Tensor, "*shape"]:
     """A number, or a sequence, array or tensor of numbers, as int64.
 
     Raises:
@@ -347,7 +383,10 @@ def integers(name: str, values: Any) -> Int[Tensor, "*shape"]:
     return tensor.to(torch.int64)
 
 
-def _token_row(model: Model, tokens: Tokens) -> Int[Tensor, " pos"]:
+def _token_row(
+    model: Model,
+    tokens: Tokens,
+) -> Int[Tensor, " pos"]:
     """Token ids of one sequence, on the model's device."""
     if isinstance(tokens, str):
         return model.to_tokens(tokens)[0]

@@ -96,7 +96,11 @@ class FeatureDirections(NamedTuple):
         """act_f d_f of each of the given features."""
         return acts[features, None] * self.directions[features]
 
-    def residual(self, x: _Inputs, acts: _Acts) -> _Inputs:
+    def residual(
+        self,
+        x: _Inputs,
+        acts: _Acts,
+    ) -> _Inputs:
         """What the fit leaves of x."""
         return x - self.mean - acts @ self.directions
 
@@ -104,13 +108,22 @@ class FeatureDirections(NamedTuple):
 class _Moments:
     """Sums over tokens from which least squares is solved; one more feature, always 1: the mean."""
 
-    def __init__(self, d: int, d_model: int, device: torch.device):
+    def __init__(
+        self,
+        d: int,
+        d_model: int,
+        device: torch.device,
+    ):
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         self.gram = zeros(d + 1, d + 1)  # sum of acts^T acts
         self.cross = zeros(d + 1, d_model)  # sum of acts^T x
         self.n_fired = zeros(d + 1)
 
-    def add(self, acts: _Acts, x: _Inputs) -> None:
+    def add(
+        self,
+        acts: _Acts,
+        x: _Inputs,
+    ) -> None:
         acts = pad(acts, (0, 1), value=1.0)
         fires = acts != 0
         firing = fires.any(dim=0).nonzero()[:, 0]
@@ -139,7 +152,11 @@ class Directions(NamedTuple):
     key: FeatureDirections
 
     @classmethod
-    def fit(cls, dictionary: BilinearQKDictionary, rows: Sequence[_Inputs]) -> "Directions":
+    def fit(
+        cls,
+        dictionary: BilinearQKDictionary,
+        rows: Sequence[_Inputs],
+    ) -> "Directions":
         """See `FeatureDirections.fit`; rows other than those to be explained."""
         return cls(
             query=FeatureDirections.fit(dictionary.encode_query, rows),
@@ -182,7 +199,11 @@ class Directions(NamedTuple):
         return directions
 
     @classmethod
-    def _load(cls, path: Path, device: torch.device) -> "Directions":
+    def _load(
+        cls,
+        path: Path,
+        device: torch.device,
+    ) -> "Directions":
         tensors = load_file(path, device=str(device))
         fits = []
         for side in SIDES:
@@ -244,12 +265,20 @@ class ScoreRow(AttentionRow):
         rows[:, key_pos] = keys @ self._query[0]
         return rows
 
-    def _queries(self, x: Tensor, positions: Tensor) -> Tensor:
+    def _queries(
+        self,
+        x: Tensor,
+        positions: Tensor,
+    ) -> Tensor:
         """[n, d_head], rotated and scaled."""
         queries = self._weights.queries(x)[:, self.head]
         return rotate(self.spec, queries * self.spec.scale, positions)
 
-    def _rotated_keys(self, x: Tensor, positions: Tensor) -> Tensor:
+    def _rotated_keys(
+        self,
+        x: Tensor,
+        positions: Tensor,
+    ) -> Tensor:
         """[n, d_head]"""
         kv_head = self.head // self.spec.heads_per_kv
         keys = self._weights.keys(x)[:, kv_head]
@@ -273,12 +302,20 @@ class RemovalSite(NamedTuple):
     def sizes(self) -> Float[Tensor, " n"]:
         return self.components.norm(dim=1)
 
-    def measure(self, row: ScoreRow, factors: Factors) -> Rows:
+    def measure(
+        self,
+        row: ScoreRow,
+        factors: Factors,
+    ) -> Rows:
         """Scores of the edited x, after each removal."""
         inputs = self.x - factors @ self.components  # [removal, d_model]
         return row.edited(self.side, self.key_pos, inputs)
 
-    def predict(self, row: ScoreRow, factors: Factors) -> Rows:
+    def predict(
+        self,
+        row: ScoreRow,
+        factors: Factors,
+    ) -> Rows:
         """Scores as the dictionary predicts them, after each removal."""
         return row.scores - factors @ self.rows
 

@@ -10,7 +10,11 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 _SOURCES = {"full": "transcoders", "kept": "feature_map"}
 
 
-def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
+def warn_renamed(
+    old: str,
+    new: str,
+    stacklevel: int = 3,
+) -> None:
     """To be called by the old name: the warning points at who called it."""
     warnings.warn(f"{old} is now {new}.", DeprecationWarning, stacklevel=stacklevel)
 

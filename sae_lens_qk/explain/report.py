@@ -86,7 +86,10 @@ def report(
     )
 
 
-def striking_positions(prompt: RecordedPrompt, n: int) -> list[ScorePosition]:
+def striking_positions(
+    prompt: RecordedPrompt,
+    n: int,
+) -> list[ScorePosition]:
     """Positions of the n largest attention weights, the last token's largest one first.
 
     Tokens' attention to themselves and to the first token, where heads rest, does not count.

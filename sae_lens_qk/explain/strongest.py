@@ -13,6 +13,17 @@ _Effects = dict[str, Tensor]
 """Terms of pairs as columns: the names of `strongest_pairs`, [term] each."""
 
 
+_COLUMNS = (
+    "head",
+    "query_pos",
+    "key_pos",
+    "query_feature",
+    "key_feature",
+    "contribution",
+    "pattern_effect",
+)
+
+
 def strongest_pairs(
     rows: Iterable[tuple[AttentionRow, ScoreTerms]],
     n: int,
@@ -36,17 +47,25 @@ def strongest_pairs(
         supporting.append(_select(effects, order[supports]))
         inhibiting.append(_select(effects, order[inhibits]))
     parts = [*supporting, *inhibiting]
+    if not parts:
+        return pd.DataFrame(columns=_COLUMNS)
     columns = {}
     for name in parts[0]:
         columns[name] = torch.cat([part[name] for part in parts])
     return tensor_frame(columns)
 
 
-def _select(effects: _Effects, terms: Tensor) -> _Effects:
+def _select(
+    effects: _Effects,
+    terms: Tensor,
+) -> _Effects:
     return {name: column[terms] for name, column in effects.items()}
 
 
-def _pair_effects(row: AttentionRow, terms: ScoreTerms) -> _Effects:
+def _pair_effects(
+    row: AttentionRow,
+    terms: ScoreTerms,
+) -> _Effects:
     """All terms of a row that are not zero, with the effect of each one's pair on its key."""
     a, entry = terms.terms.nonzero(as_tuple=True)  # [term]
     key_pos = terms.key_positions[entry]

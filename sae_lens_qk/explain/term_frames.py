@@ -212,7 +212,10 @@ def _marginal_table(
     return sorted_by_effect(frame.query("feature.isna() or n_terms > 0 or pattern_effect != 0"))
 
 
-def _kinds(query_excess: np.ndarray, key_excess: np.ndarray) -> np.ndarray:
+def _kinds(
+    query_excess: np.ndarray,
+    key_excess: np.ndarray,
+) -> np.ndarray:
     """Kinds by how far each feature's number lies beyond the last: 0 constant, 1 error."""
     conditions = [
         (query_excess > 0) | (key_excess > 0),
@@ -223,7 +226,10 @@ def _kinds(query_excess: np.ndarray, key_excess: np.ndarray) -> np.ndarray:
     return np.select(conditions, ["error", "constant", "query_constant", "key_constant"], "pair")
 
 
-def _nullable(features: np.ndarray, constant: int) -> pd.Series:
+def _nullable(
+    features: np.ndarray,
+    constant: int,
+) -> pd.Series:
     """Feature numbers, missing beyond the constant."""
     numbers = pd.Series(features, dtype="Int64")
     return numbers.mask(numbers > constant)

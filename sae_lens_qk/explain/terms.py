@@ -93,7 +93,11 @@ class AttentionRow:
         tanh = self.spec.capped(self.scores) / self.spec.softcap
         return 1 - tanh.square()
 
-    def effect(self, rows: Rows, key_pos: int) -> PerRow:
+    def effect(
+        self,
+        rows: Rows,
+        key_pos: int,
+    ) -> PerRow:
         """Pattern effect of terms: the derivative of log P[j] along each, c[j] - sum P[j'] c[j'].
 
         Args:
@@ -102,12 +106,20 @@ class AttentionRow:
         """
         return self._centred(rows * self.slopes, key_pos)
 
-    def attention_drop(self, rows: Rows, key_pos: int) -> PerRow:
+    def attention_drop(
+        self,
+        rows: Rows,
+        key_pos: int,
+    ) -> PerRow:
         """P[j] less what remains of it when each term leaves the whole row of scores."""
         patterns = self.row_pattern(self.scores - rows)
         return self.pattern[key_pos] - patterns[:, key_pos]
 
-    def change(self, edited: Rows, key_pos: int) -> Change:
+    def change(
+        self,
+        edited: Rows,
+        key_pos: int,
+    ) -> Change:
         """What the row becomes with other scores."""
         patterns = self.row_pattern(edited)
         pattern_changes = (patterns - self.pattern).abs()
@@ -118,7 +130,11 @@ class AttentionRow:
             score_drop=self._centred(logits - self.spec.capped(edited), key_pos),
         )
 
-    def _centred(self, rows: Rows, key_pos: int) -> PerRow:
+    def _centred(
+        self,
+        rows: Rows,
+        key_pos: int,
+    ) -> PerRow:
         """c[j] - sum_j' P[j'] c[j'], the derivative of log P[j] along a change c of the logits."""
         means = (rows * self.pattern).sum(dim=-1)
         return rows[..., key_pos] - means
@@ -192,7 +208,12 @@ class ScoreTerms(NamedTuple):
         is_usable = pad(usable, (0, 2))  # [d + 2]
         return features[is_usable[features]]
 
-    def rows(self, side: Side, key_pos: int, features: Numbers) -> Rows:
+    def rows(
+        self,
+        side: Side,
+        key_pos: int,
+        features: Numbers,
+    ) -> Rows:
         """All terms of each feature at one place, summed, in the whole row of scores.
 
         Args:

@@ -68,7 +68,11 @@ class AttentionLayer:
         ValueError: the model has no such layer.
     """
 
-    def __init__(self, model: Model, index: SupportsIndex):
+    def __init__(
+        self,
+        model: Model,
+        index: SupportsIndex,
+    ):
         self.mode = model_mode(model)
         self.model = model
         self.index = whole_number(index)
@@ -245,15 +249,24 @@ class AttentionLayer:
         # What one call of the model has shown so far: the three hooks fire in this order.
         call: dict[str, Tensor] = {}
 
-        def keep_input(value: Tensor, hook: Any) -> None:
+        def keep_input(
+            value: Tensor,
+            hook: Any,
+        ) -> None:
             call["x"] = self.complete(value)
 
-        def keep_scores(value: Tensor, hook: Any) -> None:
+        def keep_scores(
+            value: Tensor,
+            hook: Any,
+        ) -> None:
             check_attention_call(call["x"], value)
             check_mask(value, spec)
             call["scores"] = value
 
-        def overwrite(pattern: Tensor, hook: Any) -> Tensor:
+        def overwrite(
+            pattern: Tensor,
+            hook: Any,
+        ) -> Tensor:
             # popped: nothing of this call outlives it
             rebuilt = pattern_fn(call.pop("x"), call.pop("scores"))
             rebuilt = rebuilt.to(pattern.dtype)
@@ -297,7 +310,11 @@ class LayerReplay:
             # a cache among the recorded arguments would grow with every replay
             options["use_cache"] = False
 
-        def keep_arguments(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def keep_arguments(
+            block: Any,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+        ) -> None:
             self._args = args
             self._kwargs = kwargs
 
@@ -356,7 +373,10 @@ def run_recording(
     values: dict[str, Tensor] = {}
 
     def recorder(name: str) -> Callable[..., None]:
-        def keep(value: Tensor, hook: Any) -> None:
+        def keep(
+            value: Tensor,
+            hook: Any,
+        ) -> None:
             # cloned: later layers may write into the tensor in place
             values[name] = value.clone()
 
@@ -372,7 +392,10 @@ def run_recording(
     return logits, values
 
 
-def check_hooks_exist(model: Model, names: Iterable[str]) -> None:
+def check_hooks_exist(
+    model: Model,
+    names: Iterable[str],
+) -> None:
     """Refuse names that the model would silently ignore.
 
     Raises:
@@ -383,7 +406,10 @@ def check_hooks_exist(model: Model, names: Iterable[str]) -> None:
             raise UnsupportedModelError(f"The model has no hook {name}.")
 
 
-def check_attention_call(x: Tensor, pattern_or_scores: Tensor) -> None:
+def check_attention_call(
+    x: Tensor,
+    pattern_or_scores: Tensor,
+) -> None:
     """Refuse calls whose pattern is not that of full, unpadded sequences from position 0.
 
     Raises:
@@ -398,7 +424,10 @@ def check_attention_call(x: Tensor, pattern_or_scores: Tensor) -> None:
         )
 
 
-def check_mask(scores: Tensor, spec: AttentionSpec) -> None:
+def check_mask(
+    scores: Tensor,
+    spec: AttentionSpec,
+) -> None:
     """Refuse scores that are masked otherwise than the spec says.
 
     Raises:
@@ -419,7 +448,10 @@ def largest(tensor: Tensor) -> float:
     return float(tensor.abs().max())
 
 
-def _bias_or_zeros(bias: Tensor | None, weight: Float[Tensor, "heads _ d_head"]) -> Tensor:
+def _bias_or_zeros(
+    bias: Tensor | None,
+    weight: Float[Tensor, "heads _ d_head"],
+) -> Tensor:
     if bias is None:
         return weight.new_zeros(weight.shape[0], weight.shape[2])
     return bias.detach()

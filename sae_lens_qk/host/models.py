@@ -141,7 +141,10 @@ def embedded_model_folder() -> Path:
     return folder
 
 
-def _dequantise(package_folder: str, target: str) -> None:
+def _dequantise(
+    package_folder: str,
+    target: str,
+) -> None:
     """Write model and tokenizer of the package's GGUF file as a Hugging Face folder."""
     gguf_file = _EMBEDDED_GGUF
     dequantised = AutoModelForCausalLM.from_pretrained(
@@ -156,7 +159,11 @@ def _dequantise(package_folder: str, target: str) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _boot_from_folder(folder: Path, architecture_name: str, device: str) -> TransformerBridge:
+def _boot_from_folder(
+    folder: Path,
+    architecture_name: str,
+    device: str,
+) -> TransformerBridge:
     hf_model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )

@@ -48,7 +48,11 @@ class HostReport(NamedTuple):
 
 
 @torch.no_grad()
-def check_host(model: Model, layer: SupportsIndex, tokens: Tensor | None = None) -> HostReport:
+def check_host(
+    model: Model,
+    layer: SupportsIndex,
+    tokens: Tensor | None = None,
+) -> HostReport:
     """Prove that this package computes what the model computes.
 
     q, k, scores and pattern are rebuilt from the weights. Models in reduced precision are proven on
@@ -120,7 +124,10 @@ def prove_once(layer: AttentionLayer) -> None:
         proven[layer.index] = fingerprint
 
 
-def proven_layer(cfg: BilinearQKConfig, model: Model) -> AttentionLayer:
+def proven_layer(
+    cfg: BilinearQKConfig,
+    model: Model,
+) -> AttentionLayer:
     """The layer a dictionary belongs to: the host proven, the weights those it was trained on.
 
     Raises:
@@ -173,13 +180,20 @@ def check_fingerprint(
         )
 
 
-def _logit_change(layer: AttentionLayer, tokens: Tensor, logits: Tensor) -> float:
+def _logit_change(
+    layer: AttentionLayer,
+    tokens: Tensor,
+    logits: Tensor,
+) -> float:
     """Largest change of a logit when the layer attends uniformly to the allowed keys."""
     n_pos = tokens.shape[1]
     allowed = layer.spec.allowed_mask(n_pos, tokens.device)
     uniform = allowed / allowed.sum(dim=-1, keepdim=True)  # [pos_q, pos_k]
 
-    def overwrite(pattern: Tensor, hook: Any) -> Tensor:
+    def overwrite(
+        pattern: Tensor,
+        hook: Any,
+    ) -> Tensor:
         return uniform.to(pattern.dtype).expand_as(pattern)
 
     hooks: Hooks = [(layer.names.pattern, overwrite)]

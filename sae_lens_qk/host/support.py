@@ -44,7 +44,10 @@ def n_layers(model: Model) -> int:
     return int(model.cfg.n_layers)
 
 
-def refuse_unsupported(model: Model, layer: int) -> None:
+def refuse_unsupported(
+    model: Model,
+    layer: int,
+) -> None:
     """Refuse a layer whose attention this package does not compute.
 
     Raises:
@@ -74,7 +77,10 @@ def rotary_modules(model: TransformerBridge) -> list[Any]:
     return list(unique.values())
 
 
-def _hooked_features(model: HookedTransformer, layer: int) -> dict[str, bool]:
+def _hooked_features(
+    model: HookedTransformer,
+    layer: int,
+) -> dict[str, bool]:
     """What a HookedTransformer's layer has besides plain attention, by name."""
     cfg = model.cfg
     positions = cfg.positional_embedding_type
@@ -93,7 +99,10 @@ def _hooked_features(model: HookedTransformer, layer: int) -> dict[str, bool]:
     }
 
 
-def _bridge_features(model: TransformerBridge, layer: int) -> dict[str, bool]:
+def _bridge_features(
+    model: TransformerBridge,
+    layer: int,
+) -> dict[str, bool]:
     """What a bridge's layer has besides plain attention, by name."""
     attn = model.blocks[layer].attn
     component = attn.original_component
@@ -120,7 +129,11 @@ def _bridge_features(model: TransformerBridge, layer: int) -> dict[str, bool]:
     }
 
 
-def _bridge_window(component: Any, config: Any, layer: int) -> int | None:
+def _bridge_window(
+    component: Any,
+    config: Any,
+    layer: int,
+) -> int | None:
     """Sliding window of the layer, None where it has none."""
     if hasattr(component, "sliding_window"):
         return component.sliding_window

@@ -138,7 +138,10 @@ def _parsed_header(text: str) -> Any:
         return ModelCardData()
 
 
-def _header(cfg: BilinearQKConfig, runner_cfg: dict[str, Any]) -> ModelCardData:
+def _header(
+    cfg: BilinearQKConfig,
+    runner_cfg: dict[str, Any],
+) -> ModelCardData:
     about = runner_cfg.get("card", {})
     datasets = about.get("datasets") or _hub_dataset(runner_cfg.get("dataset_path") or "")
     return ModelCardData(
@@ -175,7 +178,10 @@ def _union(values: Iterable[str | list[str] | None]) -> list[str] | None:
     return list(dict.fromkeys(items)) or None
 
 
-def _listing(repo_id: str, folders: Mapping[str, FolderSummary]) -> str:
+def _listing(
+    repo_id: str,
+    folders: Mapping[str, FolderSummary],
+) -> str:
     rows = []
     for folder, summary in folders.items():
         cfg = summary.cfg

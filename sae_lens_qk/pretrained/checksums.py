@@ -75,7 +75,11 @@ def read_sums(path: Path) -> dict[str, str]:
     return sums
 
 
-def verify_folder(folder: Path, verify: Verify, sums_sha256: str | None = None) -> None:
+def verify_folder(
+    folder: Path,
+    verify: Verify,
+    sums_sha256: str | None = None,
+) -> None:
     """Check a dictionary folder against its SHA256SUMS, and that against the registry's sum of it.
 
     Args:

@@ -36,7 +36,11 @@ def is_transient(error: BaseException) -> bool:
 
 
 @contextmanager
-def explained(repo_id: str, revision: str, path: str = "") -> Iterator[None]:
+def explained(
+    repo_id: str,
+    revision: str,
+    path: str = "",
+) -> Iterator[None]:
     """Turn the client's errors into built-in exceptions of one line that says what to do.
 
     docs/publishing.md lists them.
@@ -60,7 +64,12 @@ def _is_short(error: BaseException) -> bool:
     return type(error) is OSError and str(error).startswith("Consistency check failed")
 
 
-def _explanation(error: BaseException, repo_id: str, revision: str, path: str) -> OSError | None:
+def _explanation(
+    error: BaseException,
+    repo_id: str,
+    revision: str,
+    path: str,
+) -> OSError | None:
     if _is_short(error):
         return OSError(
             f"{repo_id} sends {path} cut short, after several attempts: try again later."
@@ -90,7 +99,10 @@ def _explanation(error: BaseException, repo_id: str, revision: str, path: str) -
     return None
 
 
-def _refusal(error: HfHubHTTPError, repo_id: str) -> OSError:
+def _refusal(
+    error: HfHubHTTPError,
+    repo_id: str,
+) -> OSError:
     """An answer of the Hub that has only its status."""
     status = error.response.status_code
     reason = error.server_message or "no reason given"

@@ -19,7 +19,11 @@ class Described(Protocol):
     def metrics(self) -> dict[str, Any] | None: ...
 
 
-def documents(dictionary: Described, name: str, source: str = "") -> dict[str, str | None]:
+def documents(
+    dictionary: Described,
+    name: str,
+    source: str = "",
+) -> dict[str, str | None]:
     """Texts by file name: metrics and run settings (None: not known), model card.
 
     Args:
@@ -46,7 +50,10 @@ def _json_text(content: dict[str, Any] | None) -> str | None:
     return None if content is None else json.dumps(content, indent=2) + "\n"
 
 
-def write_documents(folder: str | Path, texts: dict[str, str | None]) -> None:
+def write_documents(
+    folder: str | Path,
+    texts: dict[str, str | None],
+) -> None:
     """Write `documents` into a saved dictionary's folder, and SHA256SUMS over all of it."""
     for name, text in texts.items():
         path = Path(folder) / name
@@ -58,7 +65,10 @@ def write_documents(folder: str | Path, texts: dict[str, str | None]) -> None:
     write_sums(Path(folder))
 
 
-def read_document(folder: str | Path, name: str) -> dict[str, Any] | None:
+def read_document(
+    folder: str | Path,
+    name: str,
+) -> dict[str, Any] | None:
     """metrics.json or runner_cfg.json of a folder, None where there is none.
 
     Raises:

@@ -76,7 +76,10 @@ def hub_cache(cache_dir: str | Path | None) -> Path:
 
 
 @contextmanager
-def fetched(place: HubFolder, force_download: bool = False) -> Iterator[Path]:
+def fetched(
+    place: HubFolder,
+    force_download: bool = False,
+) -> Iterator[Path]:
     """The folder's files as a local folder: from the cache, else from the Hub.
 
     A download enters the cache when the body of the `with` ends without an error.
@@ -125,7 +128,10 @@ def _look_up(place: HubFolder) -> tuple[Path | None, str]:
     return _cached(place._replace(revision=commit)), commit
 
 
-def _newest_commit(place: HubFolder, has_copy: bool = False) -> str | None:
+def _newest_commit(
+    place: HubFolder,
+    has_copy: bool = False,
+) -> str | None:
     """The commit that the revision names now.
 
     None: the Hub cannot be reached, and the copy in the cache has to do.
@@ -151,7 +157,10 @@ def _newest_commit(place: HubFolder, has_copy: bool = False) -> str | None:
     return metadata.commit_hash
 
 
-def _cached(place: HubFolder, needs_sums: bool = True) -> Path | None:
+def _cached(
+    place: HubFolder,
+    needs_sums: bool = True,
+) -> Path | None:
     """The folder in the cache, if every file of it is there.
 
     Another loader may have cached weights without their sums: `needs_sums` asks for the sums, or
@@ -191,7 +200,10 @@ def _download(place: HubFolder) -> Path:
     return folder
 
 
-def _download_file(place: HubFolder, name: str) -> str:
+def _download_file(
+    place: HubFolder,
+    name: str,
+) -> str:
     return retrying(is_transient)(
         hf_hub_download,
         place.repo_id,
@@ -225,7 +237,10 @@ def _staging_cache(cache: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _link_weights(cached: Path, staged: Path) -> None:
+def _link_weights(
+    cached: Path,
+    staged: Path,
+) -> None:
     """Intact weights of another commit need no second download.
 
     The cache names them by their SHA-256 sum.
@@ -237,7 +252,10 @@ def _link_weights(cached: Path, staged: Path) -> None:
                 (staged / blob.name).hardlink_to(blob)
 
 
-def _adopt(staged: Path, cached: Path) -> None:
+def _adopt(
+    staged: Path,
+    cached: Path,
+) -> None:
     """Move a staged repository into the cache, file by file and atomically."""
     # blobs first, so that no link dangles
     for part in ("blobs", "snapshots", ".no_exist"):

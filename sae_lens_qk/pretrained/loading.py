@@ -54,7 +54,11 @@ def located(
         yield Location(folder, sums_sha256)
 
 
-def _named_place(release: str, sae_id: str | None, revision: str | None) -> Path | HubFolder:
+def _named_place(
+    release: str,
+    sae_id: str | None,
+    revision: str | None,
+) -> Path | HubFolder:
     """A local folder, else a folder of a Hub repository."""
     local = Path(release, sae_id or "")
     if (local / CONFIG).is_file():
@@ -76,7 +80,10 @@ def _named_place(release: str, sae_id: str | None, revision: str | None) -> Path
     return HubFolder(release, sae_id, revision or "main")
 
 
-def _registered_place(entry: Entry, revision: str | None) -> Path | HubFolder:
+def _registered_place(
+    entry: Entry,
+    revision: str | None,
+) -> Path | HubFolder:
     if entry.status == "unpublished":
         raise ValueError(
             f"{entry.name} is not published yet: its weights exist nowhere. "

@@ -61,14 +61,25 @@ def publish(
     raise AssertionError("Retrying returns or raises")
 
 
-def registry_entry(repo_id: str, folder: str, commit: str, token: Token = None) -> str:
+def registry_entry(
+    repo_id: str,
+    folder: str,
+    commit: str,
+    token: Token = None,
+) -> str:
     """Lines of a registry that name a published dictionary.
 
     They pin it to its commit and to the sum of its SHA256SUMS.
     """
     path = f"{folder}/{SUMS}"
     with tempfile.TemporaryDirectory() as cache, explained(repo_id, commit, path):
-        sums = hf_hub_download(repo_id, path, revision=commit, token=token, cache_dir=cache)
+        sums = hf_hub_download(
+            repo_id,
+            path,
+            revision=commit,
+            token=token,
+            cache_dir=cache,
+        )
         sums_sha256 = sha256_of(Path(sums))
     entry = {
         "status": "published",
@@ -114,7 +125,13 @@ class _Repository(NamedTuple):
             except RevisionNotFoundError:
                 self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
 
-    def commit(self, staged: Path, folder: str, message: str, create_pr: bool) -> CommitInfo:
+    def commit(
+        self,
+        staged: Path,
+        folder: str,
+        message: str,
+        create_pr: bool,
+    ) -> CommitInfo:
         """Put the staged files into the folder and renew the repository's card.
 
         Fails if somebody else commits meanwhile.
@@ -142,7 +159,13 @@ class _Repository(NamedTuple):
             create_pr=create_pr,
         )
 
-    def _card(self, head: str, present: list[str], folder: str, staged: Path) -> str:
+    def _card(
+        self,
+        head: str,
+        present: list[str],
+        folder: str,
+        staged: Path,
+    ) -> str:
         """The repository's card with what is in it and what comes."""
         summaries = self._summaries(head, present)
         summaries[folder] = FolderSummary(
@@ -153,7 +176,11 @@ class _Repository(NamedTuple):
         existing = self._read(CARD, head) if CARD in present else None
         return repository_card(existing, self.repo_id, summaries)
 
-    def _summaries(self, head: str, present: list[str]) -> dict[str, FolderSummary]:
+    def _summaries(
+        self,
+        head: str,
+        present: list[str],
+    ) -> dict[str, FolderSummary]:
         """Every QK dictionary of the repository, by folder."""
         summaries = {}
         for path in map(PurePosixPath, present):
@@ -172,7 +199,11 @@ class _Repository(NamedTuple):
             summaries[str(path.parent)] = FolderSummary(card, cfg, _json_object(metrics))
         return summaries
 
-    def _read(self, path: str, head: str) -> str:
+    def _read(
+        self,
+        path: str,
+        head: str,
+    ) -> str:
         file = self.api.hf_hub_download(self.repo_id, path, revision=head, cache_dir=self.cache)
         # other people's folders are none of ours: only the repository's card has to be text
         return Path(file).read_text(errors="strict" if path == CARD else "replace")

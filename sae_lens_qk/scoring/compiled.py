@@ -58,7 +58,12 @@ class PlainEngine:
     M is a number per pair and is folded into the weights.
     """
 
-    def __init__(self, indices: Tensor, decoders: Decoders, spec: AttentionSpec):
+    def __init__(
+        self,
+        indices: Tensor,
+        decoders: Decoders,
+        spec: AttentionSpec,
+    ):
         self.spec = spec
         self.M = pair_kernel(indices, decoders, spec, indices.new_zeros(1))[:, 0]
         query, key, head = indices.numpy().T
@@ -70,7 +75,12 @@ class PlainEngine:
             slot=(key * n_lanes + head).astype(np.int32),
         )
 
-    def scores(self, weights: Tensor, query_acts: Tensor, key_acts: Tensor) -> Tensor:
+    def scores(
+        self,
+        weights: Tensor,
+        query_acts: Tensor,
+        key_acts: Tensor,
+    ) -> Tensor:
         """What `PairScorer` returns, of tensors of the decoders' dtype."""
         return _PlainScores.apply(weights * self.M, query_acts, key_acts, self)  # type: ignore[return-value]
 
@@ -78,7 +88,12 @@ class PlainEngine:
 class RotaryEngine:
     """Scores with rotary embeddings, on the CPU: one head at a time, a few queries at once."""
 
-    def __init__(self, indices: Tensor, decoders: Decoders, spec: AttentionSpec):
+    def __init__(
+        self,
+        indices: Tensor,
+        decoders: Decoders,
+        spec: AttentionSpec,
+    ):
         self.spec = spec
         self.decoders = decoders
         query, key, head = indices.numpy().T
@@ -92,7 +107,12 @@ class RotaryEngine:
             key=key[order].astype(np.int32),
         )
 
-    def scores(self, weights: Tensor, query_acts: Tensor, key_acts: Tensor) -> Tensor:
+    def scores(
+        self,
+        weights: Tensor,
+        query_acts: Tensor,
+        key_acts: Tensor,
+    ) -> Tensor:
         """What `PairScorer` returns, of tensors of the decoders' dtype."""
         W_Q = self.decoders.query * self.spec.scale
         W_K = self.decoders.key
@@ -224,6 +244,9 @@ class _RotaryScores(torch.autograd.Function):
         )
 
 
-def _n_blocks(batch: int, tasks_per_block: int) -> int:
+def _n_blocks(
+    batch: int,
+    tasks_per_block: int,
+) -> int:
     """Blocks of rows whose gradients are summed apart, so that every thread has work."""
     return min(batch, math.ceil(numba.get_num_threads() / tasks_per_block))

@@ -20,7 +20,11 @@ class ActiveEntries(NamedTuple):
     value: np.ndarray
     """[entry]"""
 
-    def scatter(self, values: np.ndarray, shape: torch.Size) -> Tensor:
+    def scatter(
+        self,
+        values: np.ndarray,
+        shape: torch.Size,
+    ) -> Tensor:
         """Numbers by entry as a dense tensor [batch, pos, d], zero elsewhere, without constants."""
         batch, n_pos, d = shape
         dense = np.zeros((batch * n_pos, d + 1), values.dtype)

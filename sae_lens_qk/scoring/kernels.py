@@ -98,7 +98,12 @@ def firing_ranks(firing, n_keys):
 # Without rotary embeddings
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
+@numba.njit(
+    parallel=True,
+    cache=True,
+    fastmath=_FAST,
+    error_model="numpy",
+)
 def plain_scores(scores, lanes, first_keys, pairs, weights, queries, keys):
     """scores[row, head, i, j] of all pairs at allowed keys; `weights` are m M.
 
@@ -137,7 +142,12 @@ def plain_scores(scores, lanes, first_keys, pairs, weights, queries, keys):
                     scores[row, head, i, j] = key_scores[j, head]
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
+@numba.njit(
+    parallel=True,
+    cache=True,
+    fastmath=_FAST,
+    error_model="numpy",
+)
 def plain_gradients(
     grad_weights,
     grad_query_values,
@@ -238,7 +248,12 @@ def _rotated_keys(key_start, key_feature, key_value, W_K, kv_head, cos, sin):
     return rotated
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
+@numba.njit(
+    parallel=True,
+    cache=True,
+    fastmath=_FAST,
+    error_model="numpy",
+)
 def rotary_scores(scores, first_keys, pairs, weights, queries, keys, decoders):
     """scores[row, head, i, j] of all pairs at allowed keys; `decoders` are `RotaryDecoders`."""
     batch, n_heads, n_pos, _ = scores.shape
@@ -322,7 +337,12 @@ def _add_row_gradient(grad_row, decoder_row, act, vector_grad):
     return grad_act
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
+@numba.njit(
+    parallel=True,
+    cache=True,
+    fastmath=_FAST,
+    error_model="numpy",
+)
 def rotary_gradients(
     grad_weights,
     grad_query_values,

@@ -24,7 +24,12 @@ class PortableEngine:
     Without rotary embeddings M is folded into the weights and the vectors are the activations.
     """
 
-    def __init__(self, indices: Tensor, decoders: Decoders, spec: AttentionSpec):
+    def __init__(
+        self,
+        indices: Tensor,
+        decoders: Decoders,
+        spec: AttentionSpec,
+    ):
         self.spec = spec
         self.indices = indices
         self.decoders = decoders
@@ -32,7 +37,12 @@ class PortableEngine:
         if not self.rotary:
             self.M = pair_kernel(indices, decoders, spec, indices.new_zeros(1))[:, 0]
 
-    def scores(self, weights: Tensor, query_acts: Tensor, key_acts: Tensor) -> Tensor:
+    def scores(
+        self,
+        weights: Tensor,
+        query_acts: Tensor,
+        key_acts: Tensor,
+    ) -> Tensor:
         """What `PairScorer` returns, of tensors of the decoders' dtype."""
         batch, n_pos, _ = query_acts.shape
         query_vectors, query_place = self._vectors(query_acts, self.decoders.query, self.spec.scale)
@@ -51,7 +61,12 @@ class PortableEngine:
         )
         return _PortableScores.apply(weights, query_vectors, key_vectors, sums)  # type: ignore[return-value]
 
-    def _vectors(self, acts: Tensor, W: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def _vectors(
+        self,
+        acts: Tensor,
+        W: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
         """Rotated vectors [entry, heads, d_head], or activations [entry, 1, 1]; their places."""
         flat = with_constant(acts).flatten(0, 1)
         place = flat.detach().nonzero().T  # [2, entry]: position in the flattened batch, feature
@@ -123,7 +138,12 @@ class _Sums(NamedTuple):
         product = torch.sparse.mm(coordinate.pair_weights, coordinate.Q)
         return product.T.unflatten(0, (self.batch, self.n_pos))
 
-    def _dense(self, values: Tensor, place: Tensor, n_features: int) -> Tensor:
+    def _dense(
+        self,
+        values: Tensor,
+        place: Tensor,
+        n_features: int,
+    ) -> Tensor:
         """Numbers by entry as [feature, batch * pos], zero elsewhere."""
         position, feature = place
         dense = values.new_zeros(n_features, self.batch * self.n_pos)

@@ -115,7 +115,11 @@ class ActivationStatistics:
         frame["min"] = _where_firing(sums, sums.lowest)
         return frame
 
-    def feature_contexts(self, side: Side, feature: SupportsIndex) -> list[FeatureContext]:
+    def feature_contexts(
+        self,
+        side: Side,
+        feature: SupportsIndex,
+    ) -> list[FeatureContext]:
         """Where a feature is strongest, at most once per row, strongest first.
 
         Of equals the earlier comes first.
@@ -311,7 +315,10 @@ def _mean(sums: FeatureSums | PairSums) -> pd.Series:
     return pd.Series(sums.total) / sums.count
 
 
-def _where_firing(sums: FeatureSums | PairSums, values: np.ndarray) -> pd.Series:
+def _where_firing(
+    sums: FeatureSums | PairSums,
+    values: np.ndarray,
+) -> pd.Series:
     return pd.Series(values).where(sums.count > 0)
 
 
@@ -359,7 +366,10 @@ def transcoders_digest(d: BilinearQKDictionary) -> str:
     return digest(query | key)
 
 
-def _identity(d: BilinearQKDictionary, n_top: int) -> dict[str, Any]:
+def _identity(
+    d: BilinearQKDictionary,
+    n_top: int,
+) -> dict[str, Any]:
     """What the statistics depend on besides the rows."""
     pairs = {"indices": d.feature_map.indices, "weights": d.feature_map.weights}
     return {
@@ -371,7 +381,10 @@ def _identity(d: BilinearQKDictionary, n_top: int) -> dict[str, Any]:
     }
 
 
-def _encoded_rows(d: BilinearQKDictionary, batches: Iterable[Batch]) -> Iterator[EncodedRow]:
+def _encoded_rows(
+    d: BilinearQKDictionary,
+    batches: Iterable[Batch],
+) -> Iterator[EncodedRow]:
     """Each row of the batches, all of one length."""
     n_pos = None
     for tokens, x in batches:

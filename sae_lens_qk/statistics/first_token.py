@@ -67,7 +67,12 @@ def first_token_features(
         }
     )
     table = table.query(f"first_rate >= {least_rate} and first_share >= {least_share}")
-    return table.sort_values("first_share", ascending=False, kind="stable", ignore_index=True)
+    return table.sort_values(
+        "first_share",
+        ascending=False,
+        kind="stable",
+        ignore_index=True,
+    )
 
 
 class FirstTokenUse(NamedTuple):

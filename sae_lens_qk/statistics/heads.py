@@ -95,7 +95,10 @@ def head_table(
     return heads.reindex(all_heads, fill_value=0).reset_index()
 
 
-def _top_share(values: pd.Series, share: float) -> float:
+def _top_share(
+    values: pd.Series,
+    share: float,
+) -> float:
     """Share of the sum that lies in the largest `share` of the values."""
     n_top = math.ceil(share * len(values))
     return values.nlargest(n_top).sum() / values.sum()
@@ -169,7 +172,11 @@ def shared_reasons(
     pairs = pair_importances(d) if pairs is None else pairs
     heads = pd.RangeIndex(d.spec.n_heads, name="head")
     # NaN where a head lacks the pair
-    table = pairs.pivot(index=_PAIR, columns="head", values="masked_importance")
+    table = pairs.pivot(
+        index=_PAIR,
+        columns="head",
+        values="masked_importance",
+    )
     importances = table.reindex(columns=heads).fillna(0.0).to_numpy()  # [pair, head]
     sums = importances.sum(axis=0)
     shares = importances / np.where(sums > 0, sums, np.nan)
@@ -177,7 +184,10 @@ def shared_reasons(
     return pd.DataFrame(vectors.T @ vectors, index=heads, columns=heads)
 
 
-def dense_features(statistics: ActivationStatistics, threshold: float = 0.1) -> pd.DataFrame:
+def dense_features(
+    statistics: ActivationStatistics,
+    threshold: float = 0.1,
+) -> pd.DataFrame:
     """Features that fire on more than a share of all tokens, densest first.
 
     Returns:
@@ -193,8 +203,16 @@ def dense_features(statistics: ActivationStatistics, threshold: float = 0.1) -> 
     return _largest_first(features.assign(kind=kind), "density")
 
 
-def _largest_first(frame: pd.DataFrame, column: str) -> pd.DataFrame:
-    return frame.sort_values(column, ascending=False, kind="stable", ignore_index=True)
+def _largest_first(
+    frame: pd.DataFrame,
+    column: str,
+) -> pd.DataFrame:
+    return frame.sort_values(
+        column,
+        ascending=False,
+        kind="stable",
+        ignore_index=True,
+    )
 
 
 def _constants(d: BilinearQKDictionary) -> dict[Side, int]:

@@ -42,7 +42,12 @@ class FeatureSums(NamedTuple):
     """[d, d] tokens on which a and b > a both fire; [0, 0] where that is not counted."""
 
     @classmethod
-    def zeros(cls, d: int, n_top: int, count_co_firing: bool) -> "FeatureSums":
+    def zeros(
+        cls,
+        d: int,
+        n_top: int,
+        count_co_firing: bool,
+    ) -> "FeatureSums":
         d_table = d if count_co_firing else 0
         return cls(
             count=np.zeros(d, np.int64),
@@ -66,7 +71,11 @@ class PairSums(NamedTuple):
     """[pair, n_top, 3] row, query and key position, -1 where there is none."""
 
     @classmethod
-    def zeros(cls, n_pairs: int, n_top: int) -> "PairSums":
+    def zeros(
+        cls,
+        n_pairs: int,
+        n_top: int,
+    ) -> "PairSums":
         return cls(
             count=np.zeros(n_pairs, np.int64),
             total=np.zeros(n_pairs),
@@ -86,7 +95,11 @@ class Sums(NamedTuple):
     pairs: PairSums
 
     @classmethod
-    def zeros(cls, d: BilinearQKDictionary, n_top: int) -> "Sums":
+    def zeros(
+        cls,
+        d: BilinearQKDictionary,
+        n_top: int,
+    ) -> "Sums":
         d_query, d_key, _ = d.feature_map.sizes
         count_co_firing = 4 * (d_query**2 + d_key**2) <= CO_OCCURRENCE_BYTES
         return cls(
@@ -151,7 +164,12 @@ class FeatureEntries(NamedTuple):
     value: np.ndarray
 
     @classmethod
-    def sort(cls, entries: ActiveEntries, n_pos: int, n_features: int) -> "FeatureEntries":
+    def sort(
+        cls,
+        entries: ActiveEntries,
+        n_pos: int,
+        n_features: int,
+    ) -> "FeatureEntries":
         n_tokens = len(entries.start) - 1
         n_rows = n_tokens // n_pos
         n_firing = np.diff(entries.start)  # [token]
@@ -167,7 +185,11 @@ class FeatureEntries(NamedTuple):
 class RowAdder:
     """Adds rows to the sums of a dictionary; how they are chunked changes nothing."""
 
-    def __init__(self, d: BilinearQKDictionary, sums: Sums):
+    def __init__(
+        self,
+        d: BilinearQKDictionary,
+        sums: Sums,
+    ):
         self.sums = sums
         self._d = d
         pairs = d.feature_map.indices.cpu().numpy()  # sorted: pairs of a group follow each other
@@ -179,7 +201,11 @@ class RowAdder:
         """Boundaries of the pairs that differ in the head alone."""
         self._term_table: tuple[slice, np.ndarray] | None = None
 
-    def add(self, first_row: int, rows: list[EncodedRow]) -> None:
+    def add(
+        self,
+        first_row: int,
+        rows: list[EncodedRow],
+    ) -> None:
         """Add rows first_row, first_row + 1, ..."""
         n_pos = len(rows[0].tokens)
         n_offsets = self._d.spec.n_offsets(n_pos)
@@ -227,7 +253,11 @@ class RowAdder:
             yield self._groups[begin : end + 1]
             begin = end
 
-    def _terms(self, pairs: slice, n_pos: int) -> np.ndarray:
+    def _terms(
+        self,
+        pairs: slice,
+        n_pos: int,
+    ) -> np.ndarray:
         """m M by pair and offset; a table that serves all pairs is computed once."""
         if self._term_table is None or self._term_table[0] != pairs:
             self._term_table = None  # free it before the next one is there

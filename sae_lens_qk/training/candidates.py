@@ -180,7 +180,13 @@ class PairTable:
         n_queries, n_keys, n_heads: features of both sides, constants included, and heads.
     """
 
-    def __init__(self, n_candidates: int, n_queries: int, n_keys: int, n_heads: int):
+    def __init__(
+        self,
+        n_candidates: int,
+        n_queries: int,
+        n_keys: int,
+        n_heads: int,
+    ):
         self.n_candidates = n_candidates
         self.sizes = (n_queries, n_keys, n_heads)
         n_slots = self.check_memory(n_candidates, n_keys)
@@ -193,7 +199,10 @@ class PairTable:
         self._floor = np.float32(0)
 
     @staticmethod
-    def check_memory(n_candidates: int, n_keys: int) -> int:
+    def check_memory(
+        n_candidates: int,
+        n_keys: int,
+    ) -> int:
         """Slots of each table.
 
         Raises:
@@ -297,7 +306,11 @@ class PairTable:
         is_filled = self._keys >= 0
         return self._keys[is_filled], self._sums[is_filled]
 
-    def best(self, n_queries: int, n_positions: int) -> SparseFeatureMap:
+    def best(
+        self,
+        n_queries: int,
+        n_positions: int,
+    ) -> SparseFeatureMap:
         """The candidates, with sums turned into means.
 
         Args:

@@ -9,7 +9,12 @@ _FAST = {"reassoc", "contract", "nsz"}  # sums may be reordered; NaN and inf kee
 _HASH_FACTOR = np.int64(-7046029254386353131)
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
+@numba.njit(
+    parallel=True,
+    cache=True,
+    fastmath=_FAST,
+    error_model="numpy",
+)
 def sum_rows(out, start, index, weight, rows):
     """out[n] = sum over entries e from start[n] to start[n + 1] of weight[e] rows[index[e]]."""
     for n in numba.prange(len(out)):
@@ -21,7 +26,12 @@ def sum_rows(out, start, index, weight, rows):
                 out[n, c] += factor * row[c]
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
+@numba.njit(
+    parallel=True,
+    cache=True,
+    fastmath=_FAST,
+    error_model="numpy",
+)
 def row_products(out, start, index, vectors, rows):
     """out[e] = <vectors[n], rows[index[e]]> for the entries e from start[n] to start[n + 1]."""
     for n in numba.prange(len(vectors)):
@@ -34,7 +44,12 @@ def row_products(out, start, index, vectors, rows):
             out[e] = product
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
+@numba.njit(
+    parallel=True,
+    cache=True,
+    fastmath=_FAST,
+    error_model="numpy",
+)
 def softmax_kl(kl, gradient, scores, pattern, log_pattern, first_keys):
     """kl[row, head, i] = KL(P || softmax of scores) over the allowed keys, first_keys[i] to i.
 

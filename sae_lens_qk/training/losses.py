@@ -121,7 +121,11 @@ class AttentionOutput(NamedTuple):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, x: Float[Tensor, "batch pos d_model"], weights: OVWeights) -> "AttentionOutput":
+    def of(
+        cls,
+        x: Float[Tensor, "batch pos d_model"],
+        weights: OVWeights,
+    ) -> "AttentionOutput":
         return cls(weights.values(x), weights)
 
     def error(
@@ -242,7 +246,11 @@ def dead_feature_loss(
     return error * min(1.0, n_dead / k)
 
 
-def total_loss(losses: dict[str, Float[Tensor, ""]], step: int, name: str) -> Float[Tensor, ""]:
+def total_loss(
+    losses: dict[str, Float[Tensor, ""]],
+    step: int,
+    name: str,
+) -> Float[Tensor, ""]:
     """Sum of the losses.
 
     Args:

@@ -51,7 +51,11 @@ class MaskTrainingSAE(SequenceTrainingSAE[MaskTrainingConfig]):
     dictionary: BilinearQKDictionary
     alive: Tensor
 
-    def __init__(self, cfg: MaskTrainingConfig, use_error_term: bool = False):
+    def __init__(
+        self,
+        cfg: MaskTrainingConfig,
+        use_error_term: bool = False,
+    ):
         super().__init__(cfg, use_error_term)
         self._ov_weights: OVWeights | None = None
         self._scorer: PairScorer | None = None
@@ -191,7 +195,11 @@ class MaskTrainingSAE(SequenceTrainingSAE[MaskTrainingConfig]):
             losses["output"] = self.cfg.mask.output_coefficient * error
         return losses
 
-    def _transcode(self, half: Transcoder, x: Float[Tensor, "tokens d_model"]) -> Transcoded:
+    def _transcode(
+        self,
+        half: Transcoder,
+        x: Float[Tensor, "tokens d_model"],
+    ) -> Transcoded:
         """With the k strongest features per token: thresholds would let L0 drift."""
         if half is self.dictionary.query:
             selection = Selection("batchtopk", self.cfg.k_query, self._context_size)

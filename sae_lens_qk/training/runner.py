@@ -249,7 +249,12 @@ class BilinearQKTrainingRunner:
 
     # Resuming
 
-    def _resume(self, trainer: "ProgressTrainer", data: Any, checkpoint: Path) -> None:
+    def _resume(
+        self,
+        trainer: "ProgressTrainer",
+        data: Any,
+        checkpoint: Path,
+    ) -> None:
         """Weights, optimizer and data as they were at the checkpoint."""
         trainer.load_trainer_state(checkpoint)
         trainer.n_training_steps += 1  # the host saves it before counting the step
@@ -264,7 +269,11 @@ class BilinearQKTrainingRunner:
         else:
             data.step = trainer.n_training_steps
 
-    def _skip_rows(self, store: ActivationsStore, n_rows: int) -> None:
+    def _skip_rows(
+        self,
+        store: ActivationsStore,
+        n_rows: int,
+    ) -> None:
         """Draw the rows a resumed run has seen, without forward passes and as the store would have.
 
         At the end of an epoch it drops a partly filled batch. (The store's own state counts
@@ -410,7 +419,10 @@ class BilinearQKTrainingRunner:
             )
 
 
-def _in_order(model: Any, dataset: Any) -> tuple[Any, Any]:
+def _in_order(
+    model: Any,
+    dataset: Any,
+) -> tuple[Any, Any]:
     """The model and the dataset, wherever they were given: 0.1 took the model first."""
     if not isinstance(dataset, Model):
         return model, dataset
@@ -426,5 +438,10 @@ def _in_order(model: Any, dataset: Any) -> tuple[Any, Any]:
 class ProgressTrainer(SAETrainer[Any, Any]):
     """SAETrainer whose progress bar moves every 10 steps instead of every 100."""
 
-    def _update_pbar(self, step_output: Any, pbar: Any, update_interval: int = 10) -> None:
+    def _update_pbar(
+        self,
+        step_output: Any,
+        pbar: Any,
+        update_interval: int = 10,
+    ) -> None:
         super()._update_pbar(step_output, pbar, update_interval)

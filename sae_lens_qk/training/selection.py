@@ -96,7 +96,10 @@ class Selection:
         return Firing(strength > 0, nothing)
 
 
-def batch_cutoff(strength: Float[Tensor, "tokens d"], k: float | int) -> Float[Tensor, ""]:
+def batch_cutoff(
+    strength: Float[Tensor, "tokens d"],
+    k: float | int,
+) -> Float[Tensor, ""]:
     """The smallest of the k * tokens strongest entries of the whole batch.
 
     Selecting it among millions is slow, so a sample says first above which value about twice as

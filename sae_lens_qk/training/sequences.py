@@ -20,7 +20,11 @@ class SequenceTrainingSAE(TrainingSAE[T_TRAINING_SAE_CONFIG], ABC):
     _weights: QKWeights | None = None
     _context_size: int = 0
 
-    def _attach_layer(self, weights: QKWeights, context_size: int) -> None:
+    def _attach_layer(
+        self,
+        weights: QKWeights,
+        context_size: int,
+    ) -> None:
         self._weights = weights.to(self.device)
         self._context_size = context_size
 

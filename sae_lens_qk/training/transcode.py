@@ -149,7 +149,10 @@ class _Decode(torch.autograd.Function):
         return entries.sum_over_tokens(values.detach(), grad), values_grad, None
 
 
-def _starts(sorted_numbers: Int[Tensor, " entry"], n: int) -> NDArray[np.int64]:
+def _starts(
+    sorted_numbers: Int[Tensor, " entry"],
+    n: int,
+) -> NDArray[np.int64]:
     """Where the entries of 0, 1, ... n - 1 begin, and where the last end."""
     numbers = torch.arange(n + 1)
     return torch.searchsorted(sorted_numbers, numbers).numpy()

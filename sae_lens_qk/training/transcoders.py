@@ -82,7 +82,11 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
             threshold = torch.zeros((), dtype=torch.float64, device=self.device)
             self.register_buffer(f"{side}_threshold", threshold)
 
-    def _new_half(self, d_features: int, d_out: int) -> Transcoder:
+    def _new_half(
+        self,
+        d_features: int,
+        d_out: int,
+    ) -> Transcoder:
         config = TranscoderConfig(
             d_in=self.cfg.d_in,
             d_sae=d_features,
@@ -153,7 +157,11 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
             if not self.cfg.decoder_bias:
                 _move_bias_to_feature(half)
 
-    def _start_from_data_points(self, side: Side, x: Float[Tensor, "tokens d_model"]) -> None:
+    def _start_from_data_points(
+        self,
+        side: Side,
+        x: Float[Tensor, "tokens d_model"],
+    ) -> None:
         """See `initialization`."""
         half = self._half(side)
         d_features = half.cfg.d_sae
@@ -169,7 +177,11 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
         half.b_enc.copy_(-start.encoders @ x.mean(dim=0))
         half.W_dec.copy_(start.decoders)
 
-    def _scale_decoder(self, side: Side, x: Float[Tensor, "tokens d_model"]) -> None:
+    def _scale_decoder(
+        self,
+        side: Side,
+        x: Float[Tensor, "tokens d_model"],
+    ) -> None:
         """The data points overlap, so together they overshoot: one factor for the best fit."""
         half = self._half(side)
         output = self._encode_half(side, x).acts @ half.W_dec
@@ -188,7 +200,11 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
 
     # Features of any tokens
 
-    def _encode_half(self, side: Side, x: Float[Tensor, "*batch d_model"]) -> Encoded:
+    def _encode_half(
+        self,
+        side: Side,
+        x: Float[Tensor, "*batch d_model"],
+    ) -> Encoded:
         """In training by rank in the batch, position 0 included; else by the threshold."""
         half = self._half(side)
         hidden_pre = half.process_sae_in(x) @ half.W_enc + half.b_enc  # [*batch, d]
@@ -258,7 +274,7 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
         # Both sides next to each other, as the host's metrics want one SAE: [tokens, d_out].
         targets = torch.cat([query.target, key.target], dim=1)
         outputs = torch.cat([query.output, key.output], dim=1)
-        l0 = {"l0_query": _l0(query.acts), "l0_key": _l0(key.acts)}
+        l0: dict[str, Any] = {"l0_query": _l0(query.acts), "l0_key": _l0(key.acts)}
         return TrainStepOutput(
             sae_in=targets,
             sae_out=outputs,
@@ -269,7 +285,11 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
             metrics=l0,
         )
 
-    def _reconstruct(self, side: Side, x: Float[Tensor, "tokens d_model"]) -> Reconstruction:
+    def _reconstruct(
+        self,
+        side: Side,
+        x: Float[Tensor, "tokens d_model"],
+    ) -> Reconstruction:
         """One side of a step; the batchtopk threshold follows the weakest feature that fires."""
         with torch.no_grad():
             target = self._target(side, x)
@@ -285,7 +305,11 @@ class TranscodersTrainingSAE(SequenceTrainingSAE[TranscodersTrainingConfig]):
         return Reconstruction(half, target, strength, acts, output)
 
     @torch.no_grad()
-    def _move_threshold(self, side: Side, cutoff: Float[Tensor, ""]) -> None:
+    def _move_threshold(
+        self,
+        side: Side,
+        cutoff: Float[Tensor, ""],
+    ) -> None:
         """Moving average of the cutoff, from the first one on."""
         threshold = self._threshold(side)
         speed = self.cfg.threshold_lr if threshold > 0 else 1.0
