@@ -71,16 +71,23 @@ _UNSUPPORTED = [(name, "bridge") for name in UNSUPPORTED] + [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what goes beyond the kind and host of the fast tests."""
+    """Mark what goes beyond the kind and host of the fast tests, by its parameters."""
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
-        kind = params.get("kind", params.get("any_bridge", FAST_KIND))
-        mode = params.get("mode", FAST_MODE)
-        kind, mode = params.get("any_model", (kind, mode))
-        is_other_kind = kind in KINDS and kind != FAST_KIND
-        is_other_mode = mode in MODES and mode != FAST_MODE
-        if is_other_kind or is_other_mode:
-            item.add_marker("matrix")
+        for value in params.values():
+            names = value if isinstance(value, tuple) else (value,)
+            if any(_is_beyond_fast(name) for name in names):
+                item.add_marker("matrix")
+
+
+def _is_beyond_fast(name: object) -> bool:
+    """Whether a parameter is another kind of model, or another mode, than the fast tests use."""
+    if not isinstance(name, str):
+        return False
+    kind = name.removesuffix("_bridge")
+    is_other_kind = kind in KINDS and kind != FAST_KIND
+    is_other_mode = name in MODES and name != FAST_MODE
+    return is_other_kind or is_other_mode
 
 
 def pytest_unconfigure() -> None:

@@ -363,6 +363,7 @@ def test_mistakes_in_a_registry_take_one_line(text, message, tmp_path, capsys, m
     assert message in one_line(capsys)
 
 
+@pytest.mark.slow
 def test_the_process_exits_with_2():
     process = subprocess.run(
         [sys.executable, "-m", "sae_lens_qk", "evalute"],

@@ -192,11 +192,13 @@ def outcome(request, work, report) -> Outcome:
 # In a process without this package
 
 
+@pytest.mark.slow
 def test_the_other_process_cannot_import_this_package(report):
     assert report["refusal"] == "sae_lens_qk is not installed"
     assert set(report) == {"refusal", *(case.name for case in CASES)}
 
 
+@pytest.mark.slow
 def test_both_halves_load_as_stock_transcoders(outcome):
     cfg = outcome.dictionary.cfg
     for side, letter in zip(SIDES, "qk", strict=True):
@@ -210,6 +212,7 @@ def test_both_halves_load_as_stock_transcoders(outcome):
         assert half["dtypes"] == [str(outcome.dictionary.dtype)] == [f"torch.{cfg.dtype}"]
 
 
+@pytest.mark.slow
 def test_features_and_outputs_are_the_dictionarys(outcome):
     d = outcome.dictionary
     outputs = outcome.outputs
@@ -235,6 +238,7 @@ def test_features_and_outputs_are_the_dictionarys(outcome):
     assert not torch.allclose(query_acts, key_acts[..., :D_QUERY], atol=0.1)
 
 
+@pytest.mark.slow
 def test_both_attached_give_the_dictionarys_pattern(outcome):
     """Weights of fewer bits were loaded in float32 there.
 
@@ -250,6 +254,7 @@ def test_both_attached_give_the_dictionarys_pattern(outcome):
     assert largest.min() > 0.1
 
 
+@pytest.mark.slow
 def test_the_model_changes_as_it_does_under_patched_and_is_restored(outcome):
     model = tiny_model(outcome.case.kind, outcome.case.mode)
     logits = model(outcome.tokens)

@@ -123,6 +123,7 @@ def processes() -> Iterator[dict[str, Any]]:
         yield {**json.loads(online), "offline": json.loads(offline), "log": log_text}
 
 
+@pytest.mark.slow
 def test_another_process_loads_the_same_dictionary(processes):
     """Bits, patterns and metrics; two processes that meet an empty cache at once included."""
     ours = processes["ours"]
@@ -132,6 +133,7 @@ def test_another_process_loads_the_same_dictionary(processes):
     assert processes["at_once"] == [ours, ours]
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_leave_a_whole_cache(processes):
     repo = "models--org--repo"
     snapshot = f"{repo}/snapshots/{processes['commit']}/{FOLDER}"
@@ -144,6 +146,7 @@ def test_two_processes_at_once_leave_a_whole_cache(processes):
     assert len(blobs) == len(FILES)
 
 
+@pytest.mark.slow
 def test_offline_the_cache_is_enough(processes):
     assert processes["offline"]["loaded"] == processes["ours"]
     warning = "the Hub cannot be reached (OfflineModeIsEnabled): using the cached copy of org/repo"
@@ -152,6 +155,7 @@ def test_offline_the_cache_is_enough(processes):
     assert refusal.startswith("ConnectionError: The Hub cannot be reached for org/repo (Offline")
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written(processes):
     """What it holds is loaded; the rest is refused, naming it."""
     assert processes["read_only"] == [processes["ours"], processes["ours"]]
@@ -160,6 +164,7 @@ def test_a_cache_that_cannot_be_written(processes):
     assert processes["refused"] == f"{refusal}: pass cache_dir= or set HF_HOME."
 
 
+@pytest.mark.slow
 def test_a_shared_cache_whose_folders_are_somebody_elses(processes):
     """A download is moved into them, file by file."""
     refusal = r"OSError: The cache \S+/cache cannot be written \(Permission denied\): "

@@ -101,6 +101,7 @@ def test_without_the_pairs_of_a_head_it_attends_elsewhere(dictionary, model, tok
     assert change[[0, 1, 3, 4, 5]].max() < 1e-5
 
 
+@pytest.mark.slow
 def test_the_recipe_trains_it_further(tmp_path, model):
     """A few steps of each kind on the sample text, settings as in the recipe."""
     recipe = yaml.safe_load(recipe_file(NAME).read_text())

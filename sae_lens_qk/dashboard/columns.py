@@ -77,7 +77,7 @@ def _neighbours(
     if not statistics.sums.query.co_firing.size:
         return []
     frame = statistics.feature_co_occurrence(side, feature, material.limits.neighbours)
-    return records(frame[["feature", "share"]])
+    return records(frame.reindex(columns=["feature", "share"]))
 
 
 def pair_columns(

@@ -76,8 +76,7 @@ def feature_table(
     side: Side,
 ) -> pd.DataFrame:
     """`statistics.features` of one side, in the order of the features."""
-    features = statistics.features
-    return features[features["side"] == side]
+    return statistics.features.query(f"side == '{side}'")
 
 
 def pair_table(

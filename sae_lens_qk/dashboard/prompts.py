@@ -69,7 +69,7 @@ def strongest_cells(
     has_list = np.zeros(weights.shape, dtype=bool)
     has_list.ravel()[order[: limits.cells]] = True
     cells = tuple(pairs[name] for name in _CELL)
-    return pairs[has_list[cells]]
+    return pairs.loc[has_list[cells], :]
 
 
 def prompt_section(
@@ -120,7 +120,8 @@ def _weights(
 def _cell_pairs(pairs: pd.DataFrame) -> dict[str, list[list[Any]]]:
     """Each cell's pairs: [query feature, key feature, contribution, pattern effect]."""
     # the head is in the cell's name
-    rows = records(pairs[[*PAIR[:2], "contribution", "pattern_effect"]])
+    columns = [*PAIR[:2], "contribution", "pattern_effect"]
+    rows = records(pairs.reindex(columns=columns))
     positions = pairs[_CELL].to_numpy()  # [row, 3]
     cells: dict[str, list[list[Any]]] = {}
     for position, row in zip(positions.tolist(), rows, strict=True):
