@@ -121,7 +121,7 @@ def _cell_pairs(pairs: pd.DataFrame) -> dict[str, list[list[Any]]]:
     """Each cell's pairs: [query feature, key feature, contribution, pattern effect]."""
     # the head is in the cell's name
     columns = [*PAIR[:2], "contribution", "pattern_effect"]
-    rows = records(pairs.reindex(columns=columns))
+    rows = records(pairs.loc[:, columns])
     positions = pairs[_CELL].to_numpy()  # [row, 3]
     cells: dict[str, list[list[Any]]] = {}
     for position, row in zip(positions.tolist(), rows, strict=True):
