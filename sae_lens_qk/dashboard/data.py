@@ -28,6 +28,7 @@ from sae_lens_qk.dashboard.overview import overview_fields
 from sae_lens_qk.dashboard.pages import PAIR, Material, ReportLimits, choose_pages, pair_table
 from sae_lens_qk.dashboard.prompts import (
     Explanation,
+    Prompt,
     check_prompts,
     prompt_section,
     strongest_cells,
@@ -35,7 +36,6 @@ from sae_lens_qk.dashboard.prompts import (
 from sae_lens_qk.dashboard.texts import Contexts, Inputs, Words, add_activations
 from sae_lens_qk.dashboard.values import table_values
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.explain.prompt import RecordedPrompt
 from sae_lens_qk.statistics.activations import ActivationStatistics
 
 
@@ -43,7 +43,7 @@ from sae_lens_qk.statistics.activations import ActivationStatistics
 def report_data(
     d: BilinearQKDictionary,
     statistics: ActivationStatistics,
-    prompts: Sequence[RecordedPrompt] = (),
+    prompts: Sequence[Prompt] = (),
     explanations: Sequence[Explanation] = (),
     *,
     words: Words,

@@ -11,7 +11,6 @@ from torch import Tensor
 from sae_lens_qk.dashboard.pages import PAIR, ReportLimits
 from sae_lens_qk.dashboard.values import plain, records
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.explain.prompt import RecordedPrompt
 from sae_lens_qk.patching import Source
 
 MAX_PROMPT = 128
@@ -23,14 +22,29 @@ _ELSEWHERE = ("model", "layer", "tokens", "d_query", "d_key", "nodes", "qk_traci
 """Fields of an explanation that the page has already, or that are meant for other programs."""
 
 
-class Explanation(Protocol):
-    """What a page shows of an attention weight: `explain.one_score.Attribution`.
+class Prompt(Protocol):
+    """What a page shows of a prompt: `explain.prompt.RecordedPrompt`.
 
-    That class can write reports itself, so that it cannot be imported here.
+    Explanations can write reports, so `explain` imports the dashboard and not the other way.
     """
 
     @property
-    def prompt(self) -> RecordedPrompt: ...
+    def words(self) -> list[str]: ...
+    @property
+    def pattern(self) -> Tensor:
+        """The model's own, [head, pos_q, pos_k]."""
+        ...
+
+    def rebuilt_pattern(self, source: Source) -> Tensor: ...
+    def strongest(self, n: int) -> pd.DataFrame: ...
+    def require(self, dictionary: BilinearQKDictionary) -> None: ...
+
+
+class Explanation(Protocol):
+    """What a page shows of an attention weight: `explain.one_score.Attribution`."""
+
+    @property
+    def prompt(self) -> Prompt: ...
     @property
     def position(self) -> tuple[int, int, int]:
         """Head, query and key."""
@@ -41,7 +55,7 @@ class Explanation(Protocol):
 
 def check_prompts(
     d: BilinearQKDictionary,
-    prompts: Sequence[RecordedPrompt],
+    prompts: Sequence[Prompt],
 ) -> None:
     """Refuse prompts that cannot be shown.
 
@@ -58,7 +72,7 @@ def check_prompts(
 
 
 def strongest_cells(
-    prompt: RecordedPrompt,
+    prompt: Prompt,
     limits: ReportLimits,
 ) -> pd.DataFrame:
     """`prompt.strongest` of the attention weights that are largest in the model or as rebuilt."""
@@ -74,7 +88,7 @@ def strongest_cells(
 
 def prompt_section(
     d: BilinearQKDictionary,
-    prompt: RecordedPrompt,
+    prompt: Prompt,
     pairs: pd.DataFrame,
     explanations: Sequence[Explanation],
     limits: ReportLimits,

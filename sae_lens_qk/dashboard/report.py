@@ -14,10 +14,9 @@ from sae_lens_qk.dashboard.data import report_data
 from sae_lens_qk.dashboard.overview import head_tables
 from sae_lens_qk.dashboard.page import write_page
 from sae_lens_qk.dashboard.pages import ReportLimits
-from sae_lens_qk.dashboard.prompts import Explanation, check_prompts
+from sae_lens_qk.dashboard.prompts import Explanation, Prompt, check_prompts
 from sae_lens_qk.dashboard.texts import Inputs, Words
 from sae_lens_qk.dictionary import BilinearQKDictionary
-from sae_lens_qk.explain.prompt import RecordedPrompt
 from sae_lens_qk.host.layer import AttentionLayer
 from sae_lens_qk.host.support import Model
 from sae_lens_qk.inputs import model_batches
@@ -34,7 +33,7 @@ def write_explained(
     path: str | Path,
     d: BilinearQKDictionary,
     model: Model,
-    prompts: Sequence[RecordedPrompt],
+    prompts: Sequence[Prompt],
     explanations: Sequence[Explanation],
     tokens: Int[Tensor, "row pos"] | None = None,
     *,
@@ -78,7 +77,7 @@ def write_report(
     path: str | Path,
     d: BilinearQKDictionary,
     statistics: ActivationStatistics,
-    prompts: Sequence[RecordedPrompt] = (),
+    prompts: Sequence[Prompt] = (),
     *,
     words: Words,
     title: str | None = None,
