@@ -16,7 +16,7 @@ Sharkey 2024.
 
 import html
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -32,6 +32,7 @@ from sae_lens_qk.dashboard.report import write_explained
 from sae_lens_qk.explain.check import Check, check
 from sae_lens_qk.explain.graph import graph_fields
 from sae_lens_qk.explain.prompt import RecordedPrompt, ScorePosition
+from sae_lens_qk.explain.removals import Directions
 from sae_lens_qk.explain.renamed import form_renamed, warn_renamed
 from sae_lens_qk.explain.term_frames import (
     Marginals,
@@ -218,13 +219,18 @@ class Attribution:
 
     # Causal evidence
 
-    def check(self, **settings: Any) -> Check:
+    def check(
+        self,
+        k: SupportsIndex | Iterable[SupportsIndex] = (1, 2, 5, 10),
+        directions: Directions | None = None,
+        n_controls: int = 32,
+        seed: int = 0,
+    ) -> Check:
         """Is this the reason? Features leave the model's own x; W_Q and W_K say what remains.
 
-        Args:
-            **settings: k, directions, n_controls, seed, as of `sae_lens_qk.check`.
+        Args and Raises: as of `sae_lens_qk.check`.
         """
-        return check(self.prompt, self.position, self.terms, **settings)
+        return check(self.prompt, self.position, self.terms, k, directions, n_controls, seed)
 
     def checked(self, **settings: Any) -> "Attribution":
         """This attribution with its causal check, which then is part of every view.
