@@ -118,11 +118,11 @@ sources = small.metrics["sources"].items()
 print(json.dumps({
     "score": float(cache[name][0, HEAD, -1, prompt.find(IO)]),
     "sum_of_terms": float(terms["contribution"].sum()),
-    "said": said,
+    "predictions": predictions,
     "attention": {name: row[f"attention to {IO!r}"] for name, row in table.items()},
-    "verdict": check.verdict,
+    "verdict": verdicts[0],
     "removals": len(check.table),
-    "heads_checked": len(checks),
+    "heads_checked": len(verdicts),
     "n_pairs": len(small.feature_map),
     "kl": {name: row["pattern_kl"]["value"] for name, row in sources if row["pattern_kl"]},
     "names": [sorted(before), sorted(after)],
@@ -161,8 +161,8 @@ class TestRun:
         check_clean_run(run.notebook)
 
     def test_patching_leaves_no_trace(self, run):
-        said = run.results["said"]
-        assert said["the model again"] == said["the model's own pattern"]
+        predictions = run.results["predictions"]
+        assert predictions["the model again"] == predictions["the model's own pattern"]
 
     def test_terms_add_up_to_what_the_models_own_hook_sees(self, run):
         assert run.results["sum_of_terms"] == pytest.approx(run.results["score"], abs=1e-3)
